@@ -1,0 +1,120 @@
+"""Lets nnU-Net's own, unmodified lookup find the trainers and planners of nnunet_ext's registry.
+
+PyTorch calls `install` at the end of `import torch` (entry-point group ``torch.backends``). It places a finder
+on `sys.meta_path` that touches two modules of nnU-Net only: the first ones that nnU-Net's search meets when it
+looks for a trainer or a planner. They receive a module ``__getattr__`` (PEP 562), which asks the registry for
+names that the module itself does not have.
+
+Standard library only, and nothing here may raise: an exception would break `import torch` for the whole
+environment. What goes wrong is kept in `errors`, for `nnunet-ext doctor`.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+TARGETS = {
+    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": "trainers",
+    "nnunetv2.experiment_planning.plan_and_preprocess_api": "planners",
+}
+
+errors: list[str] = []
+
+
+def lookup(kind: str, name: str) -> Any:
+    """Return the registered class `name` of `kind` ("trainers" or "planners").
+
+    Raises:
+        AttributeError: the registry does not hold the name, or can't be read (kept in `errors`).
+        nnunet_ext.registry.RegistryError: the name is registered, but its class can't be loaded.
+    """
+    if name.startswith("_"):
+        raise AttributeError(name)
+    try:
+        from nnunet_ext import registry
+    except Exception as error:
+        errors.append(f"nnunet_ext.registry can't be imported: {error!r}")
+        raise AttributeError(name) from error
+    try:
+        return registry.resolve(kind, name)
+    except registry.UnknownNameError as error:
+        registry.suggest(kind, name)
+        raise AttributeError(name) from error
+
+
+def _attach(module: ModuleType) -> None:
+    """Give `module` a ``__getattr__`` that asks the one it had first, then the registry."""
+    kind = TARGETS[module.__name__]
+    previous: Callable[[str], Any] | None = module.__dict__.get("__getattr__")
+    if getattr(previous, "_from_nnunet_ext", False):
+        return
+
+    def __getattr__(name: str) -> Any:  # noqa: N807
+        if previous is not None:
+            try:
+                return previous(name)
+            except AttributeError:
+                pass
+        try:
+            return lookup(kind, name)
+        except AttributeError:
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}") from None
+
+    __getattr__._from_nnunet_ext = True  # type: ignore[attr-defined]
+    module.__dict__["__getattr__"] = __getattr__
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds the two target modules as the other finders do and attaches to them once they have run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the other finders' spec for a target module, its loader extended; None for all other names."""
+        if fullname not in TARGETS:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                _extend_loader(spec)
+                return spec
+        return None
+
+
+def _extend_loader(spec: importlib.machinery.ModuleSpec) -> None:
+    try:
+        execute = spec.loader.exec_module  # type: ignore[union-attr]
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if module.__name__ in TARGETS:
+                _attach(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
+    except Exception as error:
+        errors.append(f"the loader of {spec.name} can't be extended: {error!r}")
+
+
+def is_installed() -> bool:
+    """Tell whether the finder stands on `sys.meta_path`."""
+    return any(isinstance(finder, Finder) for finder in sys.meta_path)
+
+
+def install() -> None:
+    """Place the finder; a second call changes nothing. Never raises."""
+    try:
+        if not is_installed():
+            sys.meta_path.insert(0, Finder())
+        # `import nnunetv2...nnUNetTrainer` imports torch, so this may run while that module is half executed.
+        for name in TARGETS:
+            if name in sys.modules:
+                _attach(sys.modules[name])
+    except Exception as error:
+        errors.append(f"the hook can't be installed: {error!r}")

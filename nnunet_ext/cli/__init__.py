@@ -1,0 +1,56 @@
+"""The command ``nnunet-ext``: parsing and printing; each command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nnunet_ext import __version__
+
+# command -> one line of help; nnunet_ext.cli.<command> holds add_arguments(parser) and run(args) -> exit status
+COMMANDS = {
+    "list": "show every registered trainer, planner and architecture",
+    "doctor": "prove that nnU-Net's commands find them, and say what to repair",
+    "run": "run a command of nnU-Net with the hook installed explicitly",
+    "demo": "train, predict and compare on a small phantom or on your data",
+}
+
+
+class UserError(Exception):
+    """A mistake of the user: its message is printed as one line, the exit status is 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``nnunet-ext <command> ...``; return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="nnunet-ext",
+        description="Memory-saving and fast networks for nnU-Net v2.",
+        epilog="example: nnunet-ext list",
+    )
+    parser.add_argument("--version", action="version", version=f"nnunet-ext {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in COMMANDS.items():
+        # Only the command that was asked for is imported.
+        asked = bool(arguments) and arguments[0] == name
+        module = importlib.import_module(f"nnunet_ext.cli.{name}") if asked else None
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=(module.__doc__ if module else None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if module is not None:
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except UserError as error:
+        print(f"nnunet-ext {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"nnunet-ext {parsed.command}: interrupted", file=sys.stderr)
+        return 130

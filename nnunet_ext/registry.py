@@ -1,0 +1,266 @@
+"""Names of trainers, planners and architectures, read from entry points of all installed distributions.
+
+Holds strings until a class is asked for: importing this module loads neither torch nor nnU-Net. Any package can
+register in the groups ``nnunet_ext.trainers``, ``nnunet_ext.planners`` and ``nnunet_ext.architectures``; the
+name of an entry point is the name of its class.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import logging
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+KINDS = ("trainers", "planners", "architectures")
+_CORE_FOLDERS = {"trainers": "training/nnUNetTrainer", "planners": "experiment_planning", "architectures": ""}
+_SCHEDULE = re.compile(
+    r"^(?P<base>\w+?)"
+    r"(?=_)(?:_(?P<epochs>[1-9]\d*)epochs)?(?:_(?P<iters>[1-9]\d*)iters)?(?P<no_mirroring>_NoMirroring)?$"
+)
+_logger = logging.getLogger("nnunet_ext")
+
+
+class RegistryError(RuntimeError):
+    """A registered name can't be used; the message says why and what to do."""
+
+
+class UnknownNameError(LookupError):
+    """The registry does not hold the name."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name.
+
+    Args:
+        kind: "trainers", "planners" or "architectures".
+        name: name of the class.
+        value: "module:Class".
+        distribution: name and version of the distribution that registers it.
+        refused: why the name can't be used; empty where it can.
+    """
+
+    kind: str
+    name: str
+    value: str
+    distribution: str
+    refused: str = ""
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the module that holds the class."""
+        return self.value.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A shorter training, asked for by a suffix of the trainer's name.
+
+    Args:
+        base: name of the trainer without the suffix.
+        epochs: number of epochs; None leaves the trainer's own.
+        iterations: training iterations per epoch; a fifth of them, at least one, validate.
+        no_mirroring: train and predict without mirroring.
+    """
+
+    base: str
+    epochs: int | None
+    iterations: int | None
+    no_mirroring: bool
+
+
+def parse_schedule(name: str) -> Schedule | None:
+    """Split ``<trainer>[_<N>epochs][_<M>iters][_NoMirroring]``; None where `name` has no such suffix."""
+    match = _SCHEDULE.match(name)
+    if match is None:
+        return None
+    epochs, iterations = match["epochs"], match["iters"]
+    return Schedule(
+        match["base"],
+        int(epochs) if epochs else None,
+        int(iterations) if iterations else None,
+        match["no_mirroring"] is not None,
+    )
+
+
+@lru_cache(maxsize=None)
+def core_names(kind: str) -> frozenset[str]:
+    """Names of the classes that nnU-Net itself has, read from its source without importing it."""
+    spec = importlib.util.find_spec("nnunetv2")
+    if spec is None or not spec.submodule_search_locations or not _CORE_FOLDERS[kind]:
+        return frozenset()
+    folders = [Path(location, _CORE_FOLDERS[kind]) for location in spec.submodule_search_locations]
+    return _class_names(folders)
+
+
+def _class_names(folders: list[Path]) -> frozenset[str]:
+    sources = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*.py"))]
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sources]
+    return frozenset(name for text in texts for name in re.findall(r"^class\s+(\w+)", text, flags=re.MULTILINE))
+
+
+def entries(kind: str) -> list[Entry]:
+    """All registered names of `kind`, sorted; the refused ones say why in `Entry.refused`.
+
+    Raises:
+        ValueError: `kind` is not one of `KINDS`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    # One distribution can be seen twice (an editable install beside its folder): same origin and value is one.
+    points = {(point.name, point.value, _origin(point)) for point in entry_points(group=f"nnunet_ext.{kind}")}
+    holders: dict[str, list[str]] = {}
+    for name, value, origin in sorted(points):
+        holders.setdefault(name, []).append(f"{origin} ({value})")
+    return [
+        Entry(kind, name, value, origin, _refusal(kind, name, holders[name])) for name, value, origin in sorted(points)
+    ]
+
+
+def _origin(point: EntryPoint) -> str:
+    distribution = point.dist
+    return f"{distribution.name} {distribution.version}" if distribution is not None else "unknown distribution"
+
+
+def _refusal(kind: str, name: str, holders: list[str]) -> str:
+    if not name.isidentifier() or "__" in name:
+        return f"{name!r} is no class name that nnU-Net can store: use an identifier without '__'"
+    if name in core_names(kind):
+        return f"nnU-Net itself has {name}, which is never shadowed: register another name"
+    if kind == "trainers" and parse_schedule(name) is not None:
+        return f"{name} ends in a suffix that asks for a schedule: register a name without it"
+    if len(holders) > 1:
+        return f"{name} is registered by {' and by '.join(holders)}: uninstall all but one"
+    return ""
+
+
+def names(kind: str) -> list[str]:
+    """Registered names of `kind` that can be used, sorted."""
+    return [entry.name for entry in entries(kind) if not entry.refused]
+
+
+def resolve(kind: str, name: str) -> Any:
+    """Return the class registered as `name`; for trainers also ``<trainer>_<N>epochs_<M>iters[_NoMirroring]``.
+
+    Raises:
+        UnknownNameError: no such name, or nnU-Net itself has it.
+        RegistryError: the name is registered but refused, or its class can't be loaded.
+    """
+    if name in core_names(kind):
+        raise UnknownNameError(f"{name} belongs to nnU-Net itself.")
+    for entry in entries(kind):
+        if entry.name == name:
+            return _load(entry)
+    schedule = parse_schedule(name) if kind == "trainers" else None
+    if schedule is None:
+        raise UnknownNameError(f"No {kind[:-1]} is registered as {name}.")
+    return _scheduled(name, _schedule_base(schedule.base), schedule)
+
+
+def _load(entry: Entry) -> Any:
+    if entry.refused:
+        raise RegistryError(f"{entry.kind[:-1].capitalize()} {entry.name} can't be used: {entry.refused}.")
+    try:
+        loaded = EntryPoint(entry.name, entry.value, f"nnunet_ext.{entry.kind}").load()
+    except Exception as error:
+        raise RegistryError(
+            f"{entry.kind[:-1].capitalize()} {entry.name} of {entry.distribution} can't be loaded from "
+            f"{entry.value}: {error!r}. Repair or uninstall that distribution."
+        ) from error
+    if getattr(loaded, "__name__", None) != entry.name:
+        raise RegistryError(
+            f"{entry.value} of {entry.distribution} is called {getattr(loaded, '__name__', loaded)!r}, but is "
+            f"registered as {entry.name!r}: nnU-Net stores class names in checkpoints and plans, both must be equal."
+        )
+    return loaded
+
+
+def _schedule_base(name: str) -> Any:
+    if name == "nnUNetTrainer":
+        return importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
+    return resolve("trainers", name)
+
+
+@lru_cache(maxsize=None)
+def _scheduled(name: str, base: Any, schedule: Schedule) -> Any:
+    """Make the subclass of `base` that trains by `schedule`; the same class for the same name."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        base.__init__(self, *args, **kwargs)
+        if schedule.epochs is not None:
+            self.num_epochs = schedule.epochs
+            self.save_every = max(1, min(self.save_every, schedule.epochs // 10))
+        if schedule.iterations is not None:
+            self.num_iterations_per_epoch = schedule.iterations
+            self.num_val_iterations_per_epoch = max(1, schedule.iterations // 5)
+
+    # nnU-Net reads the parameters' names from the signature and looks each up among its own locals.
+    __init__.__signature__ = inspect.signature(base.__init__)  # type: ignore[attr-defined]
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self: Any) -> Any:  # noqa: N802
+        rotation, dummy_2d, initial_patch_size, _ = base.configure_rotation_dummyDA_mirroring_and_inital_patch_size(
+            self
+        )
+        self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, initial_patch_size, None
+
+    body: dict[str, Any] = {"__init__": __init__, "__module__": __name__, "__doc__": f"{base.__name__}: {schedule}."}
+    if schedule.no_mirroring:
+        hook = configure_rotation_dummyDA_mirroring_and_inital_patch_size
+        body[hook.__name__] = hook
+    return type(name, (base,), body)
+
+
+def __getattr__(name: str) -> Any:
+    """Find a scheduled trainer by its name, so that instances can be pickled."""
+    if not name.startswith("_") and parse_schedule(name) is not None:
+        try:
+            return resolve("trainers", name)
+        except UnknownNameError:
+            pass
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@lru_cache(maxsize=None)
+def suggest(kind: str, name: str) -> None:
+    """Log, once for a name, which known names it resembles; nnU-Net's own error follows."""
+    if name in core_names(kind) or name in _class_names(_external_folders()):
+        return
+    schedule = parse_schedule(name) if kind == "trainers" else None
+    asked, suffix = (schedule.base, name[len(schedule.base) :]) if schedule else (name, "")
+    known = sorted({*names(kind), *core_names(kind)})
+    similar = [candidate + suffix for candidate in difflib.get_close_matches(asked, known, n=3, cutoff=0.75)]
+    if similar:
+        _logger.warning("nnunet_ext: no %s is called %s. Did you mean %s?", kind[:-1], name, " or ".join(similar))
+    elif "Trainer" in name or "Planner" in name:
+        _logger.warning("nnunet_ext: no %s is called %s. `nnunet-ext list` shows all names.", kind[:-1], name)
+
+
+def _external_folders() -> list[Path]:
+    return [Path(folder) for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+
+
+def summary(entry: Entry) -> str:
+    """First line of the docstring of the entry's class, read from its source without importing it."""
+    top, *rest = entry.module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        if spec is None or spec.origin is None:
+            return ""
+        path = Path(spec.origin).parent.joinpath(*rest).with_suffix(".py") if rest else Path(spec.origin)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError, ImportError):
+        return ""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == entry.name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
