@@ -1,0 +1,111 @@
+"""Bytes that a training step holds and peaks at, measured at full size without a GPU.
+
+Under PyTorch's `FakeTensorMode` every operation runs on shapes only; a dispatch mode follows each storage by weak
+reference. Convolution workspaces, the allocator's rounding and the CUDA context are not in these figures.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GIB = 2**30
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of all storages that are made while it is entered and still alive.
+
+    Attributes:
+        current: bytes alive now.
+        peak: largest value of `current` so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and count the storages of its results."""
+        result = func(*args, **(kwargs or {}))
+        known = {id_ for leaf in tree_leaves((args, kwargs)) if (id_ := _storage_id(leaf)) is not None}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and _storage_id(leaf) not in known:
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+
+        def forget(_: Any) -> None:
+            self.current -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, forget)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+
+
+def _storage_id(leaf: Any) -> int | None:
+    return leaf.untyped_storage()._cdata if isinstance(leaf, Tensor) else None
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Memory of one training step beside parameters, gradients and optimiser.
+
+    Args:
+        held: bytes alive after the forward pass: outputs and what is kept for backward.
+        peak: largest number of bytes alive at any time of forward and backward, gradients of parameters included.
+        parameters: bytes of the parameters.
+    """
+
+    held: int
+    peak: int
+    parameters: int
+
+
+def measure_step(
+    build: Callable[[], nn.Module],
+    input_channels: int,
+    patch_size: Sequence[int],
+    batch_size: int = 2,
+    autocast_dtype: torch.dtype | None = None,
+) -> StepMemory:
+    """Measure forward and backward of a network in training mode, without allocating.
+
+    Args:
+        build: returns the network; called under `FakeTensorMode`.
+        input_channels: channels of the image.
+        patch_size: voxels per axis.
+        batch_size: patches per step.
+        autocast_dtype: run the forward pass under CPU autocast of this dtype; None: float32.
+    """
+    with FakeTensorMode():
+        network = build().train()
+        parameters = sum(p.numel() * p.element_size() for p in network.parameters())
+        with StorageTracker() as tracker:
+            enabled = autocast_dtype is not None
+            with torch.autocast("cpu", dtype=autocast_dtype or torch.bfloat16, enabled=enabled):
+                outputs = network(torch.empty(batch_size, input_channels, *patch_size))
+            held = tracker.current
+            # A loss with a dense gradient and one normalisation over the classes, as cross-entropy has them.
+            outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+            loss = sum(output.logsumexp(1).mean() for output in outputs)
+            del outputs
+            loss.backward()  # type: ignore[union-attr]
+            return StepMemory(held, tracker.peak, parameters)

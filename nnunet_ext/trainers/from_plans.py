@@ -1,0 +1,41 @@
+"""Builds a network of this package from any plans that describe a U-Net, default or ResEnc."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import nn
+
+
+def build_from_plans(
+    network_class: type[nn.Module],
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool,
+) -> nn.Module:
+    """Build `network_class` with the sizes, strides and options that the configuration holds.
+
+    Raises:
+        ValueError: the plans belong to a network whose arguments `network_class` does not have.
+    """
+    arguments: dict[str, Any] = configuration_manager.network_arch_init_kwargs
+    unknown = sorted(set(arguments) - set(signature(network_class.__init__).parameters))
+    if unknown:
+        raise ValueError(
+            f"{network_class.__name__} is built from plans of a U-Net, but these plans are for "
+            f"{configuration_manager.network_arch_class_name} and hold {', '.join(unknown)}: use plans of nnU-Net's "
+            "default planner, of its ResEnc planners, or of this network's own planner (-p)."
+        )
+    return get_network_from_plans(
+        f"{network_class.__module__}.{network_class.__name__}",
+        arguments,
+        configuration_manager.network_arch_init_kwargs_req_import,
+        num_input_channels,
+        num_output_channels,
+        allow_init=True,
+        deep_supervision=enable_deep_supervision,
+    )

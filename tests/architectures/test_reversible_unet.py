@@ -1,0 +1,170 @@
+"""ReversibleUNet: what the contract over all architectures does not ask, and its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
+
+from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
+from nnunet_ext.architectures.reversible_unet import ReversibleUNet
+from nnunet_ext.benchmark.memory import GIB, StepMemory, measure_step
+
+
+def arguments(features: list[int], dim: int = 3, **changes: Any) -> dict[str, Any]:
+    """Arguments as nnU-Net plans them."""
+    n = len(features)
+    values = {
+        "n_stages": n,
+        "features_per_stage": features,
+        "conv_op": nn.Conv3d if dim == 3 else nn.Conv2d,
+        "kernel_sizes": [[3] * dim] * n,
+        "strides": [[1] * dim] + [[2] * dim] * (n - 1),
+        "n_conv_per_stage": [2] * n,
+        "n_conv_per_stage_decoder": [2] * (n - 1),
+        "conv_bias": True,
+        "norm_op": nn.InstanceNorm3d if dim == 3 else nn.InstanceNorm2d,
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+        "deep_supervision": True,
+    }
+    return {**values, **changes}
+
+
+ANISOTROPIC = {
+    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+}
+
+
+def step(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    network.zero_grad()
+    sum(output.square().mean() for output in network(x)).backward()
+    return [p.grad.clone() for p in network.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("dim", "changes"),
+    [
+        (2, {}),
+        (3, {}),
+        (3, ANISOTROPIC),
+        (3, {"norm_op": nn.BatchNorm3d}),
+        (3, {"norm_op": None, "norm_op_kwargs": None}),
+        (3, {"blocks_per_stage": [1, 2, 5]}),
+        (3, {"preactivation": False}),
+        (3, {"conv_bias": False, "nonlin": nn.GELU, "nonlin_kwargs": {}}),
+    ],
+)
+def test_float64_gradients_equal_the_network_without_reversibility(dim: int, changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    ours = ReversibleUNet(2, 3, **arguments([4, 6, 8], dim, **changes)).double()
+    plain = ReversibleUNet(2, 3, reversible=False, **arguments([4, 6, 8], dim, **changes)).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 2, *(8, 16, 12)[:dim], dtype=torch.float64)
+    for mine, theirs in zip(step(ours, x), step(plain, x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_exact_mode_equals_the_network_without_reversibility_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    values = arguments([4, 6, 8], exact=True, blocks_per_stage=8)
+    ours, plain = ReversibleUNet(1, 3, **values), ReversibleUNet(1, 3, reversible=False, **values)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 1, 8, 16, 12)  # one sample: the forward pass is the same sequence of kernels
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(step(ours, x), step(plain, x), strict=True))
+
+
+def test_depth_comes_from_default_and_from_resenc_plans() -> None:
+    values = arguments([4, 6, 8], n_conv_per_stage=[1, 2, 3], n_conv_per_stage_decoder=[5, 4])
+    resenc = {**values, "n_blocks_per_stage": values["n_conv_per_stage"]}
+    del resenc["n_conv_per_stage"]
+    for network in (ReversibleUNet(1, 2, **values), ReversibleUNet(1, 2, **resenc)):
+        assert [len(stage.couplings) for stage in network.encoder.stages] == [1, 2, 3]
+        assert [len(stage.couplings) for stage in network.decoder.stages] == [5, 4]
+
+
+def test_blocks_per_stage_overrides_the_plans_per_resolution() -> None:
+    network = ReversibleUNet(1, 2, **arguments([4, 6, 8], blocks_per_stage=[1, 2, 3]))
+    assert [len(stage.couplings) for stage in network.encoder.stages] == [1, 2, 3]
+    assert [len(stage.couplings) for stage in network.decoder.stages] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features_per_stage": [4, 7, 8]}, "stage 1 has 7 features; use 6 or 8"),
+        ({"features_per_stage": [4, 6]}, r"features_per_stage needs one number or 3 of them .* got \[4, 6\]"),
+        ({"n_stages": 1}, "at least 2 stages, got n_stages=1"),
+        ({"conv_op": nn.Conv2d}, "need 2 numbers per stage for Conv2d"),
+        ({"kernel_sizes": 2}, r"Kernels must be odd .* stage 0 has kernel size \[2, 2, 2\]"),
+        ({"n_blocks_per_stage": [1, 1, 1]}, "either n_conv_per_stage"),
+        ({"n_conv_per_stage": None}, "either n_conv_per_stage"),
+        ({"blocks_per_stage": 0}, "at least one block"),
+        ({"blocks_per_stage": [1, 2]}, r"blocks_per_stage needs one number or 3 of them .* got \[1, 2\]"),
+    ],
+)
+def test_impossible_plans_are_refused_with_rule_and_value(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReversibleUNet(1, 2, **arguments([4, 6, 8], **changes))
+
+
+def test_norms_over_the_batch_are_not_recomputed_in_groups() -> None:
+    grouped = {
+        norm: [m.group_elements for m in network.modules() if isinstance(m, ReversibleSequence)]
+        for norm in (nn.BatchNorm3d, nn.InstanceNorm3d)
+        for network in [ReversibleUNet(1, 2, **arguments([4, 6], norm_op=norm))]
+    }
+    assert set(grouped[nn.BatchNorm3d]) == {None}
+    assert None not in grouped[nn.InstanceNorm3d]
+
+
+DEFAULT = [32, 64, 128, 256, 320, 320]
+
+
+def reversible_memory(blocks: int, **changes: Any) -> StepMemory:
+    values = arguments(DEFAULT, blocks_per_stage=blocks, **changes)
+    return measure_step(lambda: ReversibleUNet(1, 3, **values), 1, (128,) * 3)
+
+
+@pytest.fixture(scope="module")
+def default_memory() -> StepMemory:
+    return measure_step(lambda: PlainConvUNet(1, num_classes=3, **arguments(DEFAULT)), 1, (128,) * 3)
+
+
+def test_tracker_gives_the_known_figures_of_default_nnunet(default_memory: StepMemory) -> None:
+    assert default_memory.held / GIB == pytest.approx(6.71, rel=0.01)
+    assert default_memory.peak / GIB == pytest.approx(8.79, rel=0.02)
+
+
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_held_and_peak_at_full_size_do_not_depend_on_depth(blocks: int, default_memory: StepMemory) -> None:
+    memory = reversible_memory(blocks)
+    assert memory.held / GIB <= 1.4
+    assert memory.peak <= 0.42 * default_memory.peak
+
+
+def test_without_reversibility_depth_costs_memory() -> None:
+    shallow, deep = (reversible_memory(blocks, reversible=False).held for blocks in (2, 4))
+    assert deep > 1.4 * shallow
+
+
+@pytest.mark.parametrize("patch_size", [(128, 128, 128), (64, 160, 160), (512, 512)])
+def test_planned_size_follows_the_measured_peak(patch_size: tuple[int, ...]) -> None:
+    dim = len(patch_size)
+    features = DEFAULT if dim == 3 else [32, 64, 128, 256, 512, 512, 512, 512]
+    batch_size = 2 if dim == 3 else 12
+    per_unit = {}
+    for network_class in (PlainConvUNet, ReversibleUNet):
+
+        def build(network_class: type[nn.Module] = network_class) -> nn.Module:
+            return network_class(input_channels=1, num_classes=3, **arguments(features, dim))
+
+        memory = measure_step(build, 1, patch_size, batch_size)
+        activations = memory.peak - memory.parameters
+        per_unit[network_class] = activations / build().compute_conv_feature_map_size(patch_size)
+    assert per_unit[ReversibleUNet] == pytest.approx(per_unit[PlainConvUNet], rel=0.06)
