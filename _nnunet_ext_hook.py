@@ -1,9 +1,9 @@
 """Lets nnU-Net's own, unmodified lookup find the trainers and planners of nnunet_ext's registry.
 
-PyTorch calls `install` at the end of `import torch` (entry-point group ``torch.backends``). It places a finder
-on `sys.meta_path` that touches two modules of nnU-Net only: the first ones that nnU-Net's search meets when it
-looks for a trainer or a planner. They receive a module ``__getattr__`` (PEP 562), which asks the registry for
-names that the module itself does not have.
+PyTorch calls `install` at the end of `import torch` (entry-point group ``torch.backends``). It places a
+finder on `sys.meta_path` that touches two modules of nnU-Net only: the first ones that nnU-Net's search meets
+when it looks for a trainer or a planner. They receive a module ``__getattr__`` (PEP 562), which asks the
+registry for names that the module itself does not have.
 
 Standard library only, and nothing here may raise: an exception would break `import torch` for the whole
 environment. What goes wrong is kept in `errors`, for `nnunet-ext doctor`.
@@ -36,14 +36,22 @@ def lookup(kind: str, name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
     try:
-        from nnunet_ext import registry
+        from nnunet_ext.registry import RegistryError, UnknownNameError, resolve, suggest
     except Exception as error:
         errors.append(f"nnunet_ext.registry can't be imported: {error!r}")
         raise AttributeError(name) from error
     try:
-        return registry.resolve(kind, name)
-    except registry.UnknownNameError as error:
-        registry.suggest(kind, name)
+        try:
+            return resolve(kind, name)
+        except UnknownNameError:
+            suggest(kind, name)
+            raise
+    except RegistryError:
+        raise
+    except UnknownNameError as error:
+        raise AttributeError(name) from error
+    except Exception as error:  # nnU-Net's search for its own names passes here too and must go on
+        errors.append(f"the registry can't look up {name}: {error!r}")
         raise AttributeError(name) from error
 
 
@@ -75,7 +83,7 @@ class Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the other finders' spec for a target module, its loader extended; None for all other names."""
+        """Return the other finders' spec for a target module, its loader extended; None for other names."""
         if fullname not in TARGETS:
             return None
         for finder in sys.meta_path:

@@ -1,8 +1,8 @@
 """Names of trainers, planners and architectures, read from entry points of all installed distributions.
 
-Holds strings until a class is asked for: importing this module loads neither torch nor nnU-Net. Any package can
-register in the groups ``nnunet_ext.trainers``, ``nnunet_ext.planners`` and ``nnunet_ext.architectures``; the
-name of an entry point is the name of its class.
+Holds strings until a class is asked for: importing this module loads neither torch nor nnU-Net. Any package
+can register in the groups ``nnunet_ext.trainers``, ``nnunet_ext.planners`` and ``nnunet_ext.architectures``;
+the name of an entry point is the name of its class.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 KINDS = ("trainers", "planners", "architectures")
+CORE_TRAINER = "nnUNetTrainer"
+EXTERNAL_TRAINERS = "nnUNet_extTrainer"  # variable: folders in which nnU-Net 2.8 searches trainers as well
 _CORE_FOLDERS = {"trainers": "training/nnUNetTrainer", "planners": "experiment_planning", "architectures": ""}
 _SCHEDULE = re.compile(
-    r"^(?P<base>\w+?)"
-    r"(?=_)(?:_(?P<epochs>[1-9]\d*)epochs)?(?:_(?P<iters>[1-9]\d*)iters)?(?P<no_mirroring>_NoMirroring)?$"
+    r"(?P<base>\w+?)"
+    r"(?=_)(?:_(?P<epochs>[1-9]\d*)epochs)?(?:_(?P<iters>[1-9]\d*)iters)?(?P<no_mirroring>_NoMirroring)?"
 )
 _logger = logging.getLogger("nnunet_ext")
 
@@ -80,7 +82,7 @@ class Schedule:
 
 def parse_schedule(name: str) -> Schedule | None:
     """Split ``<trainer>[_<N>epochs][_<M>iters][_NoMirroring]``; None where `name` has no such suffix."""
-    match = _SCHEDULE.match(name)
+    match = _SCHEDULE.fullmatch(name)
     if match is None:
         return None
     epochs, iterations = match["epochs"], match["iters"]
@@ -92,7 +94,7 @@ def parse_schedule(name: str) -> Schedule | None:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def core_names(kind: str) -> frozenset[str]:
     """Names of the classes that nnU-Net itself has, read from its source without importing it."""
     spec = importlib.util.find_spec("nnunetv2")
@@ -104,8 +106,17 @@ def core_names(kind: str) -> frozenset[str]:
 
 def _class_names(folders: list[Path]) -> frozenset[str]:
     sources = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*.py"))]
-    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sources]
-    return frozenset(name for text in texts for name in re.findall(r"^class\s+(\w+)", text, flags=re.MULTILINE))
+    return frozenset(
+        name for path in sources for name in re.findall(r"^class\s+(\w+)", _text(path), flags=re.MULTILINE)
+    )
+
+
+def _text(path: Path) -> str:
+    """Return the text of a source file; nothing where it can't be read, as nnU-Net's own search will say."""
+    try:
+        return path.read_text(encoding="utf-8", errors="ignore")
+    except OSError:
+        return ""
 
 
 def entries(kind: str) -> list[Entry]:
@@ -116,19 +127,23 @@ def entries(kind: str) -> list[Entry]:
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    # One distribution can be seen twice (an editable install beside its folder): same origin and value is one.
+    # One distribution can be seen twice (an editable install and its folder): same origin and value are one.
     points = {(point.name, point.value, _origin(point)) for point in entry_points(group=f"nnunet_ext.{kind}")}
     holders: dict[str, list[str]] = {}
     for name, value, origin in sorted(points):
         holders.setdefault(name, []).append(f"{origin} ({value})")
     return [
-        Entry(kind, name, value, origin, _refusal(kind, name, holders[name])) for name, value, origin in sorted(points)
+        Entry(kind, name, value, origin, _refusal(kind, name, holders[name]))
+        for name, value, origin in sorted(points)
     ]
 
 
 def _origin(point: EntryPoint) -> str:
     distribution = point.dist
-    return f"{distribution.name} {distribution.version}" if distribution is not None else "unknown distribution"
+    # A half-removed distribution can have entry points, but no name.
+    if distribution is None or not distribution.metadata or not distribution.metadata["Name"]:
+        return "unknown distribution"
+    return f"{distribution.name} {distribution.version}"
 
 
 def _refusal(kind: str, name: str, holders: list[str]) -> str:
@@ -149,7 +164,7 @@ def names(kind: str) -> list[str]:
 
 
 def resolve(kind: str, name: str) -> Any:
-    """Return the class registered as `name`; for trainers also ``<trainer>_<N>epochs_<M>iters[_NoMirroring]``.
+    """Return the class registered as `name`; for trainers also with the suffix that asks for a schedule.
 
     Raises:
         UnknownNameError: no such name, or nnU-Net itself has it.
@@ -157,13 +172,14 @@ def resolve(kind: str, name: str) -> Any:
     """
     if name in core_names(kind):
         raise UnknownNameError(f"{name} belongs to nnU-Net itself.")
-    for entry in entries(kind):
-        if entry.name == name:
-            return _load(entry)
+    registered = {entry.name: entry for entry in entries(kind)}
+    if name in registered:
+        return _load(registered[name])
     schedule = parse_schedule(name) if kind == "trainers" else None
-    if schedule is None:
+    if schedule is None or schedule.base not in {CORE_TRAINER, *registered}:
         raise UnknownNameError(f"No {kind[:-1]} is registered as {name}.")
-    return _scheduled(name, _schedule_base(schedule.base), schedule)
+    base = _core_trainer() if schedule.base == CORE_TRAINER else _load(registered[schedule.base])
+    return _scheduled(name, base, schedule)
 
 
 def _load(entry: Entry) -> Any:
@@ -171,26 +187,24 @@ def _load(entry: Entry) -> Any:
         raise RegistryError(f"{entry.kind[:-1].capitalize()} {entry.name} can't be used: {entry.refused}.")
     try:
         loaded = EntryPoint(entry.name, entry.value, f"nnunet_ext.{entry.kind}").load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RegistryError(
             f"{entry.kind[:-1].capitalize()} {entry.name} of {entry.distribution} can't be loaded from "
             f"{entry.value}: {error!r}. Repair or uninstall that distribution."
         ) from error
     if getattr(loaded, "__name__", None) != entry.name:
         raise RegistryError(
-            f"{entry.value} of {entry.distribution} is called {getattr(loaded, '__name__', loaded)!r}, but is "
-            f"registered as {entry.name!r}: nnU-Net stores class names in checkpoints and plans, both must be equal."
+            f"{entry.value} of {entry.distribution} is called {getattr(loaded, '__name__', loaded)!r}, but "
+            f"registered as {entry.name!r}. nnU-Net stores class names: both must be equal."
         )
     return loaded
 
 
-def _schedule_base(name: str) -> Any:
-    if name == "nnUNetTrainer":
-        return importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
-    return resolve("trainers", name)
+def _core_trainer() -> Any:
+    return getattr(importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer"), CORE_TRAINER)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _scheduled(name: str, base: Any, schedule: Schedule) -> Any:
     """Make the subclass of `base` that trains by `schedule`; the same class for the same name."""
 
@@ -207,13 +221,17 @@ def _scheduled(name: str, base: Any, schedule: Schedule) -> Any:
     __init__.__signature__ = inspect.signature(base.__init__)  # type: ignore[attr-defined]
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self: Any) -> Any:  # noqa: N802
-        rotation, dummy_2d, initial_patch_size, _ = base.configure_rotation_dummyDA_mirroring_and_inital_patch_size(
-            self
+        rotation, dummy_2d, initial_patch_size, _ = (
+            base.configure_rotation_dummyDA_mirroring_and_inital_patch_size(self)
         )
         self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, initial_patch_size, None
 
-    body: dict[str, Any] = {"__init__": __init__, "__module__": __name__, "__doc__": f"{base.__name__}: {schedule}."}
+    body: dict[str, Any] = {
+        "__init__": __init__,
+        "__module__": __name__,
+        "__doc__": f"{base.__name__}: {schedule}.",
+    }
     if schedule.no_mirroring:
         hook = configure_rotation_dummyDA_mirroring_and_inital_patch_size
         body[hook.__name__] = hook
@@ -230,37 +248,52 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def suggest(kind: str, name: str) -> None:
     """Log, once for a name, which known names it resembles; nnU-Net's own error follows."""
     if name in core_names(kind) or name in _class_names(_external_folders()):
         return
     schedule = parse_schedule(name) if kind == "trainers" else None
+    if schedule is not None and schedule.base in core_names(kind) - {CORE_TRAINER}:
+        _logger.warning(
+            "nnunet_ext: %s has no schedules; %s and registered trainers have.", schedule.base, CORE_TRAINER
+        )
+        return
     asked, suffix = (schedule.base, name[len(schedule.base) :]) if schedule else (name, "")
-    known = sorted({*names(kind), *core_names(kind)})
-    similar = [candidate + suffix for candidate in difflib.get_close_matches(asked, known, n=3, cutoff=0.75)]
+    known = {CORE_TRAINER, *names(kind)} if schedule else {*names(kind), *core_names(kind)}
+    close = difflib.get_close_matches(asked, sorted(known), n=3, cutoff=0.75)
+    similar = [candidate + suffix for candidate in close]
     if similar:
-        _logger.warning("nnunet_ext: no %s is called %s. Did you mean %s?", kind[:-1], name, " or ".join(similar))
+        _logger.warning(
+            "nnunet_ext: no %s is called %s. Did you mean %s?", kind[:-1], name, " or ".join(similar)
+        )
     elif "Trainer" in name or "Planner" in name:
         _logger.warning("nnunet_ext: no %s is called %s. `nnunet-ext list` shows all names.", kind[:-1], name)
 
 
 def _external_folders() -> list[Path]:
-    return [Path(folder) for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+    return [Path(folder) for folder in os.environ.get(EXTERNAL_TRAINERS, "").split(os.pathsep) if folder]
 
 
-def summary(entry: Entry) -> str:
-    """First line of the docstring of the entry's class, read from its source without importing it."""
+def source(entry: Entry) -> ast.Module:
+    """Syntax tree of the entry's module, read without importing it; empty where that can't be done."""
     top, *rest = entry.module.split(".")
     try:
         spec = importlib.util.find_spec(top)
         if spec is None or spec.origin is None:
-            return ""
-        path = Path(spec.origin).parent.joinpath(*rest).with_suffix(".py") if rest else Path(spec.origin)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+            return ast.Module([], [])
+        path = Path(spec.origin)
+        if rest:
+            file = path.parent.joinpath(*rest).with_suffix(".py")
+            path = file if file.is_file() else path.parent.joinpath(*rest, "__init__.py")
+        return ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError, ImportError):
-        return ""
-    for node in tree.body:
+        return ast.Module([], [])
+
+
+def summary(entry: Entry) -> str:
+    """First line of the docstring of the entry's class, read from its source without importing it."""
+    for node in source(entry).body:
         if isinstance(node, ast.ClassDef) and node.name == entry.name:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return ""

@@ -9,7 +9,7 @@ As in the paper, skips are added, not concatenated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -41,7 +41,7 @@ PEAK_PER_COUNTED_ELEMENT = {2: 2.38, 3: 2.57}
 class ConvSpec:
     """What all convolutions of a network share; names and meaning as in nnU-Net's plans."""
 
-    conv_op: type[_ConvNd]
+    conv_op: Callable[..., nn.Module]
     conv_bias: bool
     norm_op: type[nn.Module] | None
     norm_op_kwargs: Mapping[str, Any]
@@ -50,8 +50,10 @@ class ConvSpec:
     nonlin: type[nn.Module] | None
     nonlin_kwargs: Mapping[str, Any]
 
-    def conv(self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]) -> nn.Module:
-        """A bare convolution that divides the size by `stride`: (B, C_in, *spatial) -> (B, C_out, *spatial / stride)."""
+    def conv(
+        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]
+    ) -> nn.Module:
+        """A bare convolution: (B, C_in, *spatial) -> (B, C_out, *spatial / stride)."""
         padding = [(k - 1) // 2 for k in kernel_size]
         return self.conv_op(in_channels, out_channels, kernel_size, stride, padding, bias=self.conv_bias)
 
@@ -132,7 +134,9 @@ class Encoder(nn.Module):
     Shape: (B, C_in, *patch) -> list of (B, C_s, *patch / cumulative stride).
     """
 
-    def __init__(self, input_channels: int, spec: ConvSpec, stages: Sequence[StageSpec], coupling: CouplingSpec) -> None:
+    def __init__(
+        self, input_channels: int, spec: ConvSpec, stages: Sequence[StageSpec], coupling: CouplingSpec
+    ) -> None:
         super().__init__()
         channels = [input_channels, *(stage.channels for stage in stages)]
         self.transitions = nn.ModuleList(
@@ -340,10 +344,14 @@ def _stage_specs(
 ) -> list[StageSpec]:
     """Check what the plans say of the stages, finest first."""
     if n_stages < 2:
-        raise ValueError(f"A ReversibleUNet needs at least 2 stages, got n_stages={n_stages}: plan a larger patch.")
+        raise ValueError(
+            f"A ReversibleUNet needs at least 2 stages, got n_stages={n_stages}: plan a larger patch."
+        )
     dim = convert_conv_op_to_dim(conv_op)
     features = _per_stage("features_per_stage", features_per_stage, n_stages)
-    kernels = [_per_axis("kernel_sizes", conv_op, dim, k) for k in _per_stage("kernel_sizes", kernel_sizes, n_stages)]
+    kernels = [
+        _per_axis("kernel_sizes", conv_op, dim, k) for k in _per_stage("kernel_sizes", kernel_sizes, n_stages)
+    ]
     steps = [_per_axis("strides", conv_op, dim, s) for s in _per_stage("strides", strides, n_stages)]
     encoder = _per_stage("blocks per encoder stage", encoder_blocks, n_stages)
     decoder = _per_stage("n_conv_per_stage_decoder", decoder_blocks, n_stages - 1)[::-1]
@@ -356,9 +364,13 @@ def _stage_specs(
         if any(k % 2 == 0 for k in kernels[i]):
             raise ValueError(f"Kernels must be odd to keep the size, stage {i} has kernel size {kernels[i]}.")
     if min(*encoder, *decoder) < 1:
-        raise ValueError(f"Every stage needs at least one block, got encoder {encoder}, decoder {decoder[::-1]}.")
+        raise ValueError(
+            f"Every stage needs at least one block, got encoder {encoder}, decoder {decoder[::-1]}."
+        )
     # The coarsest stage has no decoder.
-    return [StageSpec(*values) for values in zip(features, kernels, steps, encoder, [*decoder, 0], strict=True)]
+    return [
+        StageSpec(*values) for values in zip(features, kernels, steps, encoder, [*decoder, 0], strict=True)
+    ]
 
 
 def _per_axis(name: str, conv_op: type[_ConvNd], dim: int, value: Any) -> list[int]:

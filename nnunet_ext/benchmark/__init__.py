@@ -1,0 +1,1 @@
+"""Measurements of networks: memory of a training step."""

@@ -35,7 +35,11 @@ class StorageTracker(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the operation and count the storages of its results."""
         result = func(*args, **(kwargs or {}))
@@ -107,5 +111,5 @@ def measure_step(
             outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
             loss = sum(output.logsumexp(1).mean() for output in outputs)
             del outputs
-            loss.backward()  # type: ignore[union-attr]
+            loss.backward()
             return StepMemory(held, tracker.peak, parameters)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nnunet_ext import __version__
 
-# command -> one line of help; nnunet_ext.cli.<command> holds add_arguments(parser) and run(args) -> exit status
+# command -> one line of help; nnunet_ext.cli.<command> has add_arguments(parser) and run(args) -> exit status
 COMMANDS = {
     "list": "show every registered trainer, planner and architecture",
     "doctor": "prove that nnU-Net's commands find them, and say what to repair",
@@ -24,7 +24,8 @@ class UserError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``nnunet-ext <command> ...``; return the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Once imported, the command's module `list` stands for the builtin in this namespace.
+    arguments = [*(sys.argv[1:] if argv is None else argv)]
     parser = argparse.ArgumentParser(
         prog="nnunet-ext",
         description="Memory-saving and fast networks for nnU-Net v2.",

@@ -18,16 +18,18 @@ class ReversibleUNetPlanner(ExperimentPlanner):
     Attributes:
         blocks_per_stage: depth preset written into the plans: one number for all stages, one per resolution, or
             None for as many blocks as nnU-Net plans convolutions. Nearly free in memory, linear in time.
+        default_plans_name: name of the plans where none is asked for.
     """
 
     blocks_per_stage: int | list[int] | None = None
+    default_plans_name = "nnUNetReversiblePlans"
 
     def __init__(
         self,
         dataset_name_or_id: str | int,
         gpu_memory_target_in_gb: float = 8,
         preprocessor_name: str = "DefaultPreprocessor",
-        plans_name: str = "nnUNetReversiblePlans",
+        plans_name: str | None = None,
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
@@ -35,7 +37,7 @@ class ReversibleUNetPlanner(ExperimentPlanner):
             dataset_name_or_id,
             gpu_memory_target_in_gb,
             preprocessor_name,
-            plans_name,
+            plans_name or self.default_plans_name,
             overwrite_target_spacing,
             suppress_transpose,
         )

@@ -1,0 +1,1 @@
+"""nnUNetTrainer subclasses; file and class are named alike."""

@@ -28,5 +28,9 @@ class nnUNetTrainerReversible(AtomicCheckpointMixin, nnUNetTrainer):
     ) -> nn.Module:
         """Build `ReversibleUNet` from the plans, for training and prediction."""
         return build_from_plans(
-            ReversibleUNet, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            ReversibleUNet,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
         )

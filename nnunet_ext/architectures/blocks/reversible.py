@@ -117,7 +117,9 @@ class ReversibleSequence(nn.Module):
         self.group_elements = group_elements
         modes = {coupling.exact for coupling in self._couplings()}
         if len(modes) != 1:
-            raise ValueError(f"A ReversibleSequence needs couplings that are all exact or all not, got {modes}.")
+            raise ValueError(
+                f"A ReversibleSequence needs couplings that are all exact or all not, got {modes}."
+            )
         self.exact = modes.pop()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +153,9 @@ class ReversibleSequence(nn.Module):
         if not self.exact:
             return x
         if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"exact=True needs streams in float32 or float64, got {x.dtype}: use autocast instead.")
+            raise ValueError(
+                f"exact=True needs streams in float32 or float64, got {x.dtype}: use autocast instead."
+            )
         return _RoundStraightThrough.apply(x)
 
     def _needs_grad(self, x: Tensor) -> bool:
@@ -258,7 +262,9 @@ class _Recomputed(torch.autograd.Function):
                 # y2 = x2 + g(y1): recover x2, and pass the gradient of y2 on to y1
                 _undo(ctx, (group.start, i, "g"), coupling, coupling.g, state, gradients, True)
                 # y1 = x1 + f(x2): recover x1, and pass the gradient of y1 on to x2
-                _undo(ctx, (group.start, i, "f"), coupling, coupling.f, state, gradients, i > 0 or x_needs_grad)
+                _undo(
+                    ctx, (group.start, i, "f"), coupling, coupling.f, state, gradients, i > 0 or x_needs_grad
+                )
             if grad_x is not None:
                 torch.cat((state.d_given, state.d_result), dim=1, out=grad_x[group])
             elif x_needs_grad:
@@ -319,7 +325,9 @@ class _Gradients:
         return (self.sums.get(id(parameter)) for parameter in parameters)
 
 
-def _run(ctx: Any, key: tuple[int, int, str], coupling: AdditiveCoupling, module: nn.Module, given: Tensor) -> Tensor:
+def _run(
+    ctx: Any, key: tuple[int, int, str], coupling: AdditiveCoupling, module: nn.Module, given: Tensor
+) -> Tensor:
     """Evaluate one half in the forward pass; remember the generators' states if it used them."""
     # Under FakeTensorMode there are no random numbers, and states could not be compared.
     before = None if isinstance(given, FakeTensor) else _RandomState.now(given)

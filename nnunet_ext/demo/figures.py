@@ -1,0 +1,225 @@
+"""Figures of the report: segmentations in slices through the smallest structure, and learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Okabe and Ito (2008), safe for colour-blind readers; numbers and line styles serve greyscale prints.
+LABEL_COLOURS = ("#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#E69F00", "#0072B2")
+_CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_CURVE_MARKERS = ("o", "s", "^", "D", "v", "P")
+_STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "axes.linewidth": 0.6,
+}
+_CT_WINDOW = (-160.0, 240.0)  # HU
+_DPI = 200
+
+
+@dataclass(frozen=True)
+class Scan:
+    """An unseen scan with its segmentations.
+
+    Args:
+        name: of the case.
+        image: first channel, (z, y, x).
+        spacing: along z, y, x in mm.
+        truth: labels, (z, y, x).
+        predictions: title -> labels, (z, y, x).
+        names: label -> name.
+        is_ct: whether `image` holds Hounsfield units, which are shown in a fixed window.
+    """
+
+    name: str
+    image: NDArray[Any]
+    spacing: tuple[float, float, float]
+    truth: NDArray[Any]
+    predictions: Mapping[str, NDArray[Any]]
+    names: Mapping[int, str]
+    is_ct: bool
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a training logged, one value per epoch; `seconds` is the epoch's time."""
+
+    training_loss: tuple[float, ...]
+    validation_loss: tuple[float, ...]
+    dice: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """A slice: `axis` is cut at `index`; the vertical axis of the picture is `vertical`."""
+
+    axis: int
+    index: int
+    vertical: int
+
+    def cut(self, volume: NDArray[Any]) -> NDArray[Any]:
+        return np.take(volume, self.index, self.axis)  # (z, y, x) -> (y, x) or (z, x)
+
+
+def focus(truth: NDArray[Any]) -> tuple[int, int, int]:
+    """Slices (z, y, x) in which the label of the fewest voxels has its largest areas; else the middle."""
+    labels, counts = np.unique(truth[truth > 0], return_counts=True)
+    if not labels.size:
+        z, y, x = (n // 2 for n in truth.shape)
+        return z, y, x
+    mask = truth == labels[np.argmin(counts)]
+    z, y, x = (int(np.argmax(mask.sum(axis=tuple({0, 1, 2} - {axis})))) for axis in range(3))
+    return z, y, x
+
+
+def overlay(scan: Scan) -> bytes:
+    """PNG with the columns image, reference, predictions and the rows z plane and (of a volume) y plane."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    z, y, _ = focus(scan.truth)
+    planes = [_Plane(0, z, 1), _Plane(1, y, 0)] if scan.truth.shape[0] > 1 else [_Plane(0, z, 1)]
+    columns: list[tuple[str, NDArray[Any] | None]] = [("Image", None), ("Reference", scan.truth)]
+    columns += scan.predictions.items()
+    extent = [n * step for n, step in zip(scan.truth.shape, scan.spacing, strict=True)]
+    heights = [extent[plane.vertical] / extent[2] for plane in planes]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(1.95 * len(columns) + 0.5, 1.85 * sum(heights) + 0.95))
+        axes = figure.subplots(
+            len(planes),
+            len(columns),
+            squeeze=False,
+            sharex=True,
+            sharey="row",
+            gridspec_kw={"height_ratios": heights},
+        )
+        for row, plane in zip(axes, planes, strict=True):
+            for axis, (title, labels) in zip(row, columns, strict=True):
+                _show(axis, plane, scan, labels)
+                axis.set_title(title if plane is planes[0] else "")
+            place = (plane.index + 0.5) * scan.spacing[plane.axis]
+            row[0].set_ylabel(f"{'zyx'[plane.axis]} = {place:.0f} mm\n{'zyx'[plane.vertical]} [mm]")
+        for axis in axes[-1]:
+            axis.set_xlabel("x [mm]")
+        _label_legend(figure, scan, planes)
+        return _png(figure, legend=0.28)
+
+
+def _show(axis: Any, plane: _Plane, scan: Scan, labels: NDArray[Any] | None) -> None:
+    """Draw the slice of the image and, above it, areas, outlines and numbers of the labels."""
+    low, high = _CT_WINDOW if scan.is_ct else np.percentile(scan.image, (1, 99))
+    picture, down = plane.cut(scan.image), scan.spacing[plane.vertical]
+    height, width = picture.shape[0] * down, picture.shape[1] * scan.spacing[2]
+    bottom_up = plane.vertical == 0  # z grows to the head, y to the back
+    extent = (0, width, 0, height) if bottom_up else (0, width, height, 0)
+    origin = "lower" if bottom_up else "upper"
+    look = {"cmap": "gray", "vmin": low, "vmax": high, "interpolation": "bicubic"}
+    axis.imshow(picture, extent=extent, origin=origin, **look)
+    if labels is not None:
+        areas = np.pad(plane.cut(labels), 1)  # a border of background closes the outlines
+        rows = (np.arange(areas.shape[0]) - 0.5) * down
+        columns = (np.arange(areas.shape[1]) - 0.5) * scan.spacing[2]
+        for label in _present(areas):
+            _draw_label(axis, label, areas == label, rows, columns)
+    axis.set(xlim=extent[:2], ylim=extent[2:])
+    axis.tick_params(length=2, width=0.6)
+
+
+def _draw_label(
+    axis: Any, label: int, mask: NDArray[np.bool_], rows: NDArray[Any], columns: NDArray[Any]
+) -> None:
+    """Draw the area, its outline and its number, on the voxel nearest to its middle."""
+    from matplotlib.patheffects import withStroke
+
+    colours = [_colour(label)]
+    axis.contourf(columns, rows, mask, levels=[0.5, 1.5], colors=colours, alpha=0.4)
+    axis.contour(columns, rows, mask, levels=[0.5], colors=colours, linewidths=1.1)
+    voxels = np.argwhere(mask)
+    row, column = voxels[np.argmin(np.square(voxels - voxels.mean(axis=0)).sum(axis=1))]
+    outline = [withStroke(linewidth=1.4, foreground="white")]
+    axis.text(
+        columns[column], rows[row], str(label), fontsize=6.5, ha="center", va="center", path_effects=outline
+    )
+
+
+def _label_legend(figure: Any, scan: Scan, planes: list[_Plane]) -> None:
+    from matplotlib.patches import Patch
+
+    volumes = [scan.truth, *scan.predictions.values()]
+    labels = sorted(
+        {label for plane in planes for volume in volumes for label in _present(plane.cut(volume))}
+    )
+    handles = [
+        Patch(
+            facecolor=_colour(label),
+            edgecolor="black",
+            linewidth=0.5,
+            label=f"{label} {scan.names.get(label, '')}",
+        )
+        for label in labels
+    ]
+    figure.legend(handles=handles, loc="lower center", ncol=max(1, min(len(handles), 8)), frameon=False)
+
+
+def _present(areas: NDArray[Any]) -> list[int]:
+    return [int(label) for label in np.unique(areas) if label > 0]
+
+
+def _colour(label: int) -> str:
+    return LABEL_COLOURS[(label - 1) % len(LABEL_COLOURS)]
+
+
+def learning_curves(curves: Mapping[str, Curves]) -> bytes:
+    """PNG of the losses and of the validation patches' Dice over the epochs, one colour per trainer."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.8, 2.8))
+        losses, dice = figure.subplots(1, 2)
+        for index, (trainer, values) in enumerate(curves.items()):
+            colour = _CURVE_COLOURS[index % len(_CURVE_COLOURS)]
+            marker = _CURVE_MARKERS[index % len(_CURVE_MARKERS)]
+            epochs = range(1, len(values.dice) + 1)
+            line = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.2}
+            losses.plot(epochs, values.training_loss, **line, label=f"{trainer}, training")
+            losses.plot(
+                epochs,
+                values.validation_loss,
+                **line,
+                linestyle="--",
+                markerfacecolor="white",
+                label=f"{trainer}, validation",
+            )
+            dice.plot(epochs, values.dice, **line, label=trainer)
+        losses.set(xlabel="Epoch", ylabel="Loss (cross-entropy + Dice)", title="Loss")
+        dice.set(
+            xlabel="Epoch", ylabel="Dice, mean of the foreground", title="Validation patches", ylim=(0, 1)
+        )
+        for axis in (losses, dice):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_xlim(0.5, max(len(values.dice) for values in curves.values()) + 0.5)
+            axis.grid(linewidth=0.3, alpha=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(frameon=False)
+        return _png(figure)
+
+
+def _png(figure: Any, legend: float = 0.0) -> bytes:
+    """Render; `legend` inches are kept free at the bottom."""
+    figure.tight_layout(rect=(0, legend / figure.get_figheight(), 1, 1), w_pad=0.4, h_pad=1.0)
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=_DPI)
+    return stream.getvalue()

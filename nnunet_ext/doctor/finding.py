@@ -1,0 +1,46 @@
+"""The record that every check of the doctor returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["ok", "warning", "failure"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Args:
+        level: "failure" where trainings would fail, "warning" where something may be meant otherwise.
+        subject: what was checked.
+        detail: what was found, in one line.
+        cure: what to do about it, in one line; empty where nothing needs to be done.
+    """
+
+    level: Level
+    subject: str
+    detail: str
+    cure: str = ""
+
+
+def ok(subject: str, detail: str) -> Finding:
+    """Return a finding that needs no cure."""
+    return Finding("ok", subject, detail)
+
+
+def warning(subject: str, detail: str, cure: str) -> Finding:
+    """Return a finding that may be meant."""
+    return Finding("warning", subject, detail, cure)
+
+
+def failure(subject: str, detail: str, cure: str) -> Finding:
+    """Return a finding that has to be cured."""
+    return Finding("failure", subject, detail, cure)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

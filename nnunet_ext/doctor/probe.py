@@ -1,0 +1,133 @@
+"""What the doctor does in a fresh process: nnU-Net's own lookup of every registered name.
+
+Everything here is caught and becomes a row: the doctor is for environments in which things are broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import pydoc
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nnunet_ext.doctor import environment
+from nnunet_ext.doctor.finding import Finding, failure, ok, one_line
+
+SCHEDULE = "_3epochs_7iters"  # no class of nnU-Net ends like this
+
+
+def main() -> None:
+    """Write the findings, as JSON, to the file that the command line names."""
+    Path(sys.argv[1]).write_text(json.dumps([asdict(finding) for finding in findings()]), encoding="utf-8")
+
+
+def findings() -> Iterator[Finding]:
+    """Run every check; nnU-Net's lookup comes first after the versions, before anything else is imported."""
+    yield from environment.versions()
+    try:
+        importlib.import_module("torch")
+    except Exception as error:
+        cause = error.__cause__ or error
+        yield failure("torch", f"can't be imported: {one_line(cause)}", environment.torch_cure(error))
+        return
+    host = environment.host()
+    if host.level == "ok":
+        rows = list(lookups())  # first: the hook keeps what goes wrong meanwhile
+        yield from environment.hook()
+        yield from rows
+    else:
+        yield host
+        yield from environment.hook()
+    yield from environment.collisions()
+    yield from environment.folders()
+    yield from environment.device()
+
+
+def lookups() -> Iterator[Finding]:
+    """Look up every registered name, a schedule, and one name in a spawned process."""
+    from nnunet_ext import registry
+
+    found = []
+    for entry in (entry for kind in registry.KINDS for entry in registry.entries(kind)):
+        subject = f"{entry.kind[:-1]} {entry.name}"
+        if entry.refused:
+            yield failure(subject, f"refused: {entry.refused}", f"comes from {entry.distribution}")
+            continue
+        finding = _finding(subject, look_up(entry.kind, entry.name), entry.distribution)
+        found += [entry.name] if entry.kind == "trainers" and finding.level == "ok" else []
+        yield finding
+    name = (found or [registry.CORE_TRAINER])[0] + SCHEDULE
+    for subject, (success, detail) in (
+        ("schedule", look_up("trainers", name)),
+        ("spawned process", _in_spawned_process(name)),
+    ):
+        yield _finding(subject, (success, f"{name}: {detail}"), environment.DISTRIBUTION)
+
+
+def _finding(subject: str, result: tuple[bool, str], distribution: str) -> Finding:
+    found, detail = result
+    if found:
+        return ok(subject, detail)
+    return failure(subject, detail, environment.lookup_cure(distribution))
+
+
+def look_up(kind: str, name: str) -> tuple[bool, str]:
+    """Look up `name` as nnU-Net does; return whether it is found, and where or why not."""
+    try:
+        found = SEARCHES[kind](name)
+    except Exception as error:
+        return False, one_line(error)
+    if found is None:
+        return False, f"nnU-Net finds no {kind[:-1]} of this name"
+    return True, f"found as {found.__module__}.{found.__qualname__}"
+
+
+def _trainer(name: str) -> Any:
+    search = importlib.import_module("nnunetv2.utilities.find_class_by_name").recursive_find_python_class
+    try:  # nnU-Net 2.8 and newer
+        find = importlib.import_module("nnunetv2.utilities.find_objects").recursive_find_trainer_class_by_name
+    except ModuleNotFoundError:
+        folder = os.path.join(_host_folder(), "training", "nnUNetTrainer")
+        return search(folder, name, "nnunetv2.training.nnUNetTrainer")
+    return find(name)
+
+
+def _planner(name: str) -> Any:
+    search = importlib.import_module("nnunetv2.utilities.find_class_by_name").recursive_find_python_class
+    return search(os.path.join(_host_folder(), "experiment_planning"), name, "nnunetv2.experiment_planning")
+
+
+def _architecture(name: str) -> Any:
+    from nnunet_ext import registry
+
+    value = next(entry.value for entry in registry.entries("architectures") if entry.name == name)
+    registry.resolve("architectures", name)
+    # Plans hold the dotted path; nnU-Net locates it like this.
+    return pydoc.locate(value.replace(":", "."))
+
+
+def _host_folder() -> str:
+    return str(importlib.import_module("nnunetv2").__path__[0])
+
+
+SEARCHES: dict[str, Callable[[str], Any]] = {
+    "trainers": _trainer,
+    "planners": _planner,
+    "architectures": _architecture,
+}
+
+
+def _in_spawned_process(name: str) -> tuple[bool, str]:
+    """Look up a trainer as the workers of distributed training do."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(look_up, "trainers", name).result(timeout=600)
+    except Exception as error:
+        return False, one_line(error)

@@ -1,0 +1,78 @@
+"""Fixtures for tests that need another distribution, or a fresh process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from nnunet_ext import registry
+
+Install = Callable[..., Path]
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the path of this process and of those it starts."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    return folder
+
+
+@pytest.fixture
+def install(site: Path) -> Iterator[Install]:
+    """Install a distribution: ``install("acme", "class Acme: ...", architectures=["Acme"])``.
+
+    The source is its module of the same name; the other arguments are groups of nnunet_ext's entry points.
+    """
+    modules = []
+
+    def _install(name: str, source: str, **groups: list[str]) -> Path:
+        (site / f"{name}.py").write_text(source, encoding="utf-8")
+        info = site / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8"
+        )
+        lines = []
+        for group, names in groups.items():
+            lines += [f"[nnunet_ext.{group}]", *(f"{entry} = {name}:{entry}" for entry in names)]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        importlib.invalidate_caches()
+        registry.suggest.cache_clear()
+        modules.append(name)
+        return info
+
+    yield _install
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> RunPython:
+    """Run code in a fresh process of this Python, outside the repository; it must end with status 0."""
+
+    def _run(
+        code: str, *options: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, *options, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    return _run

@@ -1,0 +1,103 @@
+"""A small data set in nnU-Net's format, planned and preprocessed by its own commands, once for each kind of labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+WORKSPACE = Path(tempfile.mkdtemp(prefix="nnunet_ext-tests-"))
+
+# nnU-Net before 2.8 reads its folders when it is imported, so they are set before.
+os.environ.update(
+    {f"nnUNet_{name}": str(WORKSPACE / name) for name in ("raw", "preprocessed", "results")},
+    nnUNet_n_proc_DA="1",
+    nnUNet_def_n_proc="1",
+    nnUNet_compile="false",
+)
+
+LABELS: dict[str, dict[str, Any]] = {
+    "labels": {"labels": {"background": 0, "a": 1, "b": 2}},
+    "regions": {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]},
+    "ignore": {"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}},
+}
+IDS = {kind: 901 + i for i, kind in enumerate(LABELS)}
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(WORKSPACE, ignore_errors=True)
+
+
+def run_command(name: str, *arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
+    """Run a console command of this environment; it must succeed."""
+    command = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
+    environment = {**os.environ, "nnUNet_n_proc_DA": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def write_case(folder: Path, name: str, seed: int, ignore: bool) -> None:
+    """One image of two channels with two nested boxes, and its labels."""
+    random = np.random.default_rng(seed)
+    labels = np.zeros((24, 24, 24), dtype=np.uint8)
+    start = random.integers(3, 7, 3)
+    a, b, c = start
+    labels[a : a + 12, b : b + 12, c : c + 12] = 1
+    labels[a + 3 : a + 8, b + 3 : b + 8, c + 3 : c + 8] = 2
+    for channel in (0, 1):
+        image = labels * (2.0 + channel) + random.normal(0, 0.5, labels.shape)
+        path = folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz"
+        sitk.WriteImage(sitk.GetImageFromArray(image.astype(np.float32)), str(path))
+    if ignore:
+        labels[:4] = 3
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(folder / "labelsTr" / f"{name}.nii.gz"))
+
+
+@cache
+def prepare(kind: str) -> int:
+    """Write, plan and preprocess the data set of this kind of labels; return its ID."""
+    identifier = IDS[kind]
+    folder = WORKSPACE / "raw" / f"Dataset{identifier}_{kind}"
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    for i in range(6):
+        write_case(folder, f"case{i}", i, kind == "ignore")
+    content = {
+        "channel_names": {"0": "T1", "1": "T2"},
+        **LABELS[kind],
+        "numTraining": 6,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    run_command("nnUNetv2_plan_and_preprocess", "-d", identifier, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    return identifier
+
+
+@pytest.fixture
+def dataset() -> Callable[[str], int]:
+    """Give the ID of a preprocessed data set: ``dataset("labels")``, "regions" or "ignore"."""
+    return prepare
+
+
+@pytest.fixture
+def workspace() -> Path:
+    """The folder that holds nnU-Net's raw, preprocessed and results."""
+    return WORKSPACE
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Run a console command: ``command("nnUNetv2_train", ...)``."""
+    return run_command

@@ -1,0 +1,165 @@
+"""What every registered architecture promises (docs/how-to/add-a-method.md); a new one gets these tests for free."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nnunet_ext import registry
+from tests.contract.plans import PATCHES, arguments
+
+ARCHITECTURES = registry.names("architectures")
+CHANNELS, CLASSES, BATCH = 2, 3, 2
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=PATCHES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def build(
+    name: str, case: str, deep_supervision: bool = False, channels: int = CHANNELS, classes: int = CLASSES
+):
+    torch.manual_seed(0)
+    network_class = registry.resolve("architectures", name)
+    network = network_class(
+        input_channels=channels, num_classes=classes, deep_supervision=deep_supervision, **arguments(case)
+    )
+    network.apply(network.initialize)
+    return network
+
+
+def image(case: str, channels: int = CHANNELS, batch: int = BATCH) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, channels, *PATCHES[case])
+
+
+def loss_of(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    return sum(output.float().square().mean() for output in outputs)
+
+
+def train_gradients(network: nn.Module, x: Tensor) -> list[Tensor]:
+    network.train().zero_grad()
+    loss_of(network(x)).backward()
+    return [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+
+def test_at_least_one_architecture_is_registered() -> None:
+    assert ARCHITECTURES
+
+
+def test_evaluation_gives_one_dense_writable_tensor(name: str, case: str) -> None:
+    network = build(name, case).eval()
+    with torch.inference_mode():
+        logits = network(image(case))
+        logits *= 2
+    assert logits.shape == (BATCH, CLASSES, *PATCHES[case])
+    assert logits.isfinite().all()
+
+
+def test_deep_supervision_gives_a_list_largest_first_at_the_scales_of_nnunet(name: str, case: str) -> None:
+    network = build(name, case, deep_supervision=True).train()
+    if not hasattr(network, "decoder"):
+        pytest.skip("without a decoder there is nothing to supervise: its trainer overrides the switch")
+    outputs = network(image(case))
+    strides = np.cumprod(arguments(case)["strides"], axis=0)[:-1]
+    expected = [(BATCH, CLASSES, *(np.array(PATCHES[case]) // stride)) for stride in strides]
+    assert [tuple(output.shape) for output in outputs] == expected
+    network.decoder.deep_supervision = False
+    assert isinstance(network(image(case)), Tensor)
+
+
+def test_every_weight_receives_a_finite_gradient(name: str, case: str) -> None:
+    network = build(name, case, deep_supervision=True)
+    train_gradients(network, image(case))
+    missing = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(1, 1), (4, 14)])
+def test_any_number_of_channels_and_classes(name: str, channels: int, classes: int) -> None:
+    network = build(name, "3d", channels=channels, classes=classes).eval()
+    assert network(image("3d", channels)).shape[1] == classes
+
+
+def test_state_dict_loads_strictly_also_after_eval(name: str, case: str) -> None:
+    network, twin = build(name, case, deep_supervision=True), build(name, case)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    network.eval()
+    stored = io.BytesIO()
+    torch.save(network.state_dict(), stored)
+    stored.seek(0)
+    twin.eval().load_state_dict(torch.load(stored, weights_only=True), strict=True)
+    if hasattr(network, "decoder"):
+        network.decoder.deep_supervision = False
+    with torch.inference_mode():
+        torch.testing.assert_close(twin(image(case)), network(image(case)), rtol=0, atol=0)
+
+
+def test_deepcopy_computes_the_same_and_shares_nothing(name: str) -> None:
+    network = build(name, "3d").eval()
+    twin = copy.deepcopy(network)
+    expected = network(image("3d")).detach()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(twin(image("3d")).detach(), expected, rtol=0, atol=0)
+
+
+def test_backward_outside_autocast_is_close_to_float32(name: str, case: str) -> None:
+    network = build(name, case, deep_supervision=True).train()
+    expected = torch.cat([g.flatten() for g in train_gradients(network, image(case))])
+    network.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(network(image(case)))
+    loss.backward()
+    found = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.99
+
+
+def test_compiled_network_has_the_same_gradients(name: str, case: str) -> None:
+    torch._dynamo.reset()
+    network = build(name, case, deep_supervision=True)
+    expected = train_gradients(network, image(case))
+    compiled = torch.compile(network, backend="aot_eager")
+    for found, wanted in zip(train_gradients(compiled, image(case)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_channels_last_gives_the_same_logits(name: str, case: str) -> None:
+    network = build(name, case).eval()
+    layout = torch.channels_last if len(PATCHES[case]) == 2 else torch.channels_last_3d
+    with torch.inference_mode():
+        expected = network(image(case))
+        found = network.to(memory_format=layout)(image(case).to(memory_format=layout))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_feature_map_size_grows_with_the_patch(name: str, case: str) -> None:
+    network = build(name, case, deep_supervision=True)
+    patch = PATCHES[case]
+    small = network.compute_conv_feature_map_size(patch)
+    large = network.compute_conv_feature_map_size([2 * size for size in patch])
+    assert small > 0
+    assert large == pytest.approx(2 ** len(patch) * small, rel=0.3)
+
+
+def test_no_input_is_changed(name: str, case: str) -> None:
+    network = build(name, case, deep_supervision=True)
+    x = image(case)
+    train_gradients(network, x)
+    torch.testing.assert_close(x, image(case), rtol=0, atol=0)

@@ -1,0 +1,81 @@
+"""The standard commands in processes of their own: plan, train, kill, continue, predict."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+TRAINER = "nnUNetTrainerReversible_20epochs_1iters"
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not path.is_file():
+        assert process.poll() is None, "training ended before it was killed"
+        assert time.monotonic() < end, f"no {path.name} within {seconds} s"
+        time.sleep(0.05)
+
+
+def test_planned_trained_killed_continued_and_predicted(
+    dataset: Callable[[str], int], workspace: Path, command: Command, tmp_path: Path
+) -> None:
+    identifier = dataset("labels")
+    command("nnUNetv2_plan_experiment", "-d", identifier, "-pl", "ReversibleUNetPlanner")
+    training = [identifier, "3d_fullres", 0, "-tr", TRAINER, "-p", "nnUNetReversiblePlans", "-device", "cpu"]
+    folder = workspace / "results" / f"Dataset{identifier}_labels"
+    fold = folder / f"{TRAINER}__nnUNetReversiblePlans__3d_fullres" / "fold_0"
+
+    script = Path(sys.executable).with_name("nnUNetv2_train")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(script), *map(str, training)], stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            wait_for(fold / "checkpoint_latest.pth", process, 300)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    reached = torch.load(fold / "checkpoint_latest.pth", weights_only=False)["current_epoch"]
+    assert 0 < reached < 20
+
+    command("nnUNetv2_train", *training, "--c")
+    logs = sorted(fold.glob("training_log*.txt"))
+    assert f"Epoch {reached}\n" in logs[-1].read_text().replace(" \n", "\n")
+    assert "Epoch 0\n" not in logs[-1].read_text().replace(" \n", "\n")
+    assert (fold / "validation" / "summary.json").is_file()
+
+    unseen = tmp_path / "in"
+    unseen.mkdir()
+    for channel in (0, 1):
+        source = (
+            workspace / "raw" / f"Dataset{identifier}_labels" / "imagesTr" / f"case0_{channel:04d}.nii.gz"
+        )
+        (unseen / f"new_{channel:04d}.nii.gz").write_bytes(source.read_bytes())
+    options = ["-d", identifier, "-c", "3d_fullres", "-f", 0, "-tr", TRAINER, "-p", "nnUNetReversiblePlans"]
+    command(
+        "nnUNetv2_predict",
+        "-i",
+        unseen,
+        "-o",
+        tmp_path / "out",
+        *options,
+        "-device",
+        "cpu",
+        "-npp",
+        1,
+        "-nps",
+        1,
+    )
+    segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "new.nii.gz")))
+    assert segmentation.shape == (24, 24, 24)
+    assert set(np.unique(segmentation)) <= {0, 1, 2}

@@ -1,0 +1,109 @@
+"""What every registered planner promises, and what ReversibleUNetPlanner plans."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunet_ext import registry
+
+PLANNERS = registry.names("planners")
+
+
+def plan(planner: str, identifier: int, workspace: Path) -> dict[str, Any]:
+    """Plan as `nnUNetv2_plan_experiment -pl planner` does; return the plans that were written."""
+    name = plan_experiments([identifier], planner)
+    (folder,) = (workspace / "preprocessed").glob(f"Dataset{identifier}_*")
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_keeps_the_six_arguments_of_nnunets_planner(planner: str) -> None:
+    expected = list(signature(ExperimentPlanner.__init__).parameters)
+    assert list(signature(registry.resolve("planners", planner).__init__).parameters) == expected
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_plans_build_their_network_and_reuse_preprocessed_data(
+    planner: str, dataset: Callable[[str], int], workspace: Path
+) -> None:
+    plans = plan(planner, dataset("labels"), workspace)
+    assert plans["plans_name"] != "nnUNetPlans"
+    configuration = plans["configurations"]["3d_fullres"]
+    assert configuration["data_identifier"] == "nnUNetPlans_3d_fullres"
+    architecture = configuration["architecture"]
+    network = get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        2,
+        3,
+        deep_supervision=True,
+    )
+    assert network.compute_conv_feature_map_size(configuration["patch_size"]) > 0
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_a_configuration_that_the_user_added_survives_planning_again(
+    planner: str, dataset: Callable[[str], int], workspace: Path
+) -> None:
+    identifier = dataset("labels")
+    name = plan(planner, identifier, workspace)["plans_name"]
+    path = workspace / "preprocessed" / f"Dataset{identifier}_labels" / f"{name}.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+    path.write_text(json.dumps(plans))
+    assert plan(planner, identifier, workspace)["configurations"]["mine"]["batch_size"] == 3
+
+
+def large_image_plan(
+    planner_class: type[ExperimentPlanner], identifier: int, target: float
+) -> dict[str, Any]:
+    """Plan a 3D configuration for images of 400^3 voxels of 1 mm."""
+    planner = planner_class(identifier, gpu_memory_target_in_gb=target)
+    return planner.get_plans_for_configuration([1.0] * 3, [400.0] * 3, "data", 400.0**3 * 100, {})
+
+
+def test_reversible_planner_spends_the_memory_on_a_larger_patch(dataset: Callable[[str], int]) -> None:
+    identifier = dataset("labels")
+    ours = large_image_plan(registry.resolve("planners", "ReversibleUNetPlanner"), identifier, 8)
+    default = large_image_plan(ExperimentPlanner, identifier, 8)
+    voxels = [float(a) * b * c for a, b, c in (ours["patch_size"], default["patch_size"])]
+    assert voxels[0] >= 2 * voxels[1]
+
+
+def test_reversible_planner_spends_the_rest_on_a_larger_batch(dataset: Callable[[str], int]) -> None:
+    planner = registry.resolve("planners", "ReversibleUNetPlanner")
+    plans = [
+        p(dataset("labels"), 8).get_plans_for_configuration([1.0] * 3, [64.0] * 3, "data", 64.0**3 * 5000, {})
+        for p in (planner, ExperimentPlanner)
+    ]
+    assert list(plans[0]["patch_size"]) == list(plans[1]["patch_size"]) == [64] * 3
+    assert plans[0]["batch_size"] >= 2 * plans[1]["batch_size"]
+
+
+def test_other_spacing_or_preprocessor_gets_its_own_data(dataset: Callable[[str], int]) -> None:
+    planner = registry.resolve("planners", "ReversibleUNetPlanner")
+    other = planner(dataset("labels"), overwrite_target_spacing=[2.0, 2.0, 2.0])
+    assert other.generate_data_identifier("3d_fullres") == "nnUNetReversiblePlans_3d_fullres"
+    other = planner(dataset("labels"), preprocessor_name="Mine")
+    assert other.generate_data_identifier("3d_fullres") == "nnUNetReversiblePlans_3d_fullres"
+    assert (
+        planner(dataset("labels")).generate_data_identifier("3d_lowres") == "nnUNetReversiblePlans_3d_lowres"
+    )
+
+
+def test_deep_planner_writes_its_depth_into_plans_of_its_own(
+    dataset: Callable[[str], int], workspace: Path
+) -> None:
+    plans = plan("ReversibleUNetDeepPlanner", dataset("labels"), workspace)
+    assert plans["plans_name"] == "nnUNetReversibleDeepPlans"
+    assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["blocks_per_stage"] == 4

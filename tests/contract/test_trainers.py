@@ -1,0 +1,93 @@
+"""What every registered trainer promises; a new one gets these tests for free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+from nnunet_ext import registry
+
+CPU = torch.device("cpu")
+TRAINERS = registry.names("trainers")
+
+
+@pytest.fixture(params=TRAINERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return f"{request.param}_1epochs_2iters"
+
+
+@pytest.fixture(autouse=True)
+def _augment_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+
+
+def trainer_of(name: str, identifier: int, continue_training: bool = False) -> Any:
+    return get_trainer_from_args(
+        str(identifier), "3d_fullres", 0, name, "nnUNetPlans", continue_training, CPU
+    )
+
+
+def test_at_least_one_trainer_is_registered() -> None:
+    assert TRAINERS
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions", "ignore"])
+def test_trains_an_epoch_resumes_and_predicts(name: str, kind: str, dataset: Callable[[str], int]) -> None:
+    identifier = dataset(kind)
+    trainer = trainer_of(name, identifier)
+    trainer.initialize()
+    before = [parameter.detach().clone() for parameter in trainer.network.parameters()]
+    trainer.run_training()
+    losses = trainer.logger.get_value("train_losses", step=None)
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert any(not torch.equal(b, p) for b, p in zip(before, trainer.network.parameters(), strict=True))
+
+    resumed = trainer_of(name, identifier, continue_training=True)
+    maybe_load_checkpoint(resumed, continue_training=True, validation_only=False)
+    assert resumed.current_epoch == 1
+    for mine, theirs in zip(
+        resumed.network.state_dict().values(), trainer.network.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+    predictor = nnUNetPredictor(use_mirroring=False, device=CPU, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    logits = predictor.predict_logits_from_preprocessed_data(torch.randn(2, 30, 26, 24))
+    assert logits.shape == (trainer.label_manager.num_segmentation_heads, 30, 26, 24)
+    assert logits.isfinite().all()
+
+
+def test_network_for_prediction_takes_the_weights_of_training(
+    name: str, dataset: Callable[[str], int]
+) -> None:
+    trainer = trainer_of(name, dataset("labels"))
+    trainer.initialize()
+    arguments = (trainer.plans_manager, trainer.configuration_manager, 2, 3)
+    network = type(trainer).build_network_architecture(*arguments, enable_deep_supervision=False)
+    network.load_state_dict(trainer.network.state_dict(), strict=True)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_whole(
+    name: str, dataset: Callable[[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(name, dataset("labels"))
+    trainer.initialize()
+    path = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    whole = path.read_bytes()
+
+    def full_disk(content: Any, target: str) -> None:
+        Path(target).write_bytes(whole[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

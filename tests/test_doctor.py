@@ -1,0 +1,408 @@
+"""What the doctor finds in whole and in broken environments, and the cures that it names."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+import _nnunet_ext_hook as hook
+from nnunet_ext import doctor, registry
+from nnunet_ext.doctor import environment, probe
+from nnunet_ext.doctor.finding import Finding, failure, ok
+
+if TYPE_CHECKING:
+    from tests.conftest import Install, RunPython
+
+ACME = """
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+class nnUNetTrainerAcme(nnUNetTrainer): pass
+class AcmePlanner(ExperimentPlanner): pass
+class AcmeNet(nn.Module): pass
+"""
+ACME_NAMES = {
+    "trainers": ["nnUNetTrainerAcme"],
+    "planners": ["AcmePlanner"],
+    "architectures": ["AcmeNet"],
+}
+
+
+def about(findings: list[Finding], subject: str) -> Finding:
+    found = [finding for finding in findings if finding.subject == subject]
+    assert len(found) == 1, [finding.subject for finding in findings]
+    return found[0]
+
+
+def failures(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.level == "failure"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in environment.FOLDERS:
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+@pytest.fixture
+def own_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No nnU-Net command on PATH: the doctor takes this Python."""
+    monkeypatch.setattr(doctor, "COMMAND", "no_such_command")
+
+
+# --- The whole examination, in a fresh process
+
+
+@pytest.mark.usefixtures("folders", "own_interpreter")
+def test_names_of_a_whole_environment_are_found(install: Install) -> None:
+    install("acme", ACME, **ACME_NAMES)
+    findings = doctor.examine()
+    assert failures(findings) == []
+    for kind in registry.KINDS:
+        for name in registry.names(kind):
+            assert "found as" in about(findings, f"{kind[:-1]} {name}").detail
+    assert about(findings, "trainer nnUNetTrainerAcme") == ok(
+        "trainer nnUNetTrainerAcme", "found as acme.nnUNetTrainerAcme"
+    )
+    for subject in ("schedule", "spawned process"):
+        assert about(findings, subject).detail.split(":")[0].endswith(probe.SCHEDULE)
+    for name in ("python", "nnunet-ext", *environment.REPORTED, *environment.FOLDERS):
+        assert about(findings, name).level == "ok"
+    assert str(hook.__file__) in about(findings, "hook").detail
+
+
+@pytest.mark.usefixtures("folders", "own_interpreter")
+def test_everything_broken_is_a_row_with_a_cure(install: Install) -> None:
+    install("acme", ACME, **ACME_NAMES)
+    install("broken", "import no_such_module", trainers=["nnUNetTrainerBroken"], planners=["BrokenPlanner"])
+    install("wrong", "class nnUNetTrainerWrong: pass", trainers=["nnUNetTrainerWrong"])
+    install("shadow", "class nnUNetTrainerAdam: pass", trainers=["nnUNetTrainerAdam"])
+    install("exits", "import sys; sys.exit(0)", architectures=["ExitNet"])
+    info = install("rival", "")
+    (info / "RECORD").write_text("rival.py,,\nnnunet_ext/__init__.py,,\n", encoding="utf-8")
+    findings = doctor.examine()
+    expected = {
+        "trainer nnUNetTrainerBroken": ("no_such_module", "repair or uninstall broken 1.0"),
+        "planner BrokenPlanner": ("no_such_module", "repair or uninstall broken 1.0"),
+        "trainer nnUNetTrainerWrong": ("must inherit from 'nnUNetTrainer'", "repair or uninstall wrong 1.0"),
+        "trainer nnUNetTrainerAdam": ("nnU-Net itself has nnUNetTrainerAdam", "comes from shadow 1.0"),
+        "architecture ExitNet": ("SystemExit", "repair or uninstall exits 1.0"),
+        "collision": ("rival 1.0 installs our modules", "uninstall it, then pip install"),
+    }
+    for subject, (detail, cure) in expected.items():
+        found = about(findings, subject)
+        assert found.level == "failure"
+        assert detail in found.detail
+        assert cure in found.cure
+    assert {finding.subject for finding in failures(findings)} == set(expected)
+    for finding in findings:
+        assert "\n" not in finding.detail + finding.cure
+        assert bool(finding.cure) == (finding.level != "ok")
+
+
+@pytest.mark.usefixtures("own_interpreter")
+def test_switched_off_autoload_is_a_failure_with_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.AUTOLOAD, "0")
+    for name in environment.FOLDERS:
+        monkeypatch.delenv(name, raising=False)
+    findings = doctor.examine()
+    found = about(findings, "hook")
+    assert found.level == "failure"
+    assert "nnunet-ext run nnUNetv2_train" in found.cure
+    assert about(findings, "spawned process").level == "failure"
+    assert about(findings, "schedule").cure == "repair the hook first, see there"
+    for name in environment.FOLDERS:
+        assert about(findings, name).level == "warning"
+        assert f"export {name}=" in about(findings, name).cure
+
+
+@pytest.mark.usefixtures("own_interpreter")
+def test_torch_that_can_not_be_imported_is_a_row(site: Path) -> None:
+    (site / "torch.py").write_text("raise ImportError('libcuda is missing')", encoding="utf-8")
+    found = about(doctor.examine()[-1:], "torch")
+    assert "libcuda is missing" in found.detail
+    assert "repair torch" in found.cure
+
+
+def test_python_that_has_no_nnunet_ext_is_a_failure_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "nnUNetv2_train"
+    script.write_text(f"#!{sys.executable} -IS\n", encoding="utf-8")  # without site-packages
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    command, missing = doctor.examine()
+    assert command.level == "ok"
+    assert (missing.subject, missing.level) == ("nnunet-ext", "failure")
+    assert missing.cure == f"{sys.executable} -m pip install --upgrade nnunet-ext"
+
+
+# --- The interpreter
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("#!/env/bin/python\nimport sys", ["/env/bin/python"]),
+        ("#!/env/bin/python3.11\n", ["/env/bin/python3.11"]),
+        ("#!/env/bin/python -sE\n", ["/env/bin/python", "-sE"]),
+        ("#! /usr/bin/env python3\n", ["python3"]),
+        ('#!"/with space/python"\n', ["/with space/python"]),
+        ("#!/bin/sh\n'''exec' \"/with space/python\" \"$0\" \"$@\"\n' '''\n", ["/with space/python"]),
+        ("#!/bin/sh\n'''exec' /very/long/python3 \"$0\" \"$@\"\n' '''\n", ["/very/long/python3"]),
+        ("#!/bin/sh\n'''exec' '/quoted/python3' \"$0\" \"$@\"\n' '''\n", ["/quoted/python3"]),
+        ("#!/usr/bin/env bash\nexec pyenv exec\n", []),
+        ("#!/bin/sh\nexec python\n", []),
+        ("#!/bin/'unbalanced\n", []),
+        ("import sys\n", []),
+        ("MZ\x90\x00\x03", []),
+        ("", []),
+    ],
+)
+def test_shebang_is_read(text: str, command: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "nnUNetv2_train"
+    script.write_bytes(text.encode("latin-1"))
+    assert doctor.shebang(str(script)) == command
+
+
+def test_command_that_is_not_on_path_is_a_warning() -> None:
+    python, finding = doctor.interpreter(None)
+    assert python == [sys.executable]
+    assert finding.level == "warning"
+    assert sys.executable in finding.detail
+
+
+def test_script_that_says_no_python_is_said(tmp_path: Path) -> None:
+    (tmp_path / "nnUNetv2_train.exe").write_bytes(b"MZ")
+    python, finding = doctor.interpreter(str(tmp_path / "nnUNetv2_train.exe"))
+    assert python == [sys.executable]
+    assert f"checked {sys.executable}" in finding.detail
+
+
+def test_python_that_is_gone_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "nnUNetv2_train"
+    script.write_text("#!/no/such/python\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (finding,) = doctor.examine()
+    assert finding.level == "failure"
+    assert "/no/such/python, which doesn't exist" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("code", "detail"),
+    [("import os; os.abort()", "ended with status"), ("import no_such_module", "no_such_module")],
+)
+def test_process_that_dies_is_a_row(code: str, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PROBE", code)
+    monkeypatch.setattr(doctor, "COMMAND", "no_such_command")
+    (_, died) = doctor.examine()
+    assert (died.subject, died.level) == ("checks", "failure")
+    assert detail in died.detail
+
+
+def test_process_that_hangs_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "COMMAND", "no_such_command")
+    monkeypatch.setattr(doctor, "TIMEOUT", 0.5)
+    assert "timed out after 0.5 seconds" in doctor.examine()[1].detail
+
+
+# --- Single checks
+
+
+@pytest.mark.parametrize(
+    ("version", "requirement", "satisfied"),
+    [
+        ("2.7", "nnunetv2<3,>=2.7", True),
+        ("2.7.0", "nnunetv2<3,>=2.7", True),
+        ("2.10.1", "nnunetv2<3,>=2.7", True),
+        ("2.7", "nnunetv2>=2.7.0", True),
+        ("2.6.2", "nnunetv2<3,>=2.7", False),
+        ("3.0", "nnunetv2<3,>=2.7", False),
+        ("3.0.0", "nnunetv2<3,>=2.7", False),
+        ("2.5.0", "torch>=2.5", True),
+        ("2.5.1+cu121", "torch>=2.5", True),
+        ("2.4.1", "torch>=2.5", False),
+        ("0.4.0", "dynamic-network-architectures<0.5,>=0.4.1", False),
+        ("1.0", "anything", True),
+    ],
+)
+def test_versions_are_compared_by_their_bounds(version: str, requirement: str, satisfied: bool) -> None:
+    assert environment.satisfies(version, requirement) is satisfied
+
+
+def test_old_version_and_missing_distribution_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "dynamic-network-architectures":
+            raise PackageNotFoundError(name)
+        return {"torch": "2.4.1"}.get(name, "2.8")
+
+    monkeypatch.setattr(environment, "version", version)
+    findings = list(environment.versions())
+    assert about(findings, "torch").cure.startswith('pip install "torch>=2.5')
+    assert about(findings, "dynamic-network-architectures").detail == "isn't installed"
+    assert {finding.subject for finding in failures(findings)} == {"torch", "dynamic-network-architectures"}
+
+
+def test_leftover_folder_of_nnunet_is_a_failure_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.machinery.ModuleSpec("nnunetv2", None, is_package=True)
+    spec.submodule_search_locations = ["/env/nnunetv2"]
+    monkeypatch.setattr(
+        environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: spec))
+    )
+    found = environment.host()
+    assert found.level == "failure"
+    assert "/env/nnunetv2" in found.detail
+    assert "delete" in found.cure
+
+
+def test_leftover_folder_is_what_python_finds_then(tmp_path: Path, run_python: RunPython) -> None:
+    (tmp_path / "nnunetv2" / "training").mkdir(parents=True)
+    repository = str(Path(registry.__file__).parents[1])
+    run_python(
+        f"import sys; sys.path += [{str(tmp_path)!r}, {repository!r}]\n"
+        "from nnunet_ext.doctor import environment\n"
+        "found = environment.host()\n"
+        "assert found.level == 'failure', found\n"
+        "assert 'is a folder without its __init__.py' in found.detail, found\n",
+        "-I",
+        "-S",
+    )
+
+
+def test_missing_nnunet_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    )
+    assert environment.host() == failure("nnunetv2", "can't be imported", "pip install nnunetv2")
+
+
+@pytest.mark.parametrize(
+    ("message", "cure"),
+    [
+        (
+            "Failed to load the backend extension: torch_npu. You can",
+            "entry point torch.backends is called torch_npu",
+        ),
+        ("Failed to load the backend extension: nnunet_ext. You can", environment.REINSTALL),
+        ("libcudart.so.12: cannot open shared object file", "repair torch"),
+    ],
+)
+def test_torch_that_fails_is_cured_where_it_is_broken(message: str, cure: str) -> None:
+    assert cure in environment.torch_cure(RuntimeError(message))
+
+
+def test_hook_that_pytorch_did_not_install_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, hook.Finder)])
+    (found,) = environment.hook()
+    assert found.level == "failure"
+    assert found.cure == environment.REINSTALL
+    assert environment.lookup_cure("acme 1.0") == "repair the hook first, see there"
+
+
+def test_errors_that_the_hook_kept_are_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [hook.Finder(), *sys.meta_path])
+    monkeypatch.setattr(hook, "errors", ["one", "two", "one"])
+    state, *errors = environment.hook()
+    assert state.level == "ok"
+    assert [(error.level, error.detail) for error in errors] == [("failure", "one"), ("failure", "two")]
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("RECORD", "nnunet_ext/registry.py,sha256=0,1"),
+        ("RECORD", "_nnunet_ext_hook.py,,"),
+        ("top_level.txt", "other\nnnunet_ext\n"),
+    ],
+)
+def test_distribution_with_our_modules_is_a_collision(install: Install, file: str, line: str) -> None:
+    (install("rival", "") / file).write_text(line, encoding="utf-8")
+    assert "rival 1.0" in about(list(environment.collisions()), "collision").detail
+
+
+def test_distribution_with_similar_modules_is_no_collision(install: Install) -> None:
+    (install("nnunet_extra", "") / "RECORD").write_text("nnunet_extra/a.py,,\na/nnunet_ext/b.py,,\n", "utf-8")
+    assert list(environment.collisions()) == []
+
+
+def test_second_copy_on_the_path_is_a_collision(site: Path) -> None:
+    (site / "_nnunet_ext_hook.py").write_text("", encoding="utf-8")
+    found = about(list(environment.collisions()), "collision")
+    assert str(site) in found.detail
+    assert str(Path(hook.__file__).parent) in found.detail
+
+
+def test_folder_that_does_not_exist_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "nothing"))
+    found = about(list(environment.folders()), "nnUNet_raw")
+    assert found.level == "failure"
+    assert found.cure.startswith(f"mkdir -p {tmp_path}")
+
+
+@pytest.mark.usefixtures("folders")
+def test_read_only_folder_is_a_failure_where_nnunet_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    levels = {finding.subject: finding.level for finding in environment.folders()}
+    assert levels == {"nnUNet_raw": "warning", "nnUNet_preprocessed": "failure", "nnUNet_results": "failure"}
+
+
+@pytest.mark.parametrize("value", ["false", "0", "f", "F"])
+def test_switched_off_compilation_is_said(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(environment.COMPILE, value)
+    assert environment._compilation() == ok("torch.compile", f"not used: nnUNet_compile={value}")
+
+
+def test_compilation_without_triton_is_a_failure_with_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(environment.COMPILE, raising=False)
+    monkeypatch.setattr(
+        environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    )
+    found = environment._compilation()
+    assert (found.level, found.detail) == ("failure", "triton isn't installed")
+    assert "export nnUNet_compile=f" in found.cure
+
+
+def test_gpu_that_fails_is_a_row_with_the_first_line_of_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def no_kernel(device: int) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", no_kernel)
+    (found,) = environment.device()
+    assert (found.subject, found.level) == ("CUDA", "failure")
+    assert found.detail == "RuntimeError: CUDA error: no kernel image is available"
+
+
+def test_missing_gpu_is_a_warning_and_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    cuda, compilation = environment.device()
+    assert (cuda.level, compilation.level) == ("warning", "ok")
+    assert "-device cpu" in cuda.cure
+    assert "not used" in compilation.detail
+
+
+def test_compilation_that_fails_is_a_failure_with_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def no_compiler(function: object) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.delenv(environment.COMPILE, raising=False)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    found = environment._compilation()
+    assert (found.level, found.detail) == ("failure", "RuntimeError: Failed to find C compiler.")
+    assert "export nnUNet_compile=f" in found.cure

@@ -1,0 +1,267 @@
+"""nnU-Net's own lookup through the hook, and that the hook can't do harm."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import _nnunet_ext_hook as hook
+from nnunet_ext.registry import RegistryError
+
+if TYPE_CHECKING:
+    from tests.conftest import Install, RunPython
+
+TRAINERS, PLANNERS = hook.TARGETS
+ACME = """
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+class nnUNetTrainerAcme(nnUNetTrainer):
+    pass
+
+class AcmePlanner(ExperimentPlanner):
+    pass
+"""
+# nnU-Net's own search, as its commands call it
+SEARCH = """
+def search(kind, name):
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+    package = {"trainers": "training.nnUNetTrainer", "planners": "experiment_planning"}[kind]
+    folder = nnunetv2.__path__[0] + "/" + package.replace(".", "/")
+    return recursive_find_python_class(folder, name, "nnunetv2." + package)
+"""
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state before the hook is installed; nnU-Net's modules count as not imported."""
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, hook.Finder)])
+    monkeypatch.setattr(hook, "errors", [])
+    for name in hook.TARGETS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def target(**attributes: Any) -> ModuleType:
+    """A module with the name of nnU-Net's, to which the hook is attached."""
+    module = ModuleType(TRAINERS)
+    module.__dict__.update(attributes)
+    hook._attach(module)
+    return module
+
+
+# --- In fresh processes, with nnU-Net itself
+
+
+def test_nnunets_search_finds_registered_names_and_its_own(install: Install, run_python: RunPython) -> None:
+    install("acme", ACME, trainers=["nnUNetTrainerAcme"], planners=["AcmePlanner"])
+    run_python(
+        SEARCH
+        + "assert search('trainers', 'nnUNetTrainerAcme').__module__ == 'acme'\n"
+        + "assert search('planners', 'AcmePlanner').__module__ == 'acme'\n"
+        + "assert search('trainers', 'nnUNetTrainerAcme_7epochs_3iters').__base__.__module__ == 'acme'\n"
+        + "assert search('trainers', 'nnUNetTrainer').__module__.startswith('nnunetv2')\n"
+        + "assert search('trainers', 'nnUNetTrainer_5epochs').__module__.startswith('nnunetv2')\n"
+        + "assert search('planners', 'ResEncUNetPlanner').__module__.startswith('nnunetv2')\n"
+        + "assert search('planners', 'nnUNetTrainerAcme') is None\n"
+        + "import _nnunet_ext_hook; assert not _nnunet_ext_hook.errors\n"
+    )
+
+
+def test_module_that_is_half_executed_when_torch_comes_in_finds_names(
+    install: Install, run_python: RunPython
+) -> None:
+    install("acme", ACME, trainers=["nnUNetTrainerAcme"])
+    run_python(
+        "import sys\n"
+        "assert 'torch' not in sys.modules\n"
+        f"import {TRAINERS} as module\n"  # imports torch, and the hook with it, while it is half executed
+        + SEARCH
+        + "assert search('trainers', 'nnUNetTrainerAcme').__module__ == 'acme'\n"
+    )
+
+
+def test_spawned_process_finds_names(install: Install, run_python: RunPython, tmp_path: Path) -> None:
+    install("acme", ACME, trainers=["nnUNetTrainerAcme"])
+    script = tmp_path / "main.py"
+    script.write_text(
+        SEARCH
+        + "import multiprocessing\n"
+        + "def child(name):\n"
+        + "    return search('trainers', name).__name__\n"
+        + "if __name__ == '__main__':\n"
+        + "    names = ['nnUNetTrainerAcme', 'nnUNetTrainerAcme_7epochs']\n"
+        + "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        + "        assert pool.map(child, names) == names\n",
+        encoding="utf-8",
+    )
+    run_python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")
+
+
+def test_broken_registry_harms_neither_torch_nor_nnunets_names(
+    site: Path, run_python: RunPython, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site / "nnunet_ext").mkdir()
+    (site / "nnunet_ext" / "__init__.py").write_text("raise RuntimeError('broken')", encoding="utf-8")
+    run_python(
+        SEARCH
+        + "assert search('trainers', 'nnUNetTrainerNoMirroring').__module__.startswith('nnunetv2')\n"
+        + "import _nnunet_ext_hook\n"
+        + "assert _nnunet_ext_hook.is_installed()\n"
+        + "assert 'broken' in _nnunet_ext_hook.errors[0], _nnunet_ext_hook.errors\n"
+    )
+
+
+def test_hook_is_harmless_where_nnunet_is_absent(run_python: RunPython) -> None:
+    folder = str(Path(hook.__file__).parent)
+    run_python(
+        f"import sys; sys.path.insert(0, {folder!r})\n"
+        "import _nnunet_ext_hook as hook\n"
+        "before = set(sys.modules)\n"
+        "hook.install()\n"
+        "import json, importlib.util\n"
+        "assert hook.is_installed() and not hook.errors\n"
+        "assert importlib.util.find_spec('nnunetv2') is None\n"
+        "assert all(hook.Finder().find_spec(name) is None for name in hook.TARGETS)\n"
+        "assert 'nnunet_ext' not in sys.modules\n",
+        "-I",
+        "-S",  # no site-packages: neither torch nor nnU-Net
+    )
+
+
+# --- In this process, with modules that stand for nnU-Net's
+
+
+@pytest.mark.usefixtures("fresh")
+def test_finder_touches_two_modules_only() -> None:
+    asked = []
+
+    class Spy:
+        @staticmethod
+        def find_spec(name: str, path: Any, target: Any) -> None:
+            asked.append(name)
+
+    sys.meta_path = [Spy, *sys.meta_path]  # type: ignore[list-item]
+    others = ["json", "torch", "nnunetv2", "nnunetv2.training.nnUNetTrainer", "nnunetv2.run.run_training"]
+    assert [hook.Finder().find_spec(name) for name in others] == [None] * len(others)
+    assert asked == []
+    for name in hook.TARGETS:
+        hook.Finder().find_spec(name)
+    assert asked == list(hook.TARGETS)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_second_install_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType(TRAINERS)
+    monkeypatch.setitem(sys.modules, TRAINERS, module)
+    hook.install()
+    finders, attached = list(sys.meta_path), module.__getattr__
+    hook.install()
+    assert sys.meta_path == finders
+    assert module.__getattr__ is attached
+    assert hook.is_installed()
+    assert hook.errors == []
+
+
+@pytest.mark.usefixtures("fresh")
+def test_install_stores_what_goes_wrong_and_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, TRAINERS, object())
+    hook.install()
+    assert "can't be installed" in hook.errors[0]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_loader_that_can_not_be_extended_still_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loader:
+        __slots__ = ()
+
+        def create_module(self, spec: Any) -> None:
+            return None
+
+        def exec_module(self, module: Any) -> None:
+            module.loaded = True
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any, target: Any) -> Any:
+            return importlib.machinery.ModuleSpec(name, Loader())  # type: ignore[arg-type]
+
+    sys.meta_path = [Finder]  # type: ignore[list-item]
+    found = hook.Finder().find_spec(TRAINERS)
+    assert found is not None
+    assert isinstance(found.loader, Loader)
+    assert "can't be extended" in hook.errors[0]
+
+
+def test_registered_name_is_an_attribute(install: Install) -> None:
+    install("acme", "class nnUNetTrainerAcme: pass", trainers=["nnUNetTrainerAcme"])
+    assert target().nnUNetTrainerAcme.__module__ == "acme"
+
+
+def test_attributes_of_the_module_come_first(install: Install) -> None:
+    install("acme", "class nnUNetTrainerAcme: pass", trainers=["nnUNetTrainerAcme"])
+    assert target(nnUNetTrainerAcme="its own").nnUNetTrainerAcme == "its own"
+
+
+def test_getattr_that_the_module_had_is_asked_first(install: Install) -> None:
+    install("acme", "class nnUNetTrainerAcme: pass\nclass Old: pass", trainers=["nnUNetTrainerAcme", "Old"])
+
+    def previous(name: str) -> str:
+        if name == "Old":
+            return "previous"
+        raise AttributeError(name)
+
+    module = target(__getattr__=previous)
+    assert module.Old == "previous"
+    assert module.nnUNetTrainerAcme.__module__ == "acme"
+
+
+def test_unknown_name_is_an_attribute_error_of_the_module() -> None:
+    module = target()
+    assert not hasattr(module, "nothing")
+    with pytest.raises(AttributeError, match=rf"module '{TRAINERS}' has no attribute 'nothing'"):
+        _ = module.nothing
+
+
+def test_private_names_do_not_reach_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nnunet_ext.registry", None)
+    monkeypatch.setattr(hook, "errors", [])
+    module = target()
+    assert not any(hasattr(module, name) for name in ("_private", "__path__", "__wrapped__"))
+    assert hook.errors == []
+
+
+def test_registry_that_can_not_be_imported_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nnunet_ext.registry", None)
+    monkeypatch.setattr(hook, "errors", [])
+    assert not hasattr(target(), "nnUNetTrainerAcme")
+    assert "nnunet_ext.registry can't be imported" in hook.errors[0]
+
+
+def test_unexpected_error_of_the_registry_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(kind: str, name: str) -> None:
+        raise TypeError("unexpected")
+
+    monkeypatch.setattr("nnunet_ext.registry.resolve", unexpected)
+    monkeypatch.setattr(hook, "errors", [])
+    assert not hasattr(target(), "nnUNetTrainerAcme")
+    assert "TypeError('unexpected')" in hook.errors[0]
+
+
+def test_registered_name_that_can_not_be_loaded_says_why(install: Install) -> None:
+    install("broken", "import no_such_module", trainers=["nnUNetTrainerBroken"])
+    with pytest.raises(RegistryError, match=r"broken 1\.0 .*no_such_module"):
+        hasattr(target(), "nnUNetTrainerBroken")
+
+
+def test_kinds_do_not_mix(install: Install) -> None:
+    install("acme", "class AcmePlanner: pass", planners=["AcmePlanner"])
+    assert not hasattr(target(), "AcmePlanner")
+    planners = ModuleType(PLANNERS)
+    hook._attach(planners)
+    assert planners.AcmePlanner.__module__ == "acme"
