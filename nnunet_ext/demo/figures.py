@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -94,15 +95,12 @@ def overlay(scan: Scan) -> bytes:
     columns += scan.predictions.items()
     extent = [n * step for n, step in zip(scan.truth.shape, scan.spacing, strict=True)]
     heights = [extent[plane.vertical] / extent[2] for plane in planes]
+    size = (1.95 * len(columns) + 0.5, 1.85 * sum(heights) + 1.0)
+    grid = {"height_ratios": heights}
     with rc_context(_STYLE):
-        figure = Figure(figsize=(1.95 * len(columns) + 0.5, 1.85 * sum(heights) + 0.95))
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(
-            len(planes),
-            len(columns),
-            squeeze=False,
-            sharex=True,
-            sharey="row",
-            gridspec_kw={"height_ratios": heights},
+            len(planes), len(columns), squeeze=False, sharex=True, sharey="row", gridspec_kw=grid
         )
         for row, plane in zip(axes, planes, strict=True):
             for axis, (title, labels) in zip(row, columns, strict=True):
@@ -139,18 +137,29 @@ def _show(axis: Any, plane: _Plane, scan: Scan, labels: NDArray[Any] | None) -> 
 def _draw_label(
     axis: Any, label: int, mask: NDArray[np.bool_], rows: NDArray[Any], columns: NDArray[Any]
 ) -> None:
-    """Draw the area, its outline and its number, on the voxel nearest to its middle."""
+    """Draw the area, its outline and, where it is thickest, its number."""
     from matplotlib.patheffects import withStroke
 
     colours = [_colour(label)]
     axis.contourf(columns, rows, mask, levels=[0.5, 1.5], colors=colours, alpha=0.4)
     axis.contour(columns, rows, mask, levels=[0.5], colors=colours, linewidths=1.1)
-    voxels = np.argwhere(mask)
-    row, column = voxels[np.argmin(np.square(voxels - voxels.mean(axis=0)).sum(axis=1))]
+    row, column = _deepest(mask)
     outline = [withStroke(linewidth=1.4, foreground="white")]
     axis.text(
         columns[column], rows[row], str(label), fontsize=6.5, ha="center", va="center", path_effects=outline
     )
+
+
+def _deepest(mask: NDArray[np.bool_]) -> tuple[int, int]:
+    """A pixel that lies as far from the mask's border as any; the mask's own border is background."""
+    inner = mask
+    while inner.any():
+        mask, core = inner, inner[1:-1, 1:-1]
+        core = core & inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+        inner = np.pad(core, 1)
+    pixels = np.argwhere(mask)
+    row, column = pixels[len(pixels) // 2]
+    return int(row), int(column)
 
 
 def _label_legend(figure: Any, scan: Scan, planes: list[_Plane]) -> None:
@@ -187,39 +196,36 @@ def learning_curves(curves: Mapping[str, Curves]) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
     with rc_context(_STYLE):
-        figure = Figure(figsize=(6.8, 2.8))
+        figure = Figure(figsize=(6.8, 3.0), layout="constrained")
         losses, dice = figure.subplots(1, 2)
+        lines = []
         for index, (trainer, values) in enumerate(curves.items()):
             colour = _CURVE_COLOURS[index % len(_CURVE_COLOURS)]
             marker = _CURVE_MARKERS[index % len(_CURVE_MARKERS)]
             epochs = range(1, len(values.dice) + 1)
-            line = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.2}
-            losses.plot(epochs, values.training_loss, **line, label=f"{trainer}, training")
-            losses.plot(
-                epochs,
-                values.validation_loss,
-                **line,
-                linestyle="--",
-                markerfacecolor="white",
-                label=f"{trainer}, validation",
-            )
-            dice.plot(epochs, values.dice, **line, label=trainer)
+            look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.2}
+            losses.plot(epochs, values.training_loss, **look)
+            losses.plot(epochs, values.validation_loss, **look, linestyle="--", markerfacecolor="white")
+            lines += dice.plot(epochs, values.dice, **look, label=trainer)
+        for style, name in (("-", "training"), ("--", "validation")):
+            losses.plot([], [], color="black", linestyle=style, linewidth=1.2, label=name)
+        losses.legend(frameon=False)
         losses.set(xlabel="Epoch", ylabel="Loss (cross-entropy + Dice)", title="Loss")
-        dice.set(
-            xlabel="Epoch", ylabel="Dice, mean of the foreground", title="Validation patches", ylim=(0, 1)
-        )
+        dice.set(xlabel="Epoch", ylabel="Dice, mean of the foreground", title="Validation patches")
+        dice.set_ylim(0, 1)
         for axis in (losses, dice):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set_xlim(0.5, max(len(values.dice) for values in curves.values()) + 0.5)
             axis.grid(linewidth=0.3, alpha=0.6)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False)
-        return _png(figure)
+        figure.legend(handles=lines, loc="lower center", ncol=min(len(lines), 3), frameon=False)
+        return _png(figure, legend=0.22 * math.ceil(len(lines) / 3))
 
 
-def _png(figure: Any, legend: float = 0.0) -> bytes:
+def _png(figure: Any, legend: float) -> bytes:
     """Render; `legend` inches are kept free at the bottom."""
-    figure.tight_layout(rect=(0, legend / figure.get_figheight(), 1, 1), w_pad=0.4, h_pad=1.0)
+    free = legend / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, free, 1, 1 - free), h_pad=0.08, w_pad=0.04)
     stream = BytesIO()
     figure.savefig(stream, format="png", dpi=_DPI)
     return stream.getvalue()

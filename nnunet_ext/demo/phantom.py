@@ -71,19 +71,19 @@ TISSUES = (
     Tissue(0, -95.0, (0.0, 0.0, 0.0), (122.0, 96.0, math.inf), 3.0),  # subcutaneous fat
     Tissue(0, 55.0, (0.0, 2.0, 0.0), (111.0, 85.0, math.inf), 2.0),  # muscle
     Tissue(0, -60.0, (0.0, -6.0, 0.0), (100.0, 70.0, math.inf), 2.0),  # fat between the organs
-    Tissue(0, 25.0, (48.0, -30.0, 30.0), (38.0, 30.0, 40.0), 8.0),  # stomach
-    Tissue(0, 35.0, (20.0, -36.0, -55.0), (44.0, 24.0, 30.0), 10.0),  # bowel
-    Tissue(0, 40.0, (-40.0, -30.0, -80.0), (40.0, 26.0, 28.0), 10.0),  # bowel
-    Tissue(0, 165.0, (9.0, 24.0, 0.0), (10.0, 10.0, math.inf), 3.0),  # aorta
+    Tissue(0, 45.0, (48.0, -30.0, 30.0), (38.0, 30.0, 40.0), 8.0),  # stomach
+    Tissue(0, 45.0, (20.0, -36.0, -55.0), (44.0, 24.0, 30.0), 10.0),  # bowel
+    Tissue(0, 45.0, (-40.0, -30.0, -80.0), (40.0, 26.0, 28.0), 10.0),  # bowel
+    Tissue(0, 135.0, (9.0, 24.0, 0.0), (10.0, 10.0, math.inf), 3.0),  # aorta
     Tissue(1, 105.0, (-46.0, -14.0, 32.0), (52.0, 52.0, 56.0)),
     Tissue(1, 105.0, (-8.0, -34.0, 44.0), (46.0, 26.0, 30.0)),  # left lobe
-    Tissue(2, 145.0, (74.0, 22.0, 34.0), (23.0, 34.0, 36.0)),
-    Tissue(3, 195.0, (-56.0, 42.0, -34.0), (23.0, 21.0, 44.0)),
-    Tissue(3, 195.0, (58.0, 44.0, -28.0), (23.0, 21.0, 44.0)),
-    Tissue(4, 330.0, (0.0, 54.0, 0.0), (22.0, 18.0, math.inf), 3.0),
-    Tissue(4, 330.0, (0.0, 80.0, 0.0), (7.0, 12.0, math.inf), 3.0),  # spinous processes
+    Tissue(2, 160.0, (72.0, 20.0, 34.0), (26.0, 38.0, 40.0)),
+    Tissue(3, 215.0, (-56.0, 42.0, -34.0), (23.0, 21.0, 44.0)),
+    Tissue(3, 215.0, (58.0, 44.0, -28.0), (23.0, 21.0, 44.0)),
+    Tissue(4, 300.0, (0.0, 54.0, 0.0), (22.0, 18.0, math.inf), 3.0),
+    Tissue(4, 300.0, (0.0, 80.0, 0.0), (7.0, 12.0, math.inf), 3.0),  # spinous processes
 )
-LESION = Tissue(LABELS["lesion"], 32.0, (0.0, 0.0, 0.0), (19.0, 19.0, 19.0))
+LESION = Tissue(LABELS["lesion"], 5.0, (0.0, 0.0, 0.0), (18.0, 18.0, 18.0), 12.0)
 AIR = -1000.0
 
 
@@ -214,22 +214,22 @@ def _inside(points: Field, centre: NDArray[np.float64], radii: NDArray[np.float6
 
 
 def _place_lesion(rng: np.random.Generator, points: Field, organ: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Draw places in the organ until the lesion and a margin of 10 mm, above a voxel, lie within it."""
-    _, radii = _varied(rng, Tissue(0, 0.0, (0.0, 0.0, 0.0), LESION.radii, vary=18.0))
+    """Draw places in the organ until the lesion and a margin of 12 mm, above a voxel, lie within it."""
+    _, radii = _varied(rng, LESION)
     candidates = points[:, organ]
     for _ in range(500):
         centre = candidates[:, rng.integers(candidates.shape[1])]
-        if not np.any(_inside(points, centre, radii + 10) & ~organ):
+        if not np.any(_inside(points, centre, radii + 12) & ~organ):
             return _inside(points, centre, radii)
     raise RuntimeError("The phantom's organ has no room for its lesion.")
 
 
 def _scan(rng: np.random.Generator, hounsfield: Field) -> NDArray[np.int16]:
-    """Add partial volume, a slow bias of some percent and correlated noise of 16 HU."""
+    """Add partial volume, a slow bias of some percent and correlated noise of 14 HU."""
     coordinates = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in hounsfield.shape), indexing="ij"))
     bias = 1 + 0.012 * _smooth_field(rng, coordinates, wavelength=3.0)
     noise = _blur(rng.normal(size=hounsfield.shape), 0.5)
-    image = (_blur(hounsfield, 0.55) - AIR) * bias + AIR + 16.0 * noise / noise.std()
+    image = (_blur(hounsfield, 0.55) - AIR) * bias + AIR + 14.0 * noise / noise.std()
     return np.clip(np.rint(image), -1024, 3071).astype(np.int16)
 
 

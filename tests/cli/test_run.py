@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from tests.conftest import Install, RunPython
 
 ACME = """
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 class nnUNetTrainerAcme(nnUNetTrainer): pass
+class AcmePlanner(ExperimentPlanner): pass
 """
 # Commands that stand for nnU-Net's
 HOST = """
@@ -135,20 +137,23 @@ def test_shim_folder_holds_one_module() -> None:
     assert [path.name for path in launch.SHIM.iterdir() if path.suffix == ".py"] == ["nnunet_ext_shim.py"]
 
 
-def test_nnunets_command_finds_names_without_pytorchs_help(
+def test_nnunets_commands_find_names_without_pytorchs_help(
     install: Install, run_python: RunPython, tmp_path: Path
 ) -> None:
-    install("acme", ACME, trainers=["nnUNetTrainerAcme"])
+    install("acme", ACME, trainers=["nnUNetTrainerAcme"], planners=["AcmePlanner"])
     folders = {f"nnUNet_{name}": str(tmp_path) for name in ("raw", "preprocessed", "results")}
     run_python(
         "from nnunet_ext.cli import main\n"
-        "command = 'nnUNetv2_train 999 2d 0 -device cpu -tr nnUNetTrainerAcme_7epochs'\n"
-        "try:\n"
-        "    main(['run', *command.split()])\n"
-        "except RuntimeError as error:\n"  # nnU-Net looks for the dataset once it has the trainer
-        "    assert 'Could not find a dataset with the ID 999' in str(error), error\n"
-        "else:\n"
-        "    raise SystemExit('nnU-Net found a dataset')\n",
+        "for command in (\n"
+        "    'nnUNetv2_plan_experiment -d 999 -pl AcmePlanner',\n"
+        "    'nnUNetv2_train 999 2d 0 -device cpu -tr nnUNetTrainerAcme_7epochs',\n"
+        "):\n"
+        "    try:\n"
+        "        main(['run', *command.split()])\n"
+        "    except RuntimeError as error:\n"  # nnU-Net looks for the dataset once it has found the name
+        "        assert 'Could not find a dataset with the ID 999' in str(error), error\n"
+        "    else:\n"
+        "        raise SystemExit('nnU-Net found a dataset')\n",
         env={**folders, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
     )
 
