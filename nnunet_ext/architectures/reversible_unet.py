@@ -26,15 +26,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from nnunet_ext.architectures.blocks.mixed_precision import convolve
 from nnunet_ext.architectures.blocks.reversible import AdditiveCoupling, ReversibleSequence
 
 # Samples are recomputed together up to this many elements of a stage's feature map (32 MiB in float32): enough
 # to fill a GPU, small beside what a full-resolution stage holds.
 GROUP_ELEMENTS = 2**23
 
-# Elements that training of PlainConvUNet has at its peak for each one that its compute_conv_feature_map_size counts
-# (convolution output, normalised output, gradients); see tests/architectures/test_reversible_unet.py.
-PEAK_PER_COUNTED_ELEMENT = {2: 2.38, 3: 2.57}
+# Bytes at the peak of a mixed-precision training step of PlainConvUNet, in 2D and 3D, for each element that its
+# compute_conv_feature_map_size counts; see tests/architectures/test_reversible_unet.py.
+BYTES_PER_COUNTED_ELEMENT = {2: 4.87, 3: 5.21}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Encoder(nn.Module):
         """Return the output of every stage; these are the skips."""
         skips = []
         for transition, stage in zip(self.transitions, self.stages, strict=True):
-            x = stage(transition(x))
+            x = stage(convolve(transition, x))
             skips.append(x)
         return skips
 
@@ -188,9 +189,9 @@ class Decoder(nn.Module):
         outputs = []
         last = len(self.stages) - 1
         for i, skip in enumerate(skips[-2::-1]):
-            x = self.stages[i](self.transitions[i](x) + skip)
+            x = self.stages[i](convolve(self.transitions[i], x) + skip)
             if self.deep_supervision or i == last:
-                outputs.append(self.seg_layers[i](x))
+                outputs.append(convolve(self.seg_layers[i], x))
         return outputs[::-1] if self.deep_supervision else outputs[0]
 
 
@@ -267,6 +268,7 @@ class ReversibleUNet(nn.Module):
             encoder_blocks=encoder_blocks,
             decoder_blocks=decoder_blocks,
         )
+        self.dim = convert_conv_op_to_dim(conv_op)
         self.input_channels = input_channels
         self.num_classes = num_classes
         spec = ConvSpec(
@@ -294,10 +296,11 @@ class ReversibleUNet(nn.Module):
         InitWeights_He(1e-2)(module)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Elements per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
+        """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
 
-        nnU-Net's planner compares this with a reference count for a GPU memory target. The peak lies in the
-        backward pass of the finest decoder stage, or in the loss where there are many classes.
+        nnU-Net's planner compares this with a reference count for a GPU memory target, and trains in mixed
+        precision: streams in float32, the rest in two bytes. The peak lies in the backward pass of the finest
+        decoder stage, or in the loss where there are many classes.
 
         Args:
             input_size: voxels per axis.
@@ -308,19 +311,24 @@ class ReversibleUNet(nn.Module):
             size = [voxels // stride for voxels, stride in zip(size, stage.stride, strict=True)]
             sizes.append(prod(size))
         maps = [stage.channels * voxels for stage, voxels in zip(self.stages, sizes, strict=True)]
-        finest = maps[0]
-        kept = sum(maps) + sum(maps[:-1]) + self.input_channels * prod(input_size)
-        # Share of the batch that is recomputed at a time, for the batch sizes that nnU-Net plans for.
-        batch_size = 2 if len(input_size) == 3 else 12
-        share = min(1.0, max(1, GROUP_ELEMENTS // finest) / batch_size) if self.grouped else 1.0
-        # Gradients of the stage's output and, where its samples go in groups, of its input; for the group in work three
-        # halves of streams, two of gradients and three inside f or g.
-        input_gradient = 0.0 if share == 1.0 else 1.0 - share if share > 0.3 else 1.0
-        walk_back = (1.0 + input_gradient + 4.0 * share) * finest
+        kept = 4 * (sum(maps) + sum(maps[:-1]) + self.input_channels * prod(input_size))
         # Logits, their normalisation and their gradient, of every stage that has a head in use.
         heads = sizes[:-1] if self.decoder.deep_supervision else sizes[:1]
-        loss = 3 * self.num_classes * sum(heads)
-        return int((kept + max(walk_back, loss)) / PEAK_PER_COUNTED_ELEMENT[len(input_size)])
+        loss = 10 * self.num_classes * sum(heads)
+        return int(
+            (kept + max(self._walk_back_bytes(maps[0]), loss)) / BYTES_PER_COUNTED_ELEMENT[len(input_size)]
+        )
+
+    def _walk_back_bytes(self, finest: int) -> float:
+        """Bytes per sample that the backward pass of a stage of `finest` elements needs beside what is kept."""
+        # Share of the batch that is recomputed at a time, for the batch sizes that nnU-Net plans for.
+        batch_size = 2 if self.dim == 3 else 12
+        share = min(1.0, max(1, GROUP_ELEMENTS // finest) / batch_size) if self.grouped else 1.0
+        # Gradients of the stage's output and, where its samples go in groups, of its input (of the groups done, or
+        # with many groups all of it).
+        gradients = 4.0 if share == 1.0 else 4.0 * (2.0 - share) if share > 0.3 else 8.0
+        # For the group in work three halves of streams and two of gradients in float32, four inside f or g.
+        return (gradients + 14.0 * share) * finest
 
 
 def _per_stage(name: str, values: Any, n: int) -> list[Any]:

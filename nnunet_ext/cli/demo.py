@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from nnunet_ext.demo.workflow import Progress
 
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerReversible")
-_SECONDS_BETWEEN_LINES = 20.0
 SCHEDULE = "9epochs_20iters_NoMirroring"
+_SECONDS_BETWEEN_LINES = 20.0  # where the output is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,13 +147,14 @@ class _Printer:
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Treat the end of the terminal and a polite kill as Ctrl-C, so that nnU-Net's processes end too."""
+    """Treat a polite kill and, unless under `nohup`, the end of the terminal as Ctrl-C."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:

@@ -148,6 +148,14 @@ def test_held_and_peak_at_full_size_do_not_depend_on_depth(blocks: int, default_
     assert memory.peak <= 0.42 * default_memory.peak
 
 
+def test_mixed_precision_keeps_the_streams_and_no_copies_of_them() -> None:
+    values = arguments(DEFAULT)
+    ours = measure_step(lambda: ReversibleUNet(1, 3, **values), 1, (128,) * 3, 2, torch.bfloat16)
+    plain = measure_step(lambda: PlainConvUNet(1, num_classes=3, **values), 1, (128,) * 3, 2, torch.bfloat16)
+    assert ours.held <= 0.41 * plain.held
+    assert ours.peak <= 0.69 * plain.peak
+
+
 def test_without_reversibility_depth_costs_memory() -> None:
     shallow, deep = (reversible_memory(blocks, reversible=False).held for blocks in (2, 4))
     assert deep > 1.4 * shallow
@@ -164,7 +172,7 @@ def test_planned_size_follows_the_measured_peak(patch_size: tuple[int, ...]) -> 
         def build(network_class: type[nn.Module] = network_class) -> nn.Module:
             return network_class(input_channels=1, num_classes=3, **arguments(features, dim))
 
-        memory = measure_step(build, 1, patch_size, batch_size)
+        memory = measure_step(build, 1, patch_size, batch_size, torch.bfloat16)
         activations = memory.peak - memory.parameters
         per_unit[network_class] = activations / build().compute_conv_feature_map_size(patch_size)
     assert per_unit[ReversibleUNet] == pytest.approx(per_unit[PlainConvUNet], rel=0.06)

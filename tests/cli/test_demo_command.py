@@ -108,6 +108,21 @@ def test_kill_and_end_of_the_terminal_are_interruptions(number: str, monkeypatch
     assert signal.getsignal(getattr(signal, number)) is before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def run(*_: Any) -> Report:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return REPORT
+
+    monkeypatch.setattr(workflow, "run", run)
+    try:
+        assert cli.main(["demo"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_arguments_reach_the_workflow(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Settings] = []
 

@@ -36,6 +36,7 @@ def test_folder_takes_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
         (folder / "a").write_text("a")
         assert not target.exists()
     assert (target / "a").read_text() == "a"
+    assert os.listdir(tmp_path) == ["data"]
     assert stat.S_IMODE(target.stat().st_mode) & 0o755 == 0o755
 
 

@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from nnunet_ext.architectures.blocks.mixed_precision import lowered
+
 EXACT_STEP = 2.0**-12
 EXACT_RANGE = 2.0**12
 
@@ -62,14 +64,14 @@ class AdditiveCoupling(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(y1, y2)``."""
-        y1 = x1 + self.finish(self.f(x2), x2)
-        y2 = x2 + self.finish(self.g(y1), y1)
+        y1 = x1 + self.finish(self.f(lowered(x2)), x2)
+        y2 = x2 + self.finish(self.g(lowered(y1)), y1)
         return y1, y2
 
     def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(x1, x2)``."""
-        x2 = y2 - self.finish(self.g(y1), y1)
-        x1 = y1 - self.finish(self.f(x2), x2)
+        x2 = y2 - self.finish(self.g(lowered(y1)), y1)
+        x1 = y1 - self.finish(self.f(lowered(x2)), x2)
         return x1, x2
 
     def finish(self, shift: Tensor, given: Tensor) -> Tensor:
@@ -86,9 +88,10 @@ class ReversibleSequence(nn.Module):
     """Additive couplings on the two halves of the channels, with activation memory constant in depth.
 
     In training only the output is kept; the backward pass recomputes the input of each coupling from its output
-    (one more evaluation of every `f` and `g`: 4/3 of the FLOPs of plain autograd). Under autocast `f` and `g` run
-    in its dtype while the two streams stay float32. Gradients equal plain autograd's up to the rounding of the
-    inversion, and exactly in the exact mode (`tests/architectures/test_reversible.py`).
+    (one more evaluation of every `f` and `g`: 4/3 of the FLOPs of plain autograd). Under autocast `f` and `g` see
+    their input in its dtype, as in nnU-Net's own networks, while the two streams stay float32. Gradients equal plain
+    autograd's up to the rounding of the inversion, and exactly in the exact mode
+    (`tests/architectures/test_reversible.py`).
 
     Args:
         couplings: at least one; all of them exact or none.
@@ -332,7 +335,7 @@ def _run(
     # Under FakeTensorMode there are no random numbers, and states could not be compared.
     before = None if isinstance(given, FakeTensor) else _RandomState.now(given)
     version = None if given.is_inference() else given._version
-    shift = module(given)
+    shift = module(lowered(given))
     if version is not None and given._version != version:
         raise RuntimeError(
             f"{type(module).__name__} changes its input in place; in a reversible sequence it must not: "
@@ -360,7 +363,7 @@ def _undo(
     with torch.enable_grad(), ctx.autocast.enter():
         source = state.given.detach().requires_grad_(further)
         # A view, because hooks of modules (FLOP counters) can't follow a leaf within autograd.grad.
-        shift = _recompute(module, source.view_as(source), ctx.random.get(key))
+        shift = _recompute(module, lowered(source.view_as(source)), ctx.random.get(key))
     with torch.no_grad():
         state.result = state.result - coupling.finish(shift, source)
     weights = gradients.inputs(module)
