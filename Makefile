@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/nnunet-ext demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

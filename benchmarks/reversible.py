@@ -160,8 +160,8 @@ def stack_table() -> list[dict[str, Any]]:
     return rows
 
 
-def add_ratios(rows: list[dict[str, Any]], keys: list[str]) -> None:
-    baseline = next(row for row in rows if row["network"] == BASELINE)
+def add_ratios(rows: list[dict[str, Any]], keys: list[str], name: str = BASELINE) -> None:
+    baseline = next(row for row in rows if row["network"] == name)
     for row in rows:
         row |= {f"{key}_ratio": row[key] / baseline[key] for key in keys}
 

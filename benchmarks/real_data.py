@@ -1,0 +1,140 @@
+"""Trained models side by side: Dice of cross-validation and of unseen scans, memory and time of a training step.
+
+python benchmarks/real_data.py --output docs/benchmarks --name hippocampus \
+    --models RESULTS/nnUNetTrainer_4epochs_50iters__nnUNetPlans__3d_fullres RESULTS/nnUNetTrainerReversible_... \
+    --predictions PREDICTED_BY_FIRST PREDICTED_BY_SECOND --references LABELS_OF_UNSEEN_SCANS
+
+Models are result folders of nnU-Net, the first is the baseline; predictions are in the order of the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from reversible import add_ratios, markdown, train_step
+from torch import nn
+
+from nnunet_ext import registry
+from nnunet_ext.benchmark.memory import GIB, measure_step
+
+
+def trainer_class(name: str) -> Any:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    schedule = registry.parse_schedule(name)
+    base = schedule.base if schedule else name
+    return nnUNetTrainer if base == registry.CORE_TRAINER else registry.resolve("trainers", base)
+
+
+def dice_row(
+    model: Path, predictions: Path, references: Path, labels: dict[str, int], ending: str
+) -> dict[str, Any]:
+    """Mean Dice per class over all validation cases of all folds, and over the unseen scans."""
+    cases = [
+        case
+        for summary in sorted(model.glob("fold_*/validation/summary.json"))
+        for case in json.loads(summary.read_text())["metric_per_case"]
+    ]
+    unseen = compute_metrics_on_folder_simple(
+        str(references), str(predictions), list(labels.values()), num_processes=2
+    )
+    row: dict[str, Any] = {"network": model.name.split("__")[0], "validation_cases": len(cases)}
+    for name, label in labels.items():
+        row[f"{name}, validation"] = float(
+            np.nanmean([case["metrics"][str(label)]["Dice"] for case in cases])
+        )
+    row["unseen_cases"] = len(list(references.glob(f"*{ending}")))
+    for name, label in labels.items():
+        row[f"{name}, unseen"] = float(unseen["mean"][label]["Dice"])
+    return row
+
+
+def network_builder(model: Path) -> tuple[Callable[[], nn.Module], int, list[int], int]:
+    """The network of a result folder, its input channels, patch and batch size."""
+    trainer, _, configuration = model.name.split("__")
+    plans = PlansManager(str(model / "plans.json"))
+    settings = plans.get_configuration(configuration)
+    dataset = json.loads((model / "dataset.json").read_text())
+    channels = determine_num_input_channels(plans, settings, dataset)
+    heads = plans.get_label_manager(dataset).num_segmentation_heads
+
+    def build() -> nn.Module:
+        return trainer_class(trainer).build_network_architecture(plans, settings, channels, heads, True)
+
+    return build, channels, list(settings.patch_size), settings.batch_size
+
+
+def cost_rows(models: list[Path], repeats: int) -> list[dict[str, Any]]:
+    built = {model: network_builder(model) for model in models}
+    rows, seconds, runs = {}, {model: [] for model in models}, {}
+    for model, (build, channels, patch, batch) in built.items():
+        memory = measure_step(build, channels, patch, batch)
+        network = build().train()
+        runs[model] = (network, torch.randn(batch, channels, *patch))
+        rows[model] = {
+            "network": model.name.split("__")[0],
+            "patch": "x".join(map(str, patch)),
+            "batch": batch,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "held": memory.held / GIB,
+            "peak": memory.peak / GIB,
+        }
+    for repeat in range(repeats + 1):
+        for model, (network, x) in runs.items():
+            elapsed = train_step(network, x)
+            if repeat:  # the first round warms up
+                seconds[model].append(elapsed)
+    return [{**row, "seconds": median(seconds[model])} for model, row in rows.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--name", required=True, help="of the data, for the names of the files")
+    parser.add_argument("--models", type=Path, nargs="+", required=True)
+    parser.add_argument("--predictions", type=Path, nargs="+", required=True)
+    parser.add_argument("--references", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+
+    dataset = json.loads((options.models[0] / "dataset.json").read_text())
+    labels = {name: label for name, label in dataset["labels"].items() if label != 0}
+    dice = [
+        dice_row(model, predictions, options.references, labels, dataset["file_ending"])
+        for model, predictions in zip(options.models, options.predictions, strict=True)
+    ]
+    cost = cost_rows(options.models, options.repeats)
+    baseline = cost[0]["network"]
+    add_ratios(cost, ["parameters", "held", "peak", "seconds"], baseline)
+    today = date.today().isoformat()
+    result = {
+        "date": today,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dice": dice,
+        "cost": cost,
+    }
+    (options.output / f"{today}-{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = (
+        f"## Dice\n\n{markdown(dice)}\n\n## Training step (GiB, float32; seconds, CPU)\n\n{markdown(cost)}\n"
+    )
+    (options.output / f"{today}-{options.name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
