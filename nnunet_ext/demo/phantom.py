@@ -42,8 +42,8 @@ class PhantomSpec:
 
     n_training: int = 12
     n_test: int = 2
-    field_of_view: Vector = (272.0, 212.0, 184.0)
-    spacing: Vector = (7.0, 7.0, 8.0)
+    field_of_view: Vector = (244.0, 192.0, 156.0)
+    spacing: Vector = (6.2, 6.2, 6.7)
     seed: int = 20_230_411
 
 
@@ -68,16 +68,16 @@ class Tissue:
 
 # Painted in this order: what comes later lies on top. Label 0 here is anatomy that nobody segments.
 TISSUES = (
-    Tissue(0, -95.0, (0.0, 0.0, 0.0), (122.0, 96.0, math.inf), 3.0),  # subcutaneous fat
-    Tissue(0, 55.0, (0.0, 2.0, 0.0), (111.0, 85.0, math.inf), 2.0),  # muscle
-    Tissue(0, -60.0, (0.0, -6.0, 0.0), (100.0, 70.0, math.inf), 2.0),  # fat between the organs
-    Tissue(0, 45.0, (48.0, -30.0, 30.0), (38.0, 30.0, 40.0), 8.0),  # stomach
+    Tissue(0, -95.0, (0.0, 0.0, 0.0), (114.0, 92.0, math.inf), 3.0),  # subcutaneous fat
+    Tissue(0, 55.0, (0.0, 2.0, 0.0), (106.0, 84.0, math.inf), 2.0),  # muscle
+    Tissue(0, -60.0, (0.0, -6.0, 0.0), (98.0, 72.0, math.inf), 2.0),  # fat between the organs
+    Tissue(0, 45.0, (46.0, -32.0, 24.0), (38.0, 30.0, 40.0), 8.0),  # stomach
     Tissue(0, 45.0, (20.0, -36.0, -55.0), (44.0, 24.0, 30.0), 10.0),  # bowel
     Tissue(0, 45.0, (-40.0, -30.0, -80.0), (40.0, 26.0, 28.0), 10.0),  # bowel
     Tissue(0, 135.0, (9.0, 24.0, 0.0), (10.0, 10.0, math.inf), 3.0),  # aorta
-    Tissue(1, 105.0, (-46.0, -14.0, 32.0), (52.0, 52.0, 56.0)),
-    Tissue(1, 105.0, (-8.0, -34.0, 44.0), (46.0, 26.0, 30.0)),  # left lobe
-    Tissue(2, 160.0, (72.0, 20.0, 34.0), (26.0, 38.0, 40.0)),
+    Tissue(1, 105.0, (-44.0, -14.0, 26.0), (52.0, 52.0, 56.0)),
+    Tissue(1, 105.0, (-8.0, -34.0, 38.0), (46.0, 26.0, 30.0)),  # left lobe
+    Tissue(2, 160.0, (70.0, 18.0, 28.0), (26.0, 38.0, 40.0)),
     Tissue(3, 215.0, (-56.0, 42.0, -34.0), (23.0, 21.0, 44.0)),
     Tissue(3, 215.0, (58.0, 44.0, -28.0), (23.0, 21.0, 44.0)),
     Tissue(4, 300.0, (0.0, 54.0, 0.0), (22.0, 18.0, math.inf), 3.0),

@@ -86,7 +86,7 @@ def test_intensities_are_like_hounsfield_units(index: int) -> None:
     assert -1024 <= scan.image.min() < -950
     assert abs(float(np.median(corner)) + 1000) < 40
     assert -30 < median["lesion"] < median["liver"] - 45
-    assert 80 < median["liver"] < median["spleen"] < median["kidneys"] < median["spine"]
+    assert 80 < median["liver"] < min(median["spleen"], median["kidneys"]) < median["spine"]
     assert corner.std() > 5  # noise
 
 
