@@ -47,9 +47,10 @@ def dice_row(
         for summary in sorted(model.glob("fold_*/validation/summary.json"))
         for case in json.loads(summary.read_text())["metric_per_case"]
     ]
-    unseen = compute_metrics_on_folder_simple(
+    compute_metrics_on_folder_simple(
         str(references), str(predictions), list(labels.values()), num_processes=2
     )
+    unseen = json.loads((predictions / "summary.json").read_text())
     row: dict[str, Any] = {"network": model.name.split("__")[0], "validation_cases": len(cases)}
     for name, label in labels.items():
         row[f"{name}, validation"] = float(
@@ -57,7 +58,7 @@ def dice_row(
         )
     row["unseen_cases"] = len(list(references.glob(f"*{ending}")))
     for name, label in labels.items():
-        row[f"{name}, unseen"] = float(unseen["mean"][label]["Dice"])
+        row[f"{name}, unseen"] = float(unseen["mean"][str(label)]["Dice"])
     return row
 
 

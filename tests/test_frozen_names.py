@@ -1,0 +1,20 @@
+"""Names that users' plans and checkpoints hold: once released, they stay."""
+
+from __future__ import annotations
+
+from nnunet_ext import registry
+
+# Networks by dotted path, as plans hold them; trainers and planners by class name, as checkpoints and plans do.
+ARCHITECTURES = {"nnunet_ext.architectures.reversible_unet.ReversibleUNet"}
+TRAINERS = {"nnUNetTrainerReversible"}
+PLANNERS = {"ReversibleUNetPlanner", "ReversibleUNetDeepPlanner"}
+
+
+def test_paths_of_networks_in_users_plans_still_exist() -> None:
+    registered = {entry.value.replace(":", ".") for entry in registry.entries("architectures")}
+    assert registered >= ARCHITECTURES
+
+
+def test_names_in_users_checkpoints_and_plans_still_exist() -> None:
+    assert set(registry.names("trainers")) >= TRAINERS
+    assert set(registry.names("planners")) >= PLANNERS
