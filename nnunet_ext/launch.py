@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import _nnunet_ext_hook
+from nnunet_ext.errors import UsageError
 from nnunet_ext.registry import EXTERNAL_TRAINERS
 
 SHIM = Path(__file__).with_name("ext_trainer_shim")
-
-
-class LaunchError(Exception):
-    """The command can't be run; the message is one line that says why."""
 
 
 def run(command: str, arguments: Sequence[str]) -> Any:
@@ -33,7 +30,7 @@ def run(command: str, arguments: Sequence[str]) -> Any:
         arguments: what follows it, passed unchanged.
 
     Raises:
-        LaunchError: nnU-Net isn't installed, or has no such command.
+        UsageError: nnU-Net isn't installed, or has no such command.
     """
     entry = find(command)
     _nnunet_ext_hook.install()
@@ -46,18 +43,18 @@ def find(command: str) -> EntryPoint:
     """Return the entry point of nnU-Net's `command`.
 
     Raises:
-        LaunchError: nnU-Net isn't installed, or has no such command; the message holds the near names.
+        UsageError: nnU-Net isn't installed, or has no such command; the message holds the near names.
     """
     try:
         host = distribution("nnunetv2")
     except PackageNotFoundError:
-        raise LaunchError(f"nnunetv2 isn't installed for {sys.executable}: pip install nnunetv2") from None
+        raise UsageError(f"nnunetv2 isn't installed for {sys.executable}: pip install nnunetv2") from None
     commands = {entry.name: entry for entry in host.entry_points.select(group="console_scripts")}
     if command in commands:
         return commands[command]
     near = difflib.get_close_matches(command, commands, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"It has {', '.join(sorted(commands))}."
-    raise LaunchError(f"nnunetv2 {host.version} has no command {command!r}. {hint}")
+    raise UsageError(f"nnunetv2 {host.version} has no command {command!r}. {hint}")
 
 
 def with_shim(folders: str) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_ext import __version__
+from nnunet_ext.errors import UsageError
 
 # command -> one line of help; nnunet_ext.cli.<command> has add_arguments(parser) and run(args) -> exit status
 COMMANDS = {
@@ -16,10 +17,6 @@ COMMANDS = {
     "run": "run a command of nnU-Net with the hook installed explicitly",
     "demo": "train, predict and compare on a small phantom or on your data",
 }
-
-
-class UserError(Exception):
-    """A mistake of the user: its message is printed as one line, the exit status is 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(parsed))
-    except UserError as error:
+    except UsageError as error:
         print(f"nnunet-ext {parsed.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

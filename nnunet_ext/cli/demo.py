@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ext.cli import UserError
+from nnunet_ext.errors import UsageError
 
 if TYPE_CHECKING:
     from nnunet_ext.demo.settings import Demo
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo and print where its report lies; return the exit status."""
     from nnunet_ext.demo import report, settings, workflow
-    from nnunet_ext.demo.errors import ChildError, DemoError
+    from nnunet_ext.demo.errors import ChildError
 
     asked = settings.Settings(
         args.output, args.raw, tuple(args.trainers), args.schedule, args.configuration, args.device
@@ -83,9 +83,9 @@ def run(args: argparse.Namespace) -> int:
         printer.end_line()
         print(f"nnunet-ext demo: {error}", file=sys.stderr)
         return 1
-    except DemoError as error:
+    except UsageError:
         printer.end_line()
-        raise UserError(str(error)) from error
+        raise
     except KeyboardInterrupt:
         printer.end_line()
         print("The same call finishes this demo: what is done is kept.", file=sys.stderr)

@@ -12,7 +12,6 @@ import argparse
 import sys
 
 from nnunet_ext import launch
-from nnunet_ext.cli import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +23,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and leave with its exit status."""
-    try:
-        status = launch.run(args.nnunet_command, args.arguments)
-    except launch.LaunchError as error:
-        raise UserError(str(error)) from None
-    sys.exit(status)
+    sys.exit(launch.run(args.nnunet_command, args.arguments))

@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_ext.demo.errors import ChildError, DemoError
-from nnunet_ext.demo.files import writing
+from nnunet_ext.demo.errors import ChildError
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import writing
 
 _TAIL_LINES = 12
 _LOW_DISK = 100 * 2**20  # bytes
@@ -58,12 +59,12 @@ def find_command(name: str) -> str:
     """Path of a console command beside the running Python, else on PATH.
 
     Raises:
-        DemoError: it is in neither.
+        UsageError: it is in neither.
     """
     beside = Path(sys.executable).parent
     found = shutil.which(name, path=str(beside)) or shutil.which(name)
     if found is None:
-        raise DemoError(f"{name} is neither in {beside} nor on PATH: install nnunetv2 and nnunet-ext there.")
+        raise UsageError(f"{name} is neither in {beside} nor on PATH: install nnunetv2 and nnunet-ext there.")
     return found
 
 
@@ -74,7 +75,7 @@ def run(child: Child, on_text: Callable[[str], None]) -> None:
 
     Raises:
         ChildError: the command failed.
-        DemoError: the command or its log can't be opened.
+        UsageError: the command or its log can't be opened.
     """
     executable = _executable(child)
     with writing(child.log):

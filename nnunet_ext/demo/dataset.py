@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ext.demo.errors import DemoError
-from nnunet_ext.demo.files import whole_folder
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import whole_folder
 
 N_UNSEEN = 2
 _MIN_TRAINING = 5  # nnU-Net makes five folds
@@ -40,23 +40,23 @@ def read_raw(folder: Path) -> RawDataset:
     """Read and check a data set; unseen are two labelled scans of imagesTs, else two held out of imagesTr.
 
     Raises:
-        DemoError: it is not in nnU-Net's raw format, or has too few cases.
+        UsageError: it is not in nnU-Net's raw format, or has too few cases.
     """
     if re.fullmatch(r"Dataset\d{3}_\w[\w-]*", folder.name) is None:
-        raise DemoError(
+        raise UsageError(
             f"--raw needs a folder called DatasetXXX_Name (XXX: digits), got {folder}: rename it."
         )
     if not folder.is_dir():
-        raise DemoError(f"--raw needs an existing folder, got {folder}: correct the path.")
+        raise UsageError(f"--raw needs an existing folder, got {folder}: correct the path.")
     description = _read_description(folder)
     for part in ("imagesTr", "labelsTr"):
         if not (folder / part).is_dir():
-            raise DemoError(f"--raw needs a folder {part} in the data set, {folder} has none: add it.")
+            raise UsageError(f"--raw needs a folder {part} in the data set, {folder} has none: add it.")
     ending = str(description["file_ending"])
     cases = _cases(folder / "imagesTr", ending)
     unlabelled = [case for case in cases if not (folder / "labelsTr" / f"{case}{ending}").is_file()]
     if unlabelled:
-        raise DemoError(
+        raise UsageError(
             f"--raw needs a label for every training case, {folder / 'labelsTr'} has no "
             f"{unlabelled[0]}{ending} ({len(unlabelled)} missing): add it or remove the image."
         )
@@ -65,7 +65,7 @@ def read_raw(folder: Path) -> RawDataset:
     needed = _MIN_TRAINING if test else _MIN_TRAINING + N_UNSEEN
     if len(cases) < needed:
         held_out = "" if test else f", and {N_UNSEEN} are held out to be predicted"
-        raise DemoError(
+        raise UsageError(
             f"--raw needs at least {needed} training cases (nnU-Net makes five folds{held_out}), "
             f"{folder} has {len(cases)}: add some."
         )
@@ -79,18 +79,18 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DemoError(f"--raw needs a dataset.json in the data set, {folder} has none: add it.") from error
+        raise UsageError(f"--raw needs a dataset.json in the data set, {folder} has none: add it.") from error
     except (OSError, ValueError) as error:
-        raise DemoError(
+        raise UsageError(
             f"--raw needs a readable dataset.json, {path} is not ({error}): repair it."
         ) from error
     required = ("channel_names", "labels", "file_ending")
     missing = [key for key in required if not isinstance(description, dict) or key not in description]
     if missing:
         names = ", ".join(missing)
-        raise DemoError(f"--raw needs {', '.join(required)} in {path}, it lacks {names}: add them.")
+        raise UsageError(f"--raw needs {', '.join(required)} in {path}, it lacks {names}: add them.")
     if "dataset" in description:
-        raise DemoError(
+        raise UsageError(
             f"--raw needs the cases in imagesTr and labelsTr, {path} lists them under 'dataset': "
             "copy or link the files there and remove that key."
         )
@@ -108,7 +108,7 @@ def link(raw: RawDataset, target: Path) -> None:
     """Link the files of `raw` (copy them, where links are not allowed) into the new data set `target`.
 
     Raises:
-        DemoError: `target` can't be written.
+        UsageError: `target` can't be written.
     """
     description = raw.description | {"numTraining": len(raw.training)}
     with whole_folder(target) as partial:

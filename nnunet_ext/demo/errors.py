@@ -1,11 +1,9 @@
-"""What can go wrong in a demo; `nnunet_ext.cli.demo` prints the messages."""
+"""What can go wrong in a demo beside the user's input."""
 
 from __future__ import annotations
 
-
-class DemoError(Exception):
-    """The user's input or folder doesn't allow the demo; the message names rule, value and cure."""
+from nnunet_ext.errors import UsageError
 
 
-class ChildError(DemoError):
+class ChildError(UsageError):
     """A command of nnU-Net failed; the message holds the command, its exit code and the end of its log."""

@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK
 from numpy.typing import NDArray
 
-from nnunet_ext.demo.files import whole_folder
+from nnunet_ext.files import whole_folder
 
 NAME = "Dataset990_CTPhantom"
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidneys": 3, "spine": 4, "lesion": 5}
@@ -130,7 +130,7 @@ def write_dataset(
     """Write the data set as `folder`, there only once it is whole; `on_case(number, of)` tells progress.
 
     Raises:
-        DemoError: the folder can't be written.
+        UsageError: the folder can't be written.
     """
     total = spec.n_training + spec.n_test
     with whole_folder(folder) as partial:

@@ -16,8 +16,8 @@ from typing import Any
 
 from nnunet_ext.demo import figures
 from nnunet_ext.demo.figures import Curves, Scan
-from nnunet_ext.demo.files import write_bytes, write_text
 from nnunet_ext.demo.settings import FULL_SCHEDULE, Demo, read_json
+from nnunet_ext.files import write_bytes, write_text
 
 _WINDOW = "Window -160 to 240 HU."
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext import registry
-from nnunet_ext.demo.errors import DemoError
-from nnunet_ext.demo.files import PARTIAL, write_text, writing
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import PARTIAL, write_text, writing
 
 FULL_SCHEDULE = "full"
 PLANS = "nnUNetPlans"
@@ -104,19 +104,19 @@ def check_trainers(settings: Settings) -> None:
     """Refuse a schedule or trainer that nnU-Net would not find.
 
     Raises:
-        DemoError: the name that is wrong, and where right ones are shown.
+        UsageError: the name that is wrong, and where right ones are shown.
     """
     full = settings.schedule == FULL_SCHEDULE
     schedule = registry.parse_schedule(f"nnUNetTrainer_{settings.schedule}")
     if not full and (schedule is None or schedule.base != "nnUNetTrainer"):
-        raise DemoError(
+        raise UsageError(
             f"--schedule needs [<N>epochs][_<M>iters][_NoMirroring] or {FULL_SCHEDULE!r}, "
             f"got {settings.schedule!r}: use for example 9epochs_20iters."
         )
     known = {"nnUNetTrainer", *registry.names("trainers"), *(registry.core_names("trainers") if full else ())}
     unknown = [trainer for trainer in settings.trainers if trainer not in known]
     if unknown:
-        raise DemoError(
+        raise UsageError(
             "--trainers needs nnUNetTrainer or names that `nnunet-ext list` shows, "
             f"got {unknown[0]!r}: correct it."
         )
@@ -126,14 +126,14 @@ def prepare_folder(folder: Path) -> None:
     """Make the demo's folder; refuse one that holds anything else.
 
     Raises:
-        DemoError: it holds other files, or can't be written.
+        UsageError: it holds other files, or can't be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if name not in (LOCK, _NOTE) and not name.startswith(PARTIAL)]
     if foreign and _NOTE not in names:
-        raise DemoError(
+        raise UsageError(
             f"--output needs an empty folder or that of a demo, {folder} holds {foreign[0]}: choose another."
         )
 
@@ -144,7 +144,7 @@ def settle(settings: Settings, default_device: Callable[[], str]) -> Settings:
     Trainers may differ: each has folders of its own, so that one can be added to a demo.
 
     Raises:
-        DemoError: the folder holds a demo with other options.
+        UsageError: the folder holds a demo with other options.
     """
     note = settings.output / _NOTE
     held = read_json(note) if note.is_file() else {}
@@ -157,7 +157,7 @@ def settle(settings: Settings, default_device: Callable[[], str]) -> Settings:
     changed = {key: value for key, value in asked.items() if held.get(key) != value}
     differing = [f"{key} {held.get(key)}, now {value}" for key, value in changed.items()]
     if differing:
-        raise DemoError(
+        raise UsageError(
             f"{settings.output} holds a demo with other options ({'; '.join(differing)}): "
             "choose another folder by --output, or delete this one."
         )
@@ -168,9 +168,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that the demo or nnU-Net wrote.
 
     Raises:
-        DemoError: it can't be read.
+        UsageError: it can't be read.
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise DemoError(f"can't read {path} ({error}): delete it and call again.") from error
+        raise UsageError(f"can't read {path} ({error}): delete it and call again.") from error

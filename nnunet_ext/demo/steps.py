@@ -11,9 +11,9 @@ from pathlib import Path
 
 from nnunet_ext import registry
 from nnunet_ext.demo import dataset, phantom, report
-from nnunet_ext.demo.errors import DemoError
-from nnunet_ext.demo.files import writing
 from nnunet_ext.demo.settings import PLANS, Demo, read_json
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import writing
 
 FOLD = "0"
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -76,7 +76,7 @@ def _plan(demo: Demo, run: RunCommand) -> Step:
         run("plan", command, lambda _: status(""))
         configurations = read_json(demo.preprocessed / f"{PLANS}.json")["configurations"]
         if demo.configuration not in configurations:
-            raise DemoError(
+            raise UsageError(
                 f"-c needs a configuration that nnU-Net planned for {demo.dataset} "
                 f"({', '.join(configurations)}), got {demo.configuration}: choose one, and another --output."
             )

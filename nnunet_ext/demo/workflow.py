@@ -18,7 +18,6 @@ from typing import Literal
 
 from nnunet_ext.demo import children, dataset, phantom, report
 from nnunet_ext.demo.errors import ChildError
-from nnunet_ext.demo.files import locked, write_text, writing
 from nnunet_ext.demo.settings import (
     FULL_SCHEDULE,
     LOCK,
@@ -30,6 +29,7 @@ from nnunet_ext.demo.settings import (
     settle,
 )
 from nnunet_ext.demo.steps import RunCommand, Step, make_steps
+from nnunet_ext.files import locked, write_text, writing
 
 Runner = Callable[[children.Child, Callable[[str], None]], None]
 
@@ -71,7 +71,7 @@ def run(
 
     Raises:
         ChildError: a command of nnU-Net failed.
-        DemoError: the settings, the data set or the folder don't allow it.
+        UsageError: the settings, the data set or the folder don't allow it.
     """
     check_trainers(settings)
     raw = None if settings.raw is None else dataset.read_raw(Path(os.path.abspath(settings.raw)))

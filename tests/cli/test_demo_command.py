@@ -16,10 +16,11 @@ import pytest
 from nnunet_ext import cli
 from nnunet_ext.cli import demo as command
 from nnunet_ext.demo import workflow
-from nnunet_ext.demo.errors import ChildError, DemoError
+from nnunet_ext.demo.errors import ChildError
 from nnunet_ext.demo.report import Model, Report
 from nnunet_ext.demo.settings import Demo, Settings, check_trainers
 from nnunet_ext.demo.workflow import Progress
+from nnunet_ext.errors import UsageError
 
 DEMO = Demo(Path("/d"), "Dataset990_CTPhantom", ("nnUNetTrainer",), "3epochs", "3d_fullres", "cpu")
 REPORT = Report(Path("/d/report.md"), (Model("nnUNetTrainer_3epochs", {}, 0.75, 0.5, 12.5, 3),))
@@ -77,7 +78,7 @@ def test_running_step_rewrites_one_line_on_a_terminal(
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
-        (DemoError("--raw needs a, got b: do c."), 2, "nnunet-ext demo: --raw needs a, got b: do c.\n"),
+        (UsageError("--raw needs a, got b: do c."), 2, "nnunet-ext demo: --raw needs a, got b: do c.\n"),
         (ChildError("`x` ended with exit code 3."), 1, "nnunet-ext demo: `x` ended with exit code 3.\n"),
         (KeyboardInterrupt(), 130, "nnunet-ext demo: interrupted\n"),
     ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nnunet_ext import __version__, cli
+from nnunet_ext.errors import UsageError
 
 if TYPE_CHECKING:
     from tests.conftest import RunPython
@@ -66,7 +67,7 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),
-    [(cli.UserError("no such folder"), 2, "no such folder"), (KeyboardInterrupt(), 130, "interrupted")],
+    [(UsageError("no such folder"), 2, "no such folder"), (KeyboardInterrupt(), 130, "interrupted")],
 )
 def test_mistake_of_the_user_is_one_line(
     error: BaseException,

@@ -14,7 +14,8 @@ import pytest
 
 from nnunet_ext.demo import children
 from nnunet_ext.demo.children import Child, environment, find_command, run
-from nnunet_ext.demo.errors import ChildError, DemoError
+from nnunet_ext.demo.errors import ChildError
+from nnunet_ext.errors import UsageError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="scripts with a shebang")
 MakeChild = Callable[..., Child]
@@ -123,7 +124,7 @@ time.sleep(60)
 
 
 def test_command_that_is_nowhere_is_refused() -> None:
-    with pytest.raises(DemoError, match=r"nnUNetv2_gone is neither in .* nor on PATH: install"):
+    with pytest.raises(UsageError, match=r"nnUNetv2_gone is neither in .* nor on PATH: install"):
         find_command("nnUNetv2_gone")
 
 
@@ -141,7 +142,7 @@ def test_command_beside_this_python_comes_first(tmp_path: Path, monkeypatch: pyt
 
 def test_log_that_cant_be_opened_is_named(make_child: MakeChild, tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file where the folder should be")
-    with pytest.raises(DemoError, match=r"can't write .*fake\.log"):
+    with pytest.raises(UsageError, match=r"can't write .*fake\.log"):
         run(make_child("print()"), ignore)
 
 

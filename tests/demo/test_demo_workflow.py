@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nnunet_ext.demo import figures, workflow
-from nnunet_ext.demo.errors import ChildError, DemoError
+from nnunet_ext.demo.errors import ChildError
 from nnunet_ext.demo.phantom import PhantomSpec, write_dataset
 from nnunet_ext.demo.settings import Demo, Settings
 from nnunet_ext.demo.steps import EpochWatch
 from nnunet_ext.demo.workflow import Progress, default_device
+from nnunet_ext.errors import UsageError
 
 if TYPE_CHECKING:
     from conftest import FakeNnunet
@@ -193,7 +194,7 @@ def test_other_options_in_the_same_folder_are_refused(
     run: Run, nnunet: FakeNnunet, changes: dict[str, str], message: str
 ) -> None:
     run()
-    with pytest.raises(DemoError, match=rf"other options \({message}\): choose .* --output") as caught:
+    with pytest.raises(UsageError, match=rf"other options \({message}\): choose .* --output") as caught:
         run(**changes)
     assert nnunet.commands == []
     assert "\n" not in str(caught.value)
@@ -222,12 +223,12 @@ def test_own_data_set_replaces_the_phantom_and_another_one_is_refused(
     assert nnunet.commands[1][1] == "7"
     run(raw=tmp_path / "sub" / ".." / "Dataset007_Mine")
     assert nnunet.commands == []
-    with pytest.raises(DemoError, match=r"raw .*Dataset007_Mine, now .*Dataset008_Other"):
+    with pytest.raises(UsageError, match=r"raw .*Dataset007_Mine, now .*Dataset008_Other"):
         run(raw=tmp_path / "Dataset008_Other")
 
 
 def test_configuration_that_was_not_planned_is_refused(run: Run) -> None:
-    with pytest.raises(DemoError, match=r"-c needs .*\(2d, 3d_fullres\), got 3d_lowres"):
+    with pytest.raises(UsageError, match=r"-c needs .*\(2d, 3d_fullres\), got 3d_lowres"):
         run(configuration="3d_lowres")
 
 
@@ -247,7 +248,7 @@ def test_configuration_that_was_not_planned_is_refused(run: Run) -> None:
 def test_unknown_schedule_or_trainer_is_refused_before_anything_is_written(
     run: Run, settings: Settings, changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(DemoError, match=message):
+    with pytest.raises(UsageError, match=message):
         run(**changes)
     assert not settings.output.exists()
 
@@ -255,7 +256,7 @@ def test_unknown_schedule_or_trainer_is_refused_before_anything_is_written(
 def test_folder_with_other_files_is_refused(run: Run, settings: Settings) -> None:
     (settings.output / "nnUNet_raw").mkdir(parents=True)
     with pytest.raises(
-        DemoError, match=r"--output needs an empty folder .* holds nnUNet_raw: choose another"
+        UsageError, match=r"--output needs an empty folder .* holds nnUNet_raw: choose another"
     ):
         run()
     assert os.listdir(settings.output) == ["nnUNet_raw"]
@@ -270,14 +271,14 @@ def test_note_that_was_cut_off_does_not_block_the_folder(run: Run, settings: Set
 
 def test_output_that_cant_be_made_is_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DemoError, match=r"can't write .*file/demo"):
+    with pytest.raises(UsageError, match=r"can't write .*file/demo"):
         run(output=tmp_path / "file" / "demo")
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")
 def test_folder_without_write_access_is_named(run: Run, settings: Settings) -> None:
     settings.output.mkdir(mode=0o500)
-    with pytest.raises(DemoError, match=r"can't write .*demo.*Permission denied"):
+    with pytest.raises(UsageError, match=r"can't write .*demo.*Permission denied"):
         run()
 
 

@@ -14,8 +14,8 @@ import SimpleITK
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
 from nnunet_ext.demo import phantom
-from nnunet_ext.demo.errors import DemoError
 from nnunet_ext.demo.phantom import LABELS, NAME, PhantomSpec, make_case, write_dataset
+from nnunet_ext.errors import UsageError
 
 SPEC = PhantomSpec()
 ALL_CASES = range(SPEC.n_training + SPEC.n_test)
@@ -137,7 +137,7 @@ def test_file_that_a_full_disk_cut_off_is_an_error(tmp_path: Path, monkeypatch: 
         os.truncate(path, os.path.getsize(path) // 2)
 
     monkeypatch.setattr(phantom.SimpleITK, "WriteImage", cut_off)
-    with pytest.raises(DemoError, match=f"can't write .*{NAME}"):
+    with pytest.raises(UsageError, match=f"can't write .*{NAME}"):
         write_dataset(tmp_path / NAME, TWO_CASES)
     assert os.listdir(tmp_path) == []
 

@@ -13,7 +13,7 @@ import pytest
 
 from nnunet_ext.demo import dataset
 from nnunet_ext.demo.dataset import link, read_raw
-from nnunet_ext.demo.errors import DemoError
+from nnunet_ext.errors import UsageError
 
 DESCRIPTION = {
     "channel_names": {"0": "CT", "1": "PET"},
@@ -91,7 +91,7 @@ def test_wrong_data_set_is_refused_in_one_sentence(
         make(folder, **arguments)
     if spoil is not None:
         spoil(folder)
-    with pytest.raises(DemoError, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         read_raw(folder)
     assert str(caught.value).startswith("--raw needs")
     assert "\n" not in str(caught.value)

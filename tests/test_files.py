@@ -1,4 +1,4 @@
-"""Files and folders are whole or not there; one demo at a time in a folder."""
+"""Files and folders are whole or not there; one run at a time in a folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_ext.demo.errors import DemoError
-from nnunet_ext.demo.files import locked, whole_folder, write_text, writing
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import locked, whole_folder, write_text, writing
 
 
 def test_failed_write_keeps_the_old_file_and_names_it(
@@ -24,7 +24,7 @@ def test_failed_write_keeps_the_old_file_and_names_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(DemoError, match=r"can't write .*note\.json: No space left on device.*--output"):
+    with pytest.raises(UsageError, match=r"can't write .*note\.json: No space left on device.*another output folder"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["note.json"]
@@ -47,7 +47,7 @@ def test_folder_that_failed_is_removed(tmp_path: Path, error: BaseException) -> 
             (folder / "a").write_text("a")
             raise error
 
-    with pytest.raises(DemoError if isinstance(error, OSError) else KeyboardInterrupt):
+    with pytest.raises(UsageError if isinstance(error, OSError) else KeyboardInterrupt):
         fill()
     assert os.listdir(tmp_path) == []
 
@@ -63,7 +63,7 @@ def test_second_demo_in_a_folder_is_refused(tmp_path: Path) -> None:
         with locked(tmp_path / "demo.lock"):
             pytest.fail("locked twice")
 
-    with locked(tmp_path / "demo.lock"), pytest.raises(DemoError, match="another demo is at work"):
+    with locked(tmp_path / "demo.lock"), pytest.raises(UsageError, match="another run is at work"):
         lock_again()
     with locked(tmp_path / "demo.lock") as descriptor:
         assert descriptor is not None
@@ -76,7 +76,7 @@ def test_child_that_outlives_the_demo_keeps_the_lock(tmp_path: Path) -> None:
         child = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(descriptor,)
         )
-    with pytest.raises(DemoError, match="another demo is at work"), locked(tmp_path / "demo.lock"):
+    with pytest.raises(UsageError, match="another run is at work"), locked(tmp_path / "demo.lock"):
         pass
     child.communicate(b"\n")
     with locked(tmp_path / "demo.lock") as descriptor:

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there, and a lock that two demos can't both hold."""
+"""Files and folders that are either whole or not there, and a lock that two runs can't both hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nnunet_ext.demo.errors import DemoError
+from nnunet_ext.errors import UsageError
 
 # Files and folders with this in their name are being written; a run that finds them deletes them.
 PARTIAL = ".partial-"
@@ -17,14 +17,14 @@ PARTIAL = ".partial-"
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an `OSError` inside the block into a `DemoError` that names `path` and the cure."""
+    """Turn an `OSError` inside the block into a `UsageError` that names `path` and the cure."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise DemoError(
+        raise UsageError(
             f"can't write {path}: {reason}. Make it writable or free space, then call again, "
-            "or choose another folder by --output."
+            "or choose another output folder."
         ) from error
 
 
@@ -77,7 +77,7 @@ def locked(path: Path) -> Iterator[int | None]:
     Without file locks (Windows, some network file systems) nothing is locked and the descriptor is None.
 
     Raises:
-        DemoError: somebody else holds it.
+        UsageError: somebody else holds it.
     """
     try:
         import fcntl
@@ -91,8 +91,8 @@ def locked(path: Path) -> Iterator[int | None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DemoError(
-                f"another demo is at work in {path.parent}: wait for its end, or choose another --output."
+            raise UsageError(
+                f"another run is at work in {path.parent}: wait for its end, or choose another output folder."
             ) from error
         except OSError:  # a file system without locks
             held = False

@@ -1,0 +1,132 @@
+"""The setting that networks are compared in: plans, configuration, channels and classes, and networks built for it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nnunet_ext import registry
+from nnunet_ext.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One configuration of nnU-Net's plans for one data set.
+
+    Args:
+        plans: content of plans.json.
+        dataset: content of dataset.json.
+        configuration: a name in `plans`.
+
+    Raises:
+        UsageError: the plans don't have the configuration.
+    """
+
+    plans: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    configuration: str
+
+    def __post_init__(self) -> None:
+        known = self.plans.get("configurations", {})
+        if self.configuration not in known:
+            raise UsageError(
+                f"the plans {self.plans.get('plans_name', '')} have the configurations {', '.join(known) or 'none'}, "
+                f"got {self.configuration}: choose one of them."
+            )
+
+    @property
+    def plans_manager(self) -> Any:
+        """nnU-Net's view of the plans."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        return PlansManager(dict(self.plans))
+
+    @property
+    def configuration_manager(self) -> Any:
+        """nnU-Net's view of the configuration."""
+        return self.plans_manager.get_configuration(self.configuration)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Voxels per axis."""
+        return tuple(int(n) for n in self.configuration_manager.patch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """Patches per training step."""
+        return int(self.configuration_manager.batch_size)
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the image, and those of the previous stage in a cascade."""
+        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+        return int(
+            determine_num_input_channels(self.plans_manager, self.configuration_manager, dict(self.dataset))
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Channels of the network's output."""
+        return int(self.plans_manager.get_label_manager(dict(self.dataset)).num_segmentation_heads)
+
+    def builder(self, trainer: str, deep_supervision: bool = True) -> Callable[[], nn.Module]:
+        """Return a function that builds the trainer's network as `nnUNetv2_train` does.
+
+        Raises:
+            UsageError: no trainer has this name.
+        """
+        network_of = trainer_class(trainer).build_network_architecture
+        arguments = (
+            self.plans_manager,
+            self.configuration_manager,
+            self.input_channels,
+            self.num_classes,
+            deep_supervision,
+        )
+
+        def build() -> nn.Module:
+            network: nn.Module = network_of(*arguments)
+            return network
+
+        return build
+
+
+def trainer_class(name: str) -> Any:
+    """Class of a trainer: one of ours, one of nnU-Net's own, with or without a schedule's suffix.
+
+    Raises:
+        UsageError: there is none, or it can't be loaded.
+    """
+    try:
+        return registry.resolve("trainers", name)
+    except registry.RegistryError as error:
+        raise UsageError(str(error)) from error
+    except registry.UnknownNameError:
+        found = _search_host(name)
+    if found is None:
+        raise UsageError(
+            f"a trainer must be known to nnU-Net or registered, got {name}: see `nnunet-ext list`, or install the "
+            "package that it comes from."
+        )
+    return found
+
+
+def _search_host(name: str) -> Any:
+    """nnU-Net's own search."""
+    try:  # nnU-Net 2.8 and newer
+        find = importlib.import_module("nnunetv2.utilities.find_objects").recursive_find_trainer_class_by_name
+        return find(name)
+    except ModuleNotFoundError:
+        import nnunetv2
+        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+        folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")
+        return recursive_find_python_class(folder, name, "nnunetv2.training.nnUNetTrainer")
+    except RuntimeError:  # what 2.8 raises for an unknown name
+        return None

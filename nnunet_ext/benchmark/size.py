@@ -1,0 +1,41 @@
+"""Parameters and operations of a network, counted on shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a network.
+
+    Args:
+        parameters: number of weights.
+        macs: multiply-accumulate operations of convolutions and matrix products in one forward pass of one patch,
+            in eval mode.
+    """
+
+    parameters: int
+    macs: int
+
+
+def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size: Sequence[int]) -> Size:
+    """Count the weights of a network, and its operations for one patch, without allocating either.
+
+    Args:
+        build: returns the network; called under `FakeTensorMode`.
+        input_channels: channels of the image.
+        patch_size: voxels per axis.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        network = build().eval()
+        parameters = sum(p.numel() for p in network.parameters())
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, input_channels, *patch_size))
+        return Size(parameters, counter.get_total_flops() // 2)
