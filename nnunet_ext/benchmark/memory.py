@@ -107,9 +107,39 @@ def measure_step(
             with torch.autocast("cpu", dtype=autocast_dtype or torch.bfloat16, enabled=enabled):
                 outputs = network(torch.empty(batch_size, input_channels, *patch_size))
             held = tracker.current
-            # A loss with a dense gradient and one normalisation over the classes, as cross-entropy has them.
-            outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-            loss = sum(output.logsumexp(1).mean() for output in outputs)
+            loss = surrogate_loss(outputs)
             del outputs
             loss.backward()
             return StepMemory(held, tracker.peak, parameters)
+
+
+def surrogate_loss(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """A loss with a dense gradient and one normalisation over the classes, as cross-entropy has them.
+
+    Args:
+        outputs: logits (B, num_classes, *patch), with deep supervision a list of them.
+    """
+    scales = [outputs] if isinstance(outputs, Tensor) else outputs
+    return torch.stack([output.logsumexp(1).mean() for output in scales]).sum()
+
+
+def measure_inference(
+    build: Callable[[], nn.Module],
+    input_channels: int,
+    patch_size: Sequence[int],
+    autocast_dtype: torch.dtype | None = None,
+) -> int:
+    """Measure the peak bytes of the forward pass of one patch in eval mode, without allocating; no parameters.
+
+    Args:
+        build, input_channels, patch_size, autocast_dtype: as for `measure_step`.
+    """
+    with FakeTensorMode(), torch.inference_mode():
+        network = build().eval()
+        enabled = autocast_dtype is not None
+        with (
+            StorageTracker() as tracker,
+            torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=enabled),
+        ):
+            network(torch.empty(1, input_channels, *patch_size))
+            return tracker.peak

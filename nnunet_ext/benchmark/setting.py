@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,6 +63,13 @@ class Setting:
         return int(self.configuration_manager.batch_size)
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Voxels of the patch per voxel of the coarsest stage, per axis."""
+        return tuple(
+            math.prod(axis) for axis in zip(*self.configuration_manager.pool_op_kernel_sizes, strict=True)
+        )
+
+    @property
     def input_channels(self) -> int:
         """Channels of the image, and those of the previous stage in a cascade."""
         from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -118,15 +126,16 @@ def trainer_class(name: str) -> Any:
 
 
 def _search_host(name: str) -> Any:
-    """nnU-Net's own search."""
-    try:  # nnU-Net 2.8 and newer
-        find = importlib.import_module("nnunetv2.utilities.find_objects").recursive_find_trainer_class_by_name
-        return find(name)
-    except ModuleNotFoundError:
+    """Search as nnU-Net itself does; None where it finds nothing."""
+    try:
+        module = importlib.import_module("nnunetv2.utilities.find_objects")
+    except ModuleNotFoundError:  # before nnU-Net 2.8
         import nnunetv2
         from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
         folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")
         return recursive_find_python_class(folder, name, "nnunetv2.training.nnUNetTrainer")
-    except RuntimeError:  # what 2.8 raises for an unknown name
+    try:
+        return module.recursive_find_trainer_class_by_name(name)
+    except RuntimeError:  # unknown name
         return None

@@ -39,3 +39,20 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, input_channels, *patch_size))
         return Size(parameters, counter.get_total_flops() // 2)
+
+
+def count_parameters(build: Callable[[], nn.Module]) -> int:
+    """Count the weights of a network without allocating them."""
+    with FakeTensorMode():
+        return sum(p.numel() for p in build().parameters())
+
+
+def deployed(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Return a function that builds the network that predicts: in eval mode, fused where it has `fuse()`."""
+
+    def make() -> nn.Module:
+        network = build().eval()
+        fuse = getattr(network, "fuse", None)
+        return fuse().eval() if callable(fuse) else network
+
+    return make

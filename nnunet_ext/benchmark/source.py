@@ -1,0 +1,164 @@
+"""Where a setting comes from: a preprocessed data set, a plans file, or the size of a patch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_ext.benchmark.planned import setting_of_patch
+from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.errors import UsageError
+
+DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetPlans", "3d_fullres"
+DEFAULT_CHANNELS, DEFAULT_CLASSES = 1, 3
+PREPROCESSED = "nnUNet_preprocessed"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the user names; one of `dataset`, `plans_file` and `patch`.
+
+    Args:
+        dataset: number or DatasetXXX_Name of a data set that nnU-Net has planned.
+        plans: name of its plans.
+        plans_file: a plans.json; a dataset.json beside it is read too.
+        patch: voxels per axis of an isotropic image.
+        configuration: name in the plans; may be None for a plans file that has 3d_fullres or one configuration.
+        channels, classes: instead of those of dataset.json; classes count the background.
+        batch: patches per training step, instead of those of the plans.
+    """
+
+    dataset: str | None = None
+    plans: str | None = None
+    plans_file: Path | None = None
+    patch: tuple[int, ...] | None = None
+    configuration: str | None = None
+    channels: int | None = None
+    classes: int | None = None
+    batch: int | None = None
+
+    def setting(self) -> Setting:
+        """Read or plan the setting.
+
+        Raises:
+            UsageError: options that exclude each other, files that are missing or broken, sizes that can't be.
+        """
+        self._check()
+        if self.patch is not None:
+            setting = setting_of_patch(self.patch, self._dataset_json({}))
+        elif self.plans_file is not None:
+            dataset_file = self.plans_file.parent / "dataset.json"
+            found = read_json(dataset_file, "a data set's dataset.json") if dataset_file.is_file() else {}
+            setting = self._read(self.plans_file, found)
+        else:
+            folder = _dataset_folder(str(self.dataset))
+            dataset_json = read_json(folder / "dataset.json", "a data set's dataset.json")
+            setting = self._read(folder / f"{self.plans or DEFAULT_PLANS}.json", dataset_json)
+        return setting if self.batch is None else _with_batch(setting, self.batch)
+
+    def _check(self) -> None:
+        given = {"-d": self.dataset, "--plans": self.plans_file, "--patch": self.patch}
+        named = [option for option, value in given.items() if value is not None]
+        if len(named) != 1:
+            raise UsageError(
+                f"one of -d, --plans and --patch is needed, got {' and '.join(named) or 'none'}: give one."
+            )
+        if self.dataset is None and self.plans is not None:
+            raise UsageError(
+                f"-p {self.plans} names plans of a data set, got {named[0]}: give -d, or leave -p out."
+            )
+        if self.dataset is not None and self.configuration is None:
+            raise UsageError("-d needs a configuration, got none: add for example -c 3d_fullres.")
+        if self.patch is not None and self.configuration is not None:
+            raise UsageError(
+                f"--patch is planned as 2d or 3d_fullres by itself, got -c {self.configuration}: leave -c out."
+            )
+        for option, value in (("channels", self.channels), ("classes", self.classes), ("batch", self.batch)):
+            smallest = 2 if option == "classes" else 1
+            if value is not None and value < smallest:
+                raise UsageError(f"--{option} must be at least {smallest}, got {value}: enlarge it.")
+
+    def _read(self, path: Path, dataset_json: Mapping[str, Any]) -> Setting:
+        plans = read_json(path, "plans of nnU-Net")
+        configurations = plans.get("configurations")
+        if not isinstance(configurations, dict) or not configurations:
+            raise UsageError(f"plans of nnU-Net hold configurations, {path} holds none: give a plans file.")
+        only = next(iter(configurations)) if len(configurations) == 1 else DEFAULT_CONFIGURATION
+        setting = Setting(plans, self._dataset_json(dataset_json), self.configuration or only)
+        try:
+            _ = setting.configuration_manager.network_arch_init_kwargs
+            for name in ("patch_size", "batch_size", "strides", "input_channels", "num_classes"):
+                getattr(setting, name)
+        except Exception as error:
+            # Whatever nnU-Net's own code meets in a file that is no plans or no dataset.json.
+            raise UsageError(
+                f"{path} and its dataset.json must be complete for {setting.configuration}, nnU-Net fails with "
+                f"{error!r}: plan the data set again."
+            ) from error
+        return setting
+
+    def _dataset_json(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        content = dict(found)
+        if self.channels is not None or not {"channel_names", "modality"} & set(content):
+            content.pop("modality", None)
+            names = range(self.channels or DEFAULT_CHANNELS)
+            content["channel_names"] = {str(i): f"channel {i}" for i in names}
+        if self.classes is not None or "labels" not in content:
+            content.pop("regions_class_order", None)
+            classes = range(1, self.classes or DEFAULT_CLASSES)
+            content["labels"] = {"background": 0, **{f"class {i}": i for i in classes}}
+        return content
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UsageError: there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{what} must be readable, {path} is not ({error.strerror}): correct the path."
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{what} must be whole JSON, {path} is not ({error}): write it again.") from error
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{what} must be a JSON object, {path} holds a {type(content).__name__}: give another."
+        )
+    return content
+
+
+def _dataset_folder(dataset: str) -> Path:
+    root = os.environ.get(PREPROCESSED)
+    if not root:
+        raise UsageError(
+            f"-d needs the environment variable {PREPROCESSED}, which is not set: set it, or use --plans."
+        )
+    number = dataset.isdecimal()
+    if not number and not dataset.startswith("Dataset"):
+        raise UsageError(f"-d needs a number or DatasetXXX_Name, got {dataset}: correct it.")
+    folders = [path for path in Path(root).glob("Dataset*") if path.is_dir()]
+    prefix = f"Dataset{int(dataset):03d}_" if number else dataset
+    found = sorted(
+        path for path in folders if path.name.startswith(prefix) and (number or path.name == dataset)
+    )
+    if len(found) != 1:
+        raise UsageError(
+            f"-d {dataset} must be one folder of {root}, found {', '.join(path.name for path in found) or 'none'}: "
+            f"{'give the whole name.' if found else f'run nnUNetv2_plan_and_preprocess -d {dataset} first.'}"
+        )
+    return found[0]
+
+
+def _with_batch(setting: Setting, batch: int) -> Setting:
+    plans = deepcopy(dict(setting.plans))
+    plans["configurations"][setting.configuration]["batch_size"] = batch
+    return Setting(plans, setting.dataset, setting.configuration)
