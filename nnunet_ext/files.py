@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nnunet_ext.errors import UsageError
 
 # Files and folders with this in their name are being written; a run that finds them deletes them.
 PARTIAL = ".partial-"
+
+
+def read_json(path: Path, cure: str, kind: type = dict) -> Any:
+    """Read a JSON object, or a list.
+
+    Args:
+        path: of the file.
+        cure: what to do when it can't be read, as the end of a sentence.
+        kind: what the file must hold, `dict` or `list`.
+
+    Raises:
+        UsageError: the file can't be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing: {cure}.") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can't be read ({error}): {cure}.") from error
+    if not isinstance(content, kind):
+        raise UsageError(f"{path} must hold a JSON {kind.__name__}, got a {type(content).__name__}: {cure}.")
+    return content
 
 
 @contextmanager
@@ -37,15 +61,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write `path` whole: an interruption leaves the old file, or none."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix=path.suffix, dir=path.parent)
+        part = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
         try:
-            with os.fdopen(handle, "wb") as stream:
+            with part.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(name, path)
+            os.replace(part, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
 
 

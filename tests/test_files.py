@@ -24,7 +24,9 @@ def test_failed_write_keeps_the_old_file_and_names_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(UsageError, match=r"can't write .*note\.json: No space left on device.*another output folder"):
+    with pytest.raises(
+        UsageError, match=r"can't write .*note\.json: No space left on device.*another output folder"
+    ):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["note.json"]

@@ -16,6 +16,8 @@ COMMANDS = {
     "doctor": "prove that nnU-Net's commands find them, and say what to repair",
     "run": "run a command of nnU-Net with the hook installed explicitly",
     "demo": "train, predict and compare on a small phantom or on your data",
+    "compare": "accuracy and cost of trained models beside default nnU-Net, as a report",
+    "benchmark": "parameters, operations, memory and time of networks beside default nnU-Net",
 }
 
 
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
+    parsed.argv = arguments
     try:
         return int(parsed.run(parsed))
     except UsageError as error:

@@ -69,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo and print where its report lies; return the exit status."""
-    from nnunet_ext.demo import report, settings, workflow
+    from nnunet_ext.comparison import tables
+    from nnunet_ext.demo import settings, workflow
     from nnunet_ext.demo.errors import ChildError
 
     asked = settings.Settings(
@@ -91,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
         print("The same call finishes this demo: what is done is kept.", file=sys.stderr)
         raise
     for model in written.models:
-        dice = report.number(model.mean_dice)
-        print(f"{model.trainer}: Dice {dice}, {model.seconds_per_epoch:.1f} s per epoch")
+        seconds = tables.number(model.seconds_per_epoch, 1)
+        print(f"{model.trainer}: Dice {tables.number(model.dice)}, {seconds} s per epoch")
     print(f"Report: {written.path}")
     return 0
 

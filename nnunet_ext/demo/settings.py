@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nnunet_ext import registry
+from nnunet_ext import files, registry
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import PARTIAL, write_text, writing
 
@@ -170,7 +170,4 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it can't be read.
     """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"can't read {path} ({error}): delete it and call again.") from error
+    return dict(files.read_json(path, "delete it and call again"))

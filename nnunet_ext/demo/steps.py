@@ -1,4 +1,4 @@
-"""The steps of a demo: data, planning, trainings, predictions, evaluation, report."""
+"""The steps of a demo: data, planning, trainings, predictions, report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from nnunet_ext.demo.settings import PLANS, Demo, read_json
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import writing
 
-FOLD = "0"
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 
 Status = Callable[[str], None]
@@ -47,7 +46,7 @@ class Step:
 def make_steps(demo: Demo, raw: dataset.RawDataset | None, run: RunCommand) -> list[Step]:
     """All steps of `demo` in their order; without `raw` the data set is the phantom."""
     steps = [_data(demo, raw), _plan(demo, run)]
-    for make in (_train, _predict, _evaluate):
+    for make in (_train, _predict):
         steps += [make(demo, trainer, run) for trainer in demo.trainers]
     work = report.writer(demo, [step.inputs for step in steps if step.name != "data"])
     done = report.path(demo).is_file
@@ -95,9 +94,9 @@ def _plan(demo: Demo, run: RunCommand) -> Step:
 
 def _train(demo: Demo, trainer: str, run: RunCommand) -> Step:
     scheduled = demo.scheduled(trainer)
-    options = f"{demo.dataset_id} {demo.configuration} {FOLD} -tr {scheduled} -device {demo.device}"
+    options = f"{demo.dataset_id} {demo.configuration} {report.FOLD} -tr {scheduled} -device {demo.device}"
     command = ("nnUNetv2_train", *options.split())
-    fold = demo.model(trainer) / f"fold_{FOLD}"
+    fold = demo.model(trainer) / f"fold_{report.FOLD}"
     schedule = registry.parse_schedule(scheduled)
 
     def work(status: Status) -> None:
@@ -112,7 +111,7 @@ def _train(demo: Demo, trainer: str, run: RunCommand) -> Step:
 
 def _predict(demo: Demo, trainer: str, run: RunCommand) -> Step:
     scheduled, folder = demo.scheduled(trainer), demo.predictions(trainer)
-    options = f"-d {demo.dataset_id} -c {demo.configuration} -f {FOLD} -tr {scheduled} -chk {_CHECKPOINTS[0]}"
+    options = f"-d {demo.dataset_id} -c {demo.configuration} -f {report.FOLD} -tr {scheduled} -chk {_CHECKPOINTS[0]}"
     options += f" -npp 1 -nps 1 --disable_progress_bar -device {demo.device}"
     command = ("nnUNetv2_predict", "-i", str(demo.raw / "imagesTs"), "-o", str(folder), *options.split())
 
@@ -126,19 +125,6 @@ def _predict(demo: Demo, trainer: str, run: RunCommand) -> Step:
 
     title, needs = f"predict with {trainer}", (f"train_{scheduled}",)
     return Step(f"predict_{scheduled}", title, command, work, results, needs)
-
-
-def _evaluate(demo: Demo, trainer: str, run: RunCommand) -> Step:
-    scheduled, folder = demo.scheduled(trainer), demo.predictions(trainer)
-    model, folders = demo.model(trainer), (str(demo.raw / "labelsTs"), str(folder))
-    files = ("-djfile", str(model / "dataset.json"), "-pfile", str(model / "plans.json"))
-    command = ("nnUNetv2_evaluate_folder", *folders, *files, "-np", "2")
-
-    def work(status: Status) -> None:
-        run(f"evaluate_{scheduled}", command, lambda _: status(""))
-
-    results, needs = (folder / "summary.json").is_file, (f"predict_{scheduled}",)
-    return Step(f"evaluate_{scheduled}", f"evaluate {trainer}", command, work, results, needs)
 
 
 def _remove(folder: Path) -> None:

@@ -23,7 +23,7 @@ from nnunet_ext.demo.workflow import Progress
 from nnunet_ext.errors import UsageError
 
 DEMO = Demo(Path("/d"), "Dataset990_CTPhantom", ("nnUNetTrainer",), "3epochs", "3d_fullres", "cpu")
-REPORT = Report(Path("/d/report.md"), (Model("nnUNetTrainer_3epochs", {}, 0.75, 0.5, 12.5, 3),))
+REPORT = Report(Path("/d/report.html"), (Model("nnUNetTrainer", 0.75, 12.5),))
 NEWS = (
     Progress(1, 2, "generate the phantom", "reused"),
     Progress(2, 2, "train nnUNetTrainer", "started"),
@@ -58,8 +58,8 @@ def test_output_ends_with_the_report(
         "[2/2] train nnUNetTrainer ...",
         "[2/2] train nnUNetTrainer: epoch 2/3, 60 s",
         "[2/2] train nnUNetTrainer: done in 99 s",
-        "nnUNetTrainer_3epochs: Dice 0.750, 12.5 s per epoch",
-        "Report: /d/report.md",
+        "nnUNetTrainer: Dice 0.750, 12.5 s per epoch",
+        "Report: /d/report.html",
     ]
 
 

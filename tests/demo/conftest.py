@@ -49,7 +49,16 @@ class FakeNnunet:
         raw = next(folders["raw"].glob("Dataset*"))
         folder = folders["preprocessed"] / raw.name
         (folder / "data").mkdir(parents=True)
-        plans = {"configurations": {key: {"data_identifier": "data"} for key in self.configurations}}
+        configuration = {
+            "data_identifier": "data",
+            "patch_size": [8, 8, 8],
+            "batch_size": 2,
+            "spacing": [1, 1, 1],
+        }
+        plans = {
+            "dataset_name": raw.name,
+            "configurations": dict.fromkeys(self.configurations, configuration),
+        }
         (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
         for label in (raw / "labelsTr").iterdir():
             (folder / "data" / f"{label.name.partition('.')[0]}.pkl").touch()
@@ -62,22 +71,22 @@ class FakeNnunet:
         log = {key: values for key in ("train_losses", "val_losses", "mean_fg_dice")}
         times = {"epoch_start_timestamps": [0.0, 10.0, 20.0], "epoch_end_timestamps": [4.0, 15.0, 26.0]}
         torch.save({"logging": log | times}, model / "fold_0" / "checkpoint_final.pth")
-        self._summary(model / "fold_0" / "validation" / "summary.json", [])
-        (model / "plans.json").write_text("{}")
+        shutil.copy(folders["preprocessed"] / raw.name / "nnUNetPlans.json", model / "plans.json")
+        shutil.copy(raw / "dataset.json", model / "dataset.json")
+        self._validate(model / "fold_0" / "validation", sorted((raw / "labelsTr").iterdir())[0])
 
     def nnUNetv2_predict(self, folders: Any, _: Any, options: Any) -> None:  # noqa: N802
         output = Path(options["-o"])
         shutil.copytree(Path(options["-i"]).parent / "labelsTs", output)
 
-    def nnUNetv2_evaluate_folder(self, folders: Any, arguments: Any, _: Any) -> None:  # noqa: N802
-        output = Path(arguments[1])
-        self._summary(output / "summary.json", sorted(output.glob("*.nii.gz")))
-
-    def _summary(self, path: Path, predictions: list[Path]) -> None:
-        per_label = {"1": {"Dice": 0.5}, "2": {"Dice": float("nan")}}
-        cases = [{"prediction_file": str(p), "metrics": per_label} for p in predictions]
-        content = {"mean": per_label, "foreground_mean": {"Dice": float("nan")}, "metric_per_case": cases}
-        path.write_text(json.dumps(content))
+    def _validate(self, folder: Path, reference: Path) -> None:
+        """One case, of which every structure is half found."""
+        shutil.copy(reference, folder)
+        labels = json.loads((reference.parents[1] / "dataset.json").read_text())["labels"]
+        half = {"Dice": 0.5, "IoU": 1 / 3, "TP": 10, "FP": 10, "FN": 10}
+        metrics = {str(label): half for label in labels.values() if label != 0}
+        case = {"prediction_file": str(folder / reference.name), "metrics": metrics}
+        (folder / "summary.json").write_text(json.dumps({"metric_per_case": [case]}))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -62,20 +63,21 @@ def test_interrupted_demo_leaves_no_process_and_a_second_call_finishes_it(tmp_pa
     second = demo(tmp_path, *options)
     output = second.communicate(timeout=1800)[0]
     assert second.returncode == 0, output
-    assert "[2/9] plan and preprocess: done by an earlier run" in output
-    assert "[3/9] train nnUNetTrainer: done in" in output
+    assert "[2/7] plan and preprocess: done by an earlier run" in output
+    assert "[3/7] train nnUNetTrainer: done in" in output
     assert "--c\n" in (tmp_path / "demo" / "logs" / f"train_{name}.log").read_text()
-    report = tmp_path / "demo" / "report.md"
+    report = tmp_path / "demo" / "report.html"
     assert output.splitlines()[-1] == f"Report: {report}"
-    for trainer in TRAINERS:
-        assert f"| `{trainer}_2epochs_2iters_NoMirroring` | 2 |" in report.read_text()
-    assert len(list((tmp_path / "demo" / "figures").glob("*.png"))) == 3
+    content = json.loads(report.with_suffix(".json").read_text())
+    assert [run["trainer"] for run in content["runs"]] == [f"{name}_{options[1]}" for name in TRAINERS]
+    assert [run["cost"]["epochs"] for run in content["runs"]] == [2, 2]
+    assert [len(evaluation["cases"]) for evaluation in content["evaluations"]] == [3, 2]
     assert not (tmp_path / "users").exists()
 
     third = demo(tmp_path, *options)
     output = third.communicate(timeout=300)[0]
     assert third.returncode == 0, output
-    assert output.count("done by an earlier run") == 9
+    assert output.count("done by an earlier run") == 7
 
 
 def test_own_data_set_is_trained_predicted_and_left_as_it_was(tmp_path: Path) -> None:

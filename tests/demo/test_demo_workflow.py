@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nnunet_ext.demo import figures, workflow
+from nnunet_ext.comparison import report as comparison_report
+from nnunet_ext.demo import workflow
 from nnunet_ext.demo.errors import ChildError
 from nnunet_ext.demo.phantom import PhantomSpec, write_dataset
 from nnunet_ext.demo.settings import Demo, Settings
@@ -24,9 +25,7 @@ from nnunet_ext.errors import UsageError
 if TYPE_CHECKING:
     from conftest import FakeNnunet
 
-PLAN, TRAIN, PREDICT, EVALUATE = (
-    f"nnUNetv2_{name}" for name in ("plan_and_preprocess", "train", "predict", "evaluate_folder")
-)
+PLAN, TRAIN, PREDICT = (f"nnUNetv2_{name}" for name in ("plan_and_preprocess", "train", "predict"))
 Run = Callable[..., list[Progress]]
 
 
@@ -37,9 +36,9 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def run(settings: Settings, nnunet: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the demo with empty figures and return the news; keyword arguments replace settings."""
-    monkeypatch.setattr(figures, "overlay", lambda _: b"")
-    monkeypatch.setattr(figures, "learning_curves", lambda _: b"")
+    """Run the demo without tables and figures and return the news; keyword arguments replace settings."""
+    monkeypatch.setattr(comparison_report, "_accuracy", lambda *_: comparison_report.Section("", (), ()))
+    monkeypatch.setattr(comparison_report, "_cost", lambda _: comparison_report.Section("", (), ()))
 
     def _run(**changes: object) -> list[Progress]:
         news: list[Progress] = []
@@ -57,9 +56,9 @@ def model(settings: Settings) -> Path:
 
 def test_steps_come_in_order_for_every_trainer(run: Run, nnunet: FakeNnunet) -> None:
     news = run(trainers=("nnUNetTrainer", "nnUNetTrainerReversible"))
-    assert nnunet.names == [PLAN, TRAIN, TRAIN, PREDICT, PREDICT, EVALUATE, EVALUATE]
+    assert nnunet.names == [PLAN, TRAIN, TRAIN, PREDICT, PREDICT]
     finished = [(n.number, n.total) for n in news if n.state == "finished"]
-    assert finished == [(number, 9) for number in range(1, 10)]
+    assert finished == [(number, 7) for number in range(1, 8)]
 
 
 def test_commands_ask_for_trainer_schedule_fold_and_device(run: Run, nnunet: FakeNnunet) -> None:
@@ -78,31 +77,30 @@ def test_second_run_reuses_every_step(run: Run, nnunet: FakeNnunet) -> None:
     run()
     news = run()
     assert nnunet.commands == []
-    assert [n.state for n in news] == ["reused"] * 6
+    assert [n.state for n in news] == ["reused"] * 5
 
 
 def test_added_trainer_runs_alone(run: Run, nnunet: FakeNnunet) -> None:
     run()
     run(trainers=("nnUNetTrainer", "nnUNetTrainerReversible"))
-    assert nnunet.names == [TRAIN, PREDICT, EVALUATE]
+    assert nnunet.names == [TRAIN, PREDICT]
     assert all("nnUNetTrainerReversible_3epochs_2iters" in " ".join(command) for command in nnunet.commands)
 
 
 def test_trainer_named_twice_runs_once(run: Run, nnunet: FakeNnunet) -> None:
     run(trainers=("nnUNetTrainer", "nnUNetTrainer"))
-    assert nnunet.names == [PLAN, TRAIN, PREDICT, EVALUATE]
+    assert nnunet.names == [PLAN, TRAIN, PREDICT]
 
 
 @pytest.mark.parametrize(
     ("lost", "redone"),
     [
-        ("report.md", []),
-        ("predictions/*/summary.json", [EVALUATE]),
-        ("predictions/*/*.nii.gz", [PREDICT, EVALUATE]),
-        ("nnUNet_results/*/*/fold_0/validation/summary.json", [f"{TRAIN} --c", PREDICT, EVALUATE]),
-        ("nnUNet_results/*/*/fold_0/checkpoint_final.pth", [TRAIN, PREDICT, EVALUATE]),
-        ("nnUNet_preprocessed/*/data/*_000.pkl", [PLAN, f"{TRAIN} --c", PREDICT, EVALUATE]),
-        ("nnUNet_raw/*/dataset.json", [PLAN, f"{TRAIN} --c", PREDICT, EVALUATE]),
+        ("report.html", []),
+        ("predictions/*/*.nii.gz", [PREDICT]),
+        ("nnUNet_results/*/*/fold_0/validation/summary.json", [f"{TRAIN} --c", PREDICT]),
+        ("nnUNet_results/*/*/fold_0/checkpoint_final.pth", [TRAIN, PREDICT]),
+        ("nnUNet_preprocessed/*/data/*_000.pkl", [PLAN, f"{TRAIN} --c", PREDICT]),
+        ("nnUNet_raw/*/dataset.json", [PLAN, f"{TRAIN} --c", PREDICT]),
     ],
 )
 def test_lost_results_are_redone_with_all_that_builds_on_them(
@@ -119,10 +117,9 @@ def test_lost_results_are_redone_with_all_that_builds_on_them(
 @pytest.mark.parametrize(
     ("command", "rest"),
     [
-        (PLAN, [PLAN, TRAIN, PREDICT, EVALUATE]),
-        (TRAIN, [TRAIN, PREDICT, EVALUATE]),
-        (PREDICT, [PREDICT, EVALUATE]),
-        (EVALUATE, [EVALUATE]),
+        (PLAN, [PLAN, TRAIN, PREDICT]),
+        (TRAIN, [TRAIN, PREDICT]),
+        (PREDICT, [PREDICT]),
     ],
 )
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ChildError("failed")])

@@ -1,4 +1,4 @@
-"""Figures render for volumes and single slices, for few and many labels, and show what they claim to."""
+"""Overlays render for volumes and single slices, for few and many labels, and show what they claim to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from nnunet_ext.demo.figures import LABEL_COLOURS, Curves, Scan, focus, learning_curves, overlay
+from nnunet_ext.comparison.overlay import LABEL_COLOURS, Scan, focus, overlay
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -83,15 +83,3 @@ def test_colours_of_the_first_labels_differ_in_greyscale() -> None:
     grey = [luminance(colour) for colour in LABEL_COLOURS[:5]]
     neighbours = [abs(a - b) for a, b in pairwise(grey)]
     assert min(neighbours) > 0.05
-
-
-@pytest.mark.parametrize("n_trainers", [1, 2, 8])
-@pytest.mark.parametrize("n_epochs", [1, 6])
-def test_learning_curves_render(n_trainers: int, n_epochs: int) -> None:
-    values = tuple(np.linspace(0.1, 0.9, n_epochs))
-    curves = {f"trainer {i}": Curves(values, values, values, values) for i in range(n_trainers)}
-    assert pixels(learning_curves(curves)).std() > 0.05
-
-
-def test_missing_dice_of_an_epoch_renders() -> None:
-    learning_curves({"A": Curves((1.0, 0.5), (1.0, 0.6), (float("nan"), 0.4), (1.0, 1.0))})

@@ -1,31 +1,19 @@
-"""Figures of the report: segmentations in slices through the smallest structure, and learning curves."""
+"""Segmentations of a case over its image, in slices through the smallest structure."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Okabe and Ito (2008), safe for colour-blind readers; numbers and line styles serve greyscale prints.
+from nnunet_ext.comparison.style import page, png
+
+# Okabe and Ito (2008), safe for colour-blind readers; the labels' numbers serve greyscale prints.
 LABEL_COLOURS = ("#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#E69F00", "#0072B2")
-_CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_CURVE_MARKERS = ("o", "s", "^", "D", "v", "P")
-_STYLE: dict[str, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7.5,
-    "axes.linewidth": 0.6,
-}
 _CT_WINDOW = (-160.0, 240.0)  # HU
-_DPI = 200
 
 
 @dataclass(frozen=True)
@@ -49,16 +37,6 @@ class Scan:
     predictions: Mapping[str, NDArray[Any]]
     names: Mapping[int, str]
     is_ct: bool
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What a training logged, one value per epoch; `seconds` is the epoch's time."""
-
-    training_loss: tuple[float, ...]
-    validation_loss: tuple[float, ...]
-    dice: tuple[float, ...]
-    seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -86,9 +64,6 @@ def focus(truth: NDArray[Any]) -> tuple[int, int, int]:
 
 def overlay(scan: Scan) -> bytes:
     """PNG with the columns image, reference, predictions and the rows z plane and (of a volume) y plane."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     z, y, _ = focus(scan.truth)
     planes = [_Plane(0, z, 1), _Plane(1, y, 0)] if scan.truth.shape[0] > 1 else [_Plane(0, z, 1)]
     columns: list[tuple[str, NDArray[Any] | None]] = [("Image", None), ("Reference", scan.truth)]
@@ -97,8 +72,7 @@ def overlay(scan: Scan) -> bytes:
     heights = [extent[plane.vertical] / extent[2] for plane in planes]
     size = (1.95 * len(columns) + 0.5, 1.85 * sum(heights) + 1.0)
     grid = {"height_ratios": heights}
-    with rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+    with page(size[1], size[0]) as figure:
         axes = figure.subplots(
             len(planes), len(columns), squeeze=False, sharex=True, sharey="row", gridspec_kw=grid
         )
@@ -111,7 +85,7 @@ def overlay(scan: Scan) -> bytes:
         for axis in axes[-1]:
             axis.set_xlabel("x [mm]")
         _label_legend(figure, scan, planes)
-        return _png(figure, legend=0.28)
+        return png(figure, legend=0.28)
 
 
 def _show(axis: Any, plane: _Plane, scan: Scan, labels: NDArray[Any] | None) -> None:
@@ -187,45 +161,3 @@ def _present(areas: NDArray[Any]) -> list[int]:
 
 def _colour(label: int) -> str:
     return LABEL_COLOURS[(label - 1) % len(LABEL_COLOURS)]
-
-
-def learning_curves(curves: Mapping[str, Curves]) -> bytes:
-    """PNG of the losses and of the validation patches' Dice over the epochs, one colour per trainer."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6.8, 3.0), layout="constrained")
-        losses, dice = figure.subplots(1, 2)
-        lines = []
-        for index, (trainer, values) in enumerate(curves.items()):
-            colour = _CURVE_COLOURS[index % len(_CURVE_COLOURS)]
-            marker = _CURVE_MARKERS[index % len(_CURVE_MARKERS)]
-            epochs = range(1, len(values.dice) + 1)
-            look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.2}
-            losses.plot(epochs, values.training_loss, **look)
-            losses.plot(epochs, values.validation_loss, **look, linestyle="--", markerfacecolor="white")
-            lines += dice.plot(epochs, values.dice, **look, label=trainer)
-        for style, name in (("-", "training"), ("--", "validation")):
-            losses.plot([], [], color="black", linestyle=style, linewidth=1.2, label=name)
-        losses.legend(frameon=False)
-        losses.set(xlabel="Epoch", ylabel="Loss (cross-entropy + Dice)", title="Loss")
-        dice.set(xlabel="Epoch", ylabel="Dice, mean of the foreground", title="Validation patches")
-        dice.set_ylim(0, 1)
-        for axis in (losses, dice):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_xlim(0.5, max(len(values.dice) for values in curves.values()) + 0.5)
-            axis.grid(linewidth=0.3, alpha=0.6)
-            axis.spines[["top", "right"]].set_visible(False)
-        figure.legend(handles=lines, loc="lower center", ncol=min(len(lines), 3), frameon=False)
-        return _png(figure, legend=0.22 * math.ceil(len(lines) / 3))
-
-
-def _png(figure: Any, legend: float) -> bytes:
-    """Render; `legend` inches are kept free at the bottom."""
-    free = legend / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, free, 1, 1 - free), h_pad=0.08, w_pad=0.04)
-    stream = BytesIO()
-    figure.savefig(stream, format="png", dpi=_DPI)
-    return stream.getvalue()

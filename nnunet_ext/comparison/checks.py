@@ -1,0 +1,133 @@
+"""Reasons why a comparison may not be fair: sentences, in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from nnunet_ext.comparison.places import Places
+from nnunet_ext.comparison.runs import Run
+from nnunet_ext.comparison.scores import common_cases
+from nnunet_ext.comparison.training import Training
+
+_NAMES = 5  # cases that a sentence names
+FEW_CASES = 10
+
+
+def of_scores(scores: pd.DataFrame) -> list[str]:
+    """Cases, folds and references that differ between the runs, and structures that were invented."""
+    common, warnings = common_cases(scores), []
+    for label, own in scores.groupby("run", sort=False):
+        surplus = sorted(set(own["case"]) - set(common))
+        if surplus:
+            warnings.append(
+                f"{label}: {len(surplus)} of its {own['case'].nunique()} cases are left out, because another run lacks "
+                f"them: {_list(surplus)}."
+            )
+    kept = scores[scores["case"].isin(common)]
+    folds = kept.groupby("case")["fold"].nunique()
+    if (folds > 1).any():
+        warnings.append(
+            f"{int((folds > 1).sum())} cases are in different folds of different runs, whose splits thus differ: "
+            f"{_list(sorted(folds.index[folds > 1]))}."
+        )
+    voxels = kept.assign(voxels=kept["TP"] + kept["FN"]).groupby(["case", "structure"])["voxels"].nunique()
+    changed = sorted({case for case, _ in voxels.index[voxels > 1]})
+    if changed:
+        warnings.append(
+            f"The references of {len(changed)} cases differ between the runs (other numbers of voxels), so their Dice "
+            f"can't be compared; evaluate all runs against one set of references: {_list(changed)}."
+        )
+    if len(common) < FEW_CASES:
+        warnings.append(f"Only {len(common)} cases are compared: intervals and p-values of so few are rough.")
+    return [*warnings, *_invented(kept)]
+
+
+def _invented(kept: pd.DataFrame) -> list[str]:
+    """A structure found where the reference has none gives Dice 0, left out by the run that finds none."""
+    absent = kept[(kept["TP"] + kept["FN"] == 0) & (kept["FP"] > 0)]
+    return [
+        f"{label}: finds {structure} in {len(rows)} cases without it; they count there with Dice 0, and not at all for "
+        "a run that rightly finds nothing."
+        for (label, structure), rows in absent.groupby(["run", "structure"], sort=False)
+    ]
+
+
+def of_files(run: Run, scores: pd.DataFrame, places: Places) -> list[str]:
+    """Cases of nnU-Net's split, and segmentations, that a run's summaries don't know."""
+    warnings = []
+    ending = str(run.dataset["file_ending"])
+    for fold, own in scores.groupby("fold", sort=False):
+        cases = set(own["case"])
+        where = f"{run.label}, fold {fold}"
+        files = (run.fold_folder(str(fold)) / "validation").glob(f"*{ending}")
+        segmented = {path.name.removesuffix(ending) for path in files}
+        if segmented and segmented != cases:
+            odd = sorted(segmented ^ cases)
+            warnings.append(
+                f"{where}: summary.json and the segmentations beside it are not of the same cases ({_list(odd)}): "
+                "validate the fold again."
+            )
+        expected = places.validation_cases(str(run.plans.get("dataset_name")), str(fold))
+        if expected is None:
+            continue
+        missing, surplus = sorted(set(expected) - cases), sorted(cases - set(expected))
+        if missing:
+            warnings.append(
+                f"{where}: {len(missing)} cases of splits_final.json are missing: {_list(missing)}."
+            )
+        if surplus:
+            warnings.append(
+                f"{where}: {len(surplus)} cases are not held back by splits_final.json, so it may have been trained on "
+                f"them: {_list(surplus)}."
+            )
+    return warnings
+
+
+def of_settings(runs: Sequence[Run], trainings: Mapping[str, Training]) -> list[str]:
+    """Differences in what the runs were given: folds, epochs, iterations, batch and patch size, machine."""
+
+    def differing(what: str, describe: Callable[[Run], object]) -> list[str]:
+        values = {run.label: str(describe(run)) for run in runs}
+        if len(set(values.values())) < 2:
+            return []
+        return [
+            f"The runs differ in {what}: {'; '.join(f'{label}: {value}' for label, value in values.items())}."
+        ]
+
+    def training(run: Run) -> Training:
+        return trainings[run.label]
+
+    def machines(run: Run) -> str:
+        return ", ".join(sorted(set(training(run).machines.values())))
+
+    return [
+        *differing("data set", lambda run: run.plans.get("dataset_name")),
+        *differing("folds", lambda run: " ".join(run.folds)),
+        *differing("epochs", lambda run: " or ".join(map(str, training(run).epochs)) or "unknown"),
+        *differing("iterations per epoch", lambda run: training(run).iterations or "unknown"),
+        *differing("patch size", lambda run: "x".join(map(str, run.settings["patch_size"]))),
+        *differing("batch size", lambda run: run.settings["batch_size"]),
+        *differing("GPU or PyTorch", machines),
+    ]
+
+
+def of_predictions(label: str, predicted: set[str], referenced: set[str], folder: Path) -> list[str]:
+    """Held-out cases that have a prediction or a reference only."""
+    warnings = []
+    if missing := sorted(referenced - predicted):
+        warnings.append(
+            f"{label}: {len(missing)} references have no prediction in {folder}: {_list(missing)}."
+        )
+    if surplus := sorted(predicted - referenced):
+        warnings.append(
+            f"{label}: {len(surplus)} predictions in {folder} have no reference: {_list(surplus)}."
+        )
+    return warnings
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more

@@ -1,0 +1,175 @@
+"""What a run costs: size and operations of its network, memory and time of training and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_ext.comparison.runs import Run
+from nnunet_ext.comparison.training import Training
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import read_json
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one run; None where not known.
+
+    Args:
+        parameters: number of weights.
+        macs: multiply-accumulate operations of a forward pass of one patch.
+        patch_size, batch_size, spacing, network: from the plans; spacing in mm.
+        epochs, iterations: number of epochs (of all folds the same, else None), training iterations per epoch.
+        seconds_per_epoch: as the trainings logged it.
+        machine: of the trainings.
+        peak: bytes of a training step beside the weights, see `memory_source`.
+        inference_peak: bytes of the prediction of a patch beside the weights.
+        case_seconds: prediction of a case with mirroring.
+        memory_source: how `peak` was measured.
+    """
+
+    parameters: int | None
+    macs: int | None
+    patch_size: tuple[int, ...]
+    batch_size: int
+    spacing: tuple[float, ...]
+    network: str
+    epochs: int | None
+    iterations: int | None
+    seconds_per_epoch: float | None
+    machine: str
+    peak: int | None
+    inference_peak: int | None
+    case_seconds: float | None
+    memory_source: str
+
+
+def read_cost(run: Run, training: Training, benchmark: Mapping[str, Any] | None) -> tuple[Cost, list[str]]:
+    """Cost of a run, and warnings about what could not be found.
+
+    Args:
+        run: its folder.
+        training: what it logged.
+        benchmark: content of `nnunet-ext benchmark`'s JSON, where there is one.
+    """
+    settings, warnings = run.settings, []
+    measured = _measured(run, benchmark)
+    counted: dict[str, Any] = {}
+    try:
+        counted = count(run)
+    except UsageError as error:
+        warnings.append(
+            f"{run.label}: its network can't be built here, size and memory are missing ({error})"
+        )
+    return (
+        Cost(
+            parameters=counted.get("parameters"),
+            macs=counted.get("macs"),
+            patch_size=tuple(settings["patch_size"]),
+            batch_size=int(settings["batch_size"]),
+            spacing=tuple(round(float(step), 4) for step in settings["spacing"]),
+            network=settings["architecture"]["network_class_name"].rpartition(".")[2]
+            if "architecture" in settings
+            else str(settings.get("UNet_class_name", "unknown")),
+            epochs=training.epochs[0] if len(training.epochs) == 1 else None,
+            iterations=training.iterations,
+            seconds_per_epoch=training.seconds_per_epoch,
+            machine="; ".join(dict.fromkeys(training.machines.values())),
+            peak=measured.get("peak_bytes", counted.get("peak")),
+            inference_peak=measured.get("inference_peak_bytes"),
+            case_seconds=measured.get("case_seconds_mirrored"),
+            memory_source=str(benchmark["device"]) if measured and benchmark else "float32, without a GPU",
+        ),
+        warnings,
+    )
+
+
+def count(run: Run) -> dict[str, int]:
+    """Parameters, operations and training memory of the run's network, on shapes only.
+
+    Raises:
+        UsageError: the trainer isn't installed here, or its network can't be built.
+    """
+    from nnunet_ext.benchmark.memory import measure_step
+    from nnunet_ext.benchmark.setting import Setting
+    from nnunet_ext.benchmark.size import measure_size
+
+    setting = Setting(run.plans, run.dataset, run.configuration)
+    try:
+        size = measure_size(setting.builder(run.trainer, False), setting.input_channels, setting.patch_size)
+        step = measure_step(
+            setting.builder(run.trainer), setting.input_channels, setting.patch_size, setting.batch_size
+        )
+    except UsageError:
+        raise
+    except Exception as error:  # networks of other packages may raise anything
+        raise UsageError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    return {"parameters": size.parameters, "macs": size.macs, "peak": step.peak}
+
+
+def _measured(run: Run, benchmark: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The run's record in the benchmark's JSON, empty where it is of other plans, patch or trainer."""
+    if benchmark is None:
+        return {}
+    settings = run.settings
+    same = (
+        benchmark.get("configuration") == run.configuration
+        and list(benchmark.get("patch_size", [])) == list(settings["patch_size"])
+        and benchmark.get("batch_size") == settings["batch_size"]
+        and benchmark.get("plans") == run.plans_name
+    )
+    records = benchmark.get("methods", []) if same else []
+    names = {run.trainer, _base(run.trainer)}
+    return next(
+        (
+            {k: v for k, v in record.items() if v is not None}
+            for record in records
+            if record["trainer"] in names
+        ),
+        {},
+    )
+
+
+def _base(trainer: str) -> str:
+    from nnunet_ext import registry
+
+    schedule = registry.parse_schedule(trainer)
+    return schedule.base if schedule else trainer
+
+
+def read_benchmark(path: Path | None, beside: Path | None) -> dict[str, Any] | None:
+    """Read the JSON of `nnunet-ext benchmark`: `path`, else benchmark.json in the folder `beside`, else None.
+
+    Raises:
+        UsageError: the file is cut off or something else.
+    """
+    if path is None:
+        path = beside / "benchmark.json" if beside is not None else None
+        if path is None or not path.is_file():
+            return None
+    cure = "write it again by `nnunet-ext benchmark ... -o FOLDER`"
+    content = read_json(path, cure)
+    if not isinstance(content.get("methods"), list):
+        raise UsageError(f"{path} must be the JSON of `nnunet-ext benchmark`, it has no methods: {cure}.")
+    return content
+
+
+def plan_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Settings in which the runs' configurations differ: name -> text for each run."""
+    described = [_described(run) for run in runs]
+    keys = dict.fromkeys(key for one in described for key in one)
+    rows = {key: [one.get(key, "-") for one in described] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+
+def _described(run: Run) -> dict[str, str]:
+    settings = run.settings
+    architecture = settings.get("architecture", {})
+    flat = {
+        **{k: v for k, v in settings.items() if k != "architecture"},
+        **architecture.get("arch_kwargs", {}),
+    }
+    flat["network_class_name"] = architecture.get("network_class_name", settings.get("UNet_class_name", ""))
+    return {key: str(value) for key, value in sorted(flat.items())}

@@ -1,0 +1,327 @@
+"""The report of a comparison: report.md, report.html, report.json, cases.csv and figures."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nnunet_ext.comparison import figures, overlay, statistics, tables, worst_cases
+from nnunet_ext.comparison.compare import Comparison, Status
+from nnunet_ext.comparison.results import MEAN, Evaluation
+from nnunet_ext.comparison.tables import Table
+from nnunet_ext.files import write_bytes, write_text, writing
+
+_TEMPLATES = Path(__file__).with_name("templates")
+_FIGURES = "figures"
+_CSS_PIXELS = 0.62  # per pixel of a PNG
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: its file's name without ending, its caption, its PNG."""
+
+    name: str
+    caption: str
+    png: bytes
+
+    @property
+    def uri(self) -> str:
+        """The picture itself, as a page holds it."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+    @property
+    def width(self) -> int:
+        """Width on a page, in CSS pixels; a PNG holds its own in bytes 16 to 20."""
+        return round(int.from_bytes(self.png[16:20], "big") * _CSS_PIXELS)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: sentences, then tables and figures in their order."""
+
+    title: str
+    sentences: tuple[str, ...]
+    items: tuple[Table | Figure, ...]
+
+
+def write(
+    comparison: Comparison, folder: Path, command: str = "", on_status: Status = lambda _: None
+) -> Path:
+    """Write the report; each file is whole or not there. The same input gives the same bytes.
+
+    Args:
+        comparison: what was found.
+        folder: to write to; is made.
+        command: that made it, for the report.
+        on_status: called with what is being done.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        UsageError: the folder can't be written.
+    """
+    warnings = list(comparison.warnings)
+    sections = []
+    for evaluation in comparison.evaluations:
+        on_status(f"drawing {evaluation.name}")
+        sections.append(_accuracy(comparison, evaluation, warnings))
+    if comparison.request.runs:
+        on_status("drawing cost")
+        sections.append(_cost(comparison))
+    pictures = [item for section in sections for item in section.items if isinstance(item, Figure)]
+    for old in _old_figures(folder) - {figure.name for figure in pictures}:
+        with writing(folder / _FIGURES):
+            (folder / _FIGURES / f"{old}.png").unlink(missing_ok=True)
+    for figure in pictures:
+        write_bytes(folder / _FIGURES / f"{figure.name}.png", figure.png)
+    rows = [evaluation.scores.assign(evaluation=evaluation.name) for evaluation in comparison.evaluations]
+    write_text(folder / "cases.csv", _csv(rows))
+    context = {
+        "title": _title(comparison),
+        "summary": [
+            line for evaluation in comparison.evaluations for line in conclusions(comparison, evaluation)
+        ],
+        "warnings": warnings,
+        "runs": tables.runs(comparison),
+        "sections": sections,
+        "method": _method(comparison),
+        "command": command,
+        "versions": _versions(),
+    }
+    write_text(folder / "report.md", _render("report.md.jinja", context))
+    write_text(folder / "report.html", _render("report.html.jinja", context))
+    content = {**as_json(comparison), "warnings": warnings, "figures": [figure.name for figure in pictures]}
+    write_text(folder / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return folder / "report.html"
+
+
+def _render(template: str, context: dict[str, Any]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=template.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    return environment.get_template(template).render(context)
+
+
+def _title(comparison: Comparison) -> str:
+    runs = comparison.request.runs
+    name = runs[0].plans.get("dataset_name") if runs else comparison.request.dataset.get("name")
+    return f"{name or 'Predictions'}: {', '.join(comparison.request.labels)}"
+
+
+def conclusions(comparison: Comparison, evaluation: Evaluation) -> list[str]:
+    """One sentence per run: its mean Dice, its difference to the baseline, the verdict."""
+    baseline, *others = evaluation.labels
+    sentences = []
+    for label in others:
+        found = evaluation.comparand(label)
+        d = found.difference
+        span = (
+            f" ({tables.signed(100 * d.low)} to {tables.signed(100 * d.high)})"
+            if not math.isnan(d.low)
+            else ""
+        )
+        sentences.append(
+            f"{label}, {evaluation.name}: mean Dice {tables.number(evaluation.mean(label).mean, 4)} against "
+            f"{tables.number(evaluation.mean(baseline).mean, 4)} of {baseline}; difference "
+            f"{tables.signed(100 * d.mean)}{span} points over {d.n} cases: {found.verdict} at a margin of "
+            f"{comparison.request.margin:.1f} points."
+        )
+    return sentences
+
+
+def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str]) -> Section:
+    prefix = evaluation.name.replace(" ", "-")
+    items: list[Table | Figure | None] = []
+    for metric in evaluation.metrics:
+        items += _metric(evaluation, metric, comparison.request.margin, prefix)
+    cost = figures.accuracy_and_cost(evaluation, comparison.costs)
+    if len(evaluation.labels) > 1:
+        above = "Mean Dice of each case: above the line the run is better than the baseline."
+        items += [
+            Figure(f"{prefix}-paired", above, figures.paired_cases(evaluation)),
+            Figure(f"{prefix}-ranks", "Ranks of the runs over the cases.", figures.ranks(evaluation)),
+            tables.ranks(evaluation),
+        ]
+    items += [
+        tables.absences(evaluation),
+        Figure(f"{prefix}-cost", "Mean Dice against cost; upper left is better.", cost) if cost else None,
+        tables.worst(evaluation),
+    ]
+    scans, found = worst_cases.scans(comparison, evaluation)
+    warnings += found
+    caption = "the worst case of a run, in slices through its smallest structure."
+    items += [Figure(f"{prefix}-worst-{s.name}", f"{s.name}, {caption}", overlay.overlay(s)) for s in scans]
+    text = (
+        f"{len(evaluation.cases)} cases that all runs have; structures: {', '.join(evaluation.structures)}."
+    )
+    shown = tuple(item for item in items if item is not None)
+    return Section(f"Accuracy, {evaluation.name}", (text,), shown)
+
+
+def _metric(evaluation: Evaluation, metric: str, margin: float, prefix: str) -> list[Table | Figure | None]:
+    """Tables and figures of one metric; of IoU, which follows from Dice, the means alone."""
+    means = tables.accuracy(evaluation, metric)
+    if metric == "IoU":
+        return [means]
+    boxes = (
+        f"{metric} of {len(evaluation.cases)} cases: quartiles, median, whiskers of at most 1.5 times their "
+    )
+    boxes += "distance, every case a point."
+    drawn = Figure(f"{prefix}-{metric.lower()}", boxes, figures.box_plots(evaluation, metric))
+    if len(evaluation.labels) == 1:
+        return [means, drawn]
+    forest = "Mean difference of Dice to the baseline with its 95 % interval; grey: the margin."
+    return [
+        means,
+        drawn,
+        tables.differences(evaluation, metric, margin),
+        Figure(f"{prefix}-differences", forest, figures.differences(evaluation, margin))
+        if metric == "Dice"
+        else None,
+    ]
+
+
+def _cost(comparison: Comparison) -> Section:
+    curves = figures.learning_curves(comparison.trainings)
+    caption = "Learning curves as nnU-Net logs them: mean of the folds, thin lines single folds."
+    items = [
+        tables.cost(comparison.costs),
+        Figure("learning-curves", caption, curves) if curves else None,
+        tables.plans(comparison),
+    ]
+    return Section("Cost and training", (), tuple(item for item in items if item is not None))
+
+
+def _method(comparison: Comparison) -> list[str]:
+    """How the figures were made, in sentences."""
+    request = comparison.request
+    sentences = [
+        "Cases: only those that every run has. Dice and IoU are not defined where neither reference nor prediction has "
+        "a structure; such a case does not count for this structure and run (nnU-Net's rule), and a paired difference "
+        "takes the cases in which both runs have a value.",
+        "Mean: of the structures' means, as in nnU-Net's foreground mean; differences, ranks and worst cases are of "
+        "each case's mean over its structures.",
+        f"Differences: run minus baseline ({request.baseline}); interval: percentile bootstrap over cases, "
+        f"{statistics.RESAMPLES} resamples, seed {statistics.SEED}; p: Wilcoxon signed-rank test, two-sided, zero "
+        "differences discarded; Holm's correction over all runs for the mean, over all runs and structures for the "
+        "single structures, each metric apart.",
+        f"Verdict, by a margin of {request.margin:.1f} Dice points chosen beforehand: superior, the interval lies "
+        "above zero; non-inferior, above minus the margin; inferior, below minus the margin; else inconclusive.",
+        "One training per fold: intervals tell how far the result depends on the cases, not on another training.",
+    ]
+    if request.tolerance is not None:
+        sentences.append(
+            f"Surfaces: NSD at {request.tolerance:g} mm and HD95 in mm, by DeepMind's surface-distance. Where only one "
+            "of reference and prediction has the structure NSD is 0 and HD95 not defined (see the number of missed "
+            "structures)."
+        )
+    return sentences
+
+
+def _versions() -> str:
+    names = ("nnunet-ext", "nnunetv2", "torch", "scipy", "surface-distance")
+    return ", ".join(f"{name} {_version(name)}" for name in names)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """All figures, for programs: Dice between 0 and 1, None for what is not defined."""
+    request = comparison.request
+    return _plain(
+        {
+            "baseline": request.baseline,
+            "margin_dice_points": request.margin,
+            "nsd_tolerance_mm": request.tolerance,
+            "bootstrap": {
+                "resamples": statistics.RESAMPLES,
+                "seed": statistics.SEED,
+                "level": statistics.CONFIDENCE,
+            },
+            "runs": [
+                {
+                    "label": run.label,
+                    "trainer": run.trainer,
+                    "plans": run.plans_name,
+                    "configuration": run.configuration,
+                    "folds": run.folds,
+                    "cost": asdict(comparison.costs[run.label]),
+                }
+                for run in request.runs
+            ],
+            "evaluations": [_evaluation(evaluation) for evaluation in comparison.evaluations],
+            "warnings": comparison.warnings,
+        }
+    )
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "name": evaluation.name,
+        "cases": evaluation.cases,
+        "structures": evaluation.structures,
+        "metrics": evaluation.metrics,
+        "mean_of_structures": MEAN,
+        "means": [asdict(mean) for mean in evaluation.means],
+        "differences": [
+            {
+                **{"run": c.run, "metric": c.metric, "structure": c.structure},
+                **asdict(c.difference),
+                **{"p_holm": c.p_holm, "verdict": c.verdict or None},
+            }
+            for c in evaluation.comparands
+        ],
+        "ranks": {
+            str(run): {str(k): int(n) for k, n in row.items()} for run, row in evaluation.ranks.iterrows()
+        },
+        "worst": {
+            run: [{"case": case, "Dice": dice} for case, dice in rows]
+            for run, rows in evaluation.worst.items()
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Turn NaN and infinity into None, tuples into lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _csv(parts: Sequence[Any]) -> str:
+    import pandas as pd
+
+    table = pd.concat(parts, ignore_index=True)
+    first = ["evaluation", "run", "fold", "case", "structure", "compared"]
+    ordered = table[[*first, *(name for name in table if name not in first)]]
+    return str(ordered.to_csv(index=False, lineterminator="\n"))
+
+
+def _old_figures(folder: Path) -> set[str]:
+    """Names of the figures that an earlier report in this folder has."""
+    try:
+        return set(json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()

@@ -1,0 +1,205 @@
+"""Scores of several runs over the same cases: means, paired differences, ranks, worst cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from nnunet_ext.comparison.scores import by_structure, case_means, common_cases
+from nnunet_ext.comparison.statistics import Difference, difference, holm, rank_frequencies, verdict
+from nnunet_ext.errors import UsageError
+
+MEAN = "mean"  # of all structures
+WORST = 5
+LESS_IS_BETTER = ("HD95",)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of one metric and structure over the common cases of one run.
+
+    Args:
+        n: cases with a value.
+        missed: cases in which the reference has the structure and the run finds none of it.
+        invented: cases in which the run finds the structure and the reference has none.
+    """
+
+    run: str
+    metric: str
+    structure: str
+    mean: float
+    standard_deviation: float
+    n: int
+    missed: int
+    invented: int
+
+
+@dataclass(frozen=True)
+class Comparand:
+    """A run's difference to the baseline in one metric and structure.
+
+    Args:
+        p_holm: `difference.p` after Holm's correction over its family: all runs for the mean over structures (the
+            primary outcome), all runs and structures together for the single structures; each metric apart.
+        verdict: non-inferiority by the margin; empty for metrics other than Dice.
+    """
+
+    run: str
+    metric: str
+    structure: str
+    difference: Difference
+    p_holm: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of all runs over one set of cases.
+
+    Args:
+        name: "cross-validation" or "held-out cases".
+        scores: all rows; `compared` tells whether the case is one that all runs have.
+        labels: of the runs, the baseline first.
+        structures: names, in the order of dataset.json.
+        metrics: "Dice", "IoU" and, where surfaces were measured, "NSD", "HD95".
+        cases: names of the common cases.
+        means, comparands: one for each run, metric and structure (`MEAN` included).
+        ranks: (run, rank) number of cases, by mean Dice.
+        worst: run -> its cases of the lowest mean Dice, lowest first.
+    """
+
+    name: str
+    scores: pd.DataFrame
+    labels: tuple[str, ...]
+    structures: tuple[str, ...]
+    metrics: tuple[str, ...]
+    cases: tuple[str, ...]
+    means: tuple[Mean, ...]
+    comparands: tuple[Comparand, ...]
+    ranks: pd.DataFrame
+    worst: dict[str, list[tuple[str, float]]]
+
+    @property
+    def compared(self) -> pd.DataFrame:
+        """Rows of the common cases."""
+        return self.scores[self.scores["compared"]]
+
+    def values(self, metric: str, structure: str) -> pd.DataFrame:
+        """Values of the common cases, (case, run)."""
+        return _values(self.compared, metric, structure)[list(self.labels)]
+
+    def mean(self, run: str, metric: str = "Dice", structure: str = MEAN) -> Mean:
+        """The mean of these."""
+        return next(m for m in self.means if (m.run, m.metric, m.structure) == (run, metric, structure))
+
+    def comparand(self, run: str, metric: str = "Dice", structure: str = MEAN) -> Comparand:
+        """The difference of these."""
+        return next(c for c in self.comparands if (c.run, c.metric, c.structure) == (run, metric, structure))
+
+
+def evaluate(name: str, scores: pd.DataFrame, labels: Sequence[str], margin: float) -> Evaluation:
+    """Compare runs over the cases that all of them have.
+
+    Args:
+        name: of the set of cases.
+        scores: one row per run, case and structure.
+        labels: of the runs, the baseline first.
+        margin: of the verdicts, in Dice points.
+
+    Raises:
+        UsageError: no case is in all runs.
+    """
+    cases = common_cases(scores)
+    if not cases:
+        counts = "; ".join(
+            f"{label}: {n} cases" for label, n in scores.groupby("run")["case"].nunique().items()
+        )
+        raise UsageError(
+            f"the runs must have {name} in common, they have none ({counts}): compare the same folds (-f)."
+        )
+    scores = scores.assign(compared=scores["case"].isin(cases))
+    kept = scores[scores["compared"]]
+    structures = tuple(dict.fromkeys(kept["structure"]))
+    metrics = tuple(metric for metric in ("Dice", "IoU", "NSD", "HD95") if metric in kept)
+    dice = _values(kept, "Dice", MEAN)[list(labels)]
+    return Evaluation(
+        name=name,
+        scores=scores,
+        labels=tuple(labels),
+        structures=structures,
+        metrics=metrics,
+        cases=tuple(cases),
+        means=tuple(_means(kept, labels, metrics, structures)),
+        comparands=tuple(_comparands(kept, labels, metrics, structures, margin / 100)),
+        ranks=rank_frequencies(dice),
+        worst={label: _worst(dice[label]) for label in labels},
+    )
+
+
+def _values(scores: pd.DataFrame, metric: str, structure: str) -> pd.DataFrame:
+    return case_means(scores, metric) if structure == MEAN else by_structure(scores, structure, metric)
+
+
+def _means(
+    kept: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str], structures: Sequence[str]
+) -> list[Mean]:
+    found = []
+    for label in labels:
+        own = kept[kept["run"] == label]
+        for metric in metrics:
+            single = [_mean(own[own["structure"] == s], label, metric, s) for s in structures]
+            cases = own.groupby("case")[metric].mean()
+            overall: dict[str, Any] = {
+                # nnU-Net's foreground mean: of the structures' means
+                "mean": pd.Series([m.mean for m in single]).mean(),
+                "standard_deviation": cases.std(ddof=1),
+                "n": int(cases.count()),
+                "missed": sum(m.missed for m in single),
+                "invented": sum(m.invented for m in single),
+            }
+            found += [Mean(label, metric, MEAN, **overall), *single]
+    return found
+
+
+def _mean(rows: pd.DataFrame, label: str, metric: str, structure: str) -> Mean:
+    reference, found = rows["TP"] + rows["FN"] > 0, rows["TP"] + rows["FP"] > 0
+    values = rows[metric]
+    return Mean(
+        label,
+        metric,
+        structure,
+        float(values.mean()),
+        float(values.std(ddof=1)),
+        int(values.count()),
+        int((reference & ~found).sum()),
+        int((found & ~reference).sum()),
+    )
+
+
+def _comparands(
+    kept: pd.DataFrame,
+    labels: Sequence[str],
+    metrics: Sequence[str],
+    structures: Sequence[str],
+    margin: float,
+) -> list[Comparand]:
+    baseline, *others = labels
+    found = []
+    for metric in metrics:
+        for family in ((MEAN,), tuple(structures)):
+            tables = {structure: _values(kept, metric, structure) for structure in family}
+            pairs = [(label, structure) for structure in family for label in others]
+            differences = [difference(tables[s][label], tables[s][baseline]) for label, s in pairs]
+            adjusted = holm([d.p for d in differences])
+            for (label, structure), d, p in zip(pairs, differences, adjusted, strict=True):
+                judged = verdict(d, margin) if metric == "Dice" else ""
+                found.append(Comparand(label, metric, structure, d, p, judged))
+    return found
+
+
+def _worst(dice: pd.Series[float]) -> list[tuple[str, float]]:
+    lowest = dice.dropna().sort_index().sort_values(kind="stable").head(WORST)
+    return [(str(case), float(value)) for case, value in lowest.items()]

@@ -1,0 +1,136 @@
+"""Dice and IoU of every case and structure, from nnU-Net's summary.json, checked before anything is computed of them.
+
+A table of scores is a DataFrame with one row per run, case and structure and the columns `COLUMNS`. Dice and IoU are
+NaN where neither reference nor prediction holds the structure.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import pandas as pd
+
+from nnunet_ext.comparison.runs import Run, validate_command
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import read_json
+
+COUNTS = ("TP", "FP", "FN")
+COLUMNS = ("run", "fold", "case", "structure", "Dice", "IoU", *COUNTS)
+_TOLERANCE = 1e-6  # of a Dice that was computed from its counts
+
+
+def structures(labels: Mapping[str, Any]) -> dict[tuple[int, ...], str]:
+    """Foreground labels, or regions, of dataset.json: label values -> name, in the file's order."""
+    values = {name: _values(value) for name, value in labels.items() if name != "ignore"}
+    return {value: name for name, value in values.items() if value != (0,)}
+
+
+def _values(label: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in label) if isinstance(label, (list, tuple)) else (int(label),)
+
+
+def read_validation(run: Run) -> pd.DataFrame:
+    """Scores of the validation cases of all folds of a run.
+
+    Raises:
+        UsageError: a summary.json is cut off, of another tool, of other labels, or contradicts itself.
+    """
+    rows: list[dict[str, Any]] = []
+    for fold in run.folds:
+        path = run.fold_folder(fold) / "validation" / "summary.json"
+        cure = f"validate the fold again by `{validate_command(run, fold)}`, or leave it out by -f"
+        rows += [{"run": run.label, "fold": fold, **row} for row in read_summary(path, run.dataset, cure)]
+    scores = pd.DataFrame(rows, columns=list(COLUMNS))
+    twice = scores[scores.duplicated(["case", "structure"])]
+    if not twice.empty:
+        case = twice["case"].iloc[0]
+        folds = " and ".join(scores.loc[scores["case"] == case, "fold"].drop_duplicates())
+        raise UsageError(
+            f"a case may be validated once, {case} of {run.folder} is in the folds {folds}: choose folds of one "
+            "split by -f."
+        )
+    return scores
+
+
+def read_summary(path: Path, dataset: Mapping[str, Any], cure: str) -> Iterator[dict[str, Any]]:
+    """Rows of one summary.json: case, structure, Dice, IoU and counts.
+
+    Raises:
+        UsageError: the file is cut off, of another tool, of other labels, or contradicts itself.
+    """
+    expected = structures(dataset["labels"])
+    cases = read_json(path, cure).get("metric_per_case")
+    if not isinstance(cases, list) or not cases:
+        raise UsageError(f"{path} must hold nnU-Net's metric_per_case, it does not: {cure}.")
+    seen = set()
+    for record in cases:
+        try:
+            case = case_name(record["prediction_file"], str(dataset["file_ending"]))
+            metrics = {tuple(map(int, re.findall(r"\d+", key))): m for key, m in record["metrics"].items()}
+            scores = {key: {name: float(m[name]) for name in COLUMNS[4:]} for key, m in metrics.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{path} has a case that nnU-Net did not write ({error!r}): {cure}.") from error
+        if set(scores) != set(expected):
+            there = ", ".join(str(key) for key in sorted(scores))
+            raise UsageError(
+                f"{path} must have the labels of dataset.json ({', '.join(map(str, expected))}), {case} has {there}: "
+                f"{cure}."
+            )
+        if case in seen:
+            raise UsageError(f"{path} must hold every case once, it holds {case} twice: {cure}.")
+        seen.add(case)
+        for key, name in expected.items():
+            _check(scores[key], f"{path}, {case}, {name}", cure)
+            yield {"case": case, "structure": name, **scores[key]}
+
+
+def case_name(prediction_file: str, file_ending: str) -> str:
+    """Name of a case, from the path of its prediction on any operating system.
+
+    Raises:
+        ValueError: the file has another ending.
+    """
+    name = PureWindowsPath(prediction_file).name
+    if not name.endswith(file_ending):
+        raise ValueError(f"{name} does not end in {file_ending}")
+    return name.removesuffix(file_ending)
+
+
+def _check(scores: Mapping[str, float], where: str, cure: str) -> None:
+    """Refuse Dice or IoU that don't follow from the counts beside them."""
+    tp, fp, fn = (scores[name] for name in COUNTS)
+    total = tp + fp + fn
+    if not min(tp, fp, fn) >= 0:
+        raise UsageError(f"{where}: TP, FP and FN must be counts, got {tp}, {fp}, {fn}: {cure}.")
+    for name, expected in (
+        ("Dice", 2 * tp / (tp + total) if total else math.nan),
+        ("IoU", tp / total if total else math.nan),
+    ):
+        value = scores[name]
+        same = math.isnan(value) if math.isnan(expected) else abs(value - expected) <= _TOLERANCE
+        if not same:
+            raise UsageError(
+                f"{where}: {name} must follow from TP, FP and FN ({expected:.6g}), got {value:.6g}: {cure}."
+            )
+
+
+def case_means(scores: pd.DataFrame, metric: str = "Dice") -> pd.DataFrame:
+    """Mean over the structures of each case, (case, run); a structure without a value does not count."""
+    return scores.groupby(["case", "run"], observed=True)[metric].mean().unstack("run")
+
+
+def by_structure(scores: pd.DataFrame, structure: str, metric: str = "Dice") -> pd.DataFrame:
+    """Values of one structure, (case, run)."""
+    chosen = scores[scores["structure"] == structure]
+    return chosen.pivot(index="case", columns="run", values=metric)
+
+
+def common_cases(scores: pd.DataFrame) -> list[str]:
+    """Names of the cases that every run has, sorted."""
+    runs = scores["run"].nunique()
+    counts = scores.groupby("case")["run"].nunique()
+    return sorted(counts.index[counts == runs])

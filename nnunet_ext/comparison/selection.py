@@ -1,0 +1,153 @@
+"""What to compare, as a user names it: by data set and trainers, by folders, or by predictions and references."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_ext import registry
+from nnunet_ext.comparison import cost, places, runs
+from nnunet_ext.comparison.compare import Request
+from nnunet_ext.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names and folders, as the options of `nnunet-ext compare` hold them.
+
+    Args:
+        dataset: number or name; with `configurations`, `plans` and `trainers` names runs below `results`.
+        results: folder of all results; None: what `nnUNet_results` names.
+        folds: to compare; None: all that are validated.
+        folders: of further runs, TRAINER__PLANS__CONFIGURATION.
+        predictions: folders of segmentations of held-out cases, in the order of the runs.
+        references: folder of the held-out cases' references.
+        description: dataset.json of the labels; None: the runs' own, or one beside the predictions.
+        names: of the runs, in their order; empty: made of trainers, plans and configurations.
+        baseline: label or trainer; None: the first run.
+        margin: loss of Dice that does not matter, in Dice points (1 point = 0.01).
+        tolerance: of NSD in mm; None: no surface distances.
+        validation_references, images: folders with the cases of runs that come from another machine.
+        benchmark: JSON of `nnunet-ext benchmark`; None: benchmark.json in `output`, where there is one.
+        output: folder of the report.
+        processes: that read segmentations; None: as many as nnU-Net takes.
+    """
+
+    dataset: str | None = None
+    configurations: Sequence[str] = ("3d_fullres",)
+    plans: Sequence[str] = ("nnUNetPlans",)
+    trainers: Sequence[str] = (registry.CORE_TRAINER,)
+    results: Path | None = None
+    folds: Sequence[str] | None = None
+    folders: Sequence[Path] = ()
+    predictions: Sequence[Path] = ()
+    references: Path | None = None
+    description: Path | None = None
+    names: Sequence[str] = ()
+    baseline: str | None = None
+    margin: float = 1.0
+    tolerance: float | None = None
+    validation_references: Path | None = None
+    images: Path | None = None
+    benchmark: Path | None = None
+    output: Path | None = None
+    processes: int | None = None
+
+
+def request(selection: Selection) -> Request:
+    """Find and read what the selection names.
+
+    Raises:
+        UsageError: a name or folder is wrong, or two contradict each other.
+    """
+    from nnunetv2.configuration import default_num_processes
+
+    _check(selection)
+    found = [runs.read_run(folder, selection.folds) for folder in _folders(selection)]
+    if found:
+        found = runs.labelled(found, selection.names)
+        labels = [run.label for run in found]
+        predictions = _named(labels, selection.predictions) if selection.predictions else {}
+    else:
+        labels = [folder.resolve().name for folder in selection.predictions]
+        predictions = _named(list(selection.names) or labels, selection.predictions)
+    if selection.description is None and found:
+        dataset = found[0].dataset
+    else:
+        beside = [*selection.predictions, *([selection.references] if selection.references else [])]
+        dataset = places.dataset_of(beside, selection.description)
+    return Request(
+        runs=tuple(found),
+        predictions=predictions,
+        references=selection.references,
+        dataset=dataset,
+        baseline=_baseline(selection.baseline, found, list(predictions)),
+        margin=selection.margin,
+        tolerance=selection.tolerance,
+        places=places.Places(
+            _variable("nnUNet_raw"),
+            _variable("nnUNet_preprocessed"),
+            selection.validation_references,
+            selection.images,
+        ),
+        benchmark=cost.read_benchmark(selection.benchmark, selection.output),
+        processes=selection.processes or int(default_num_processes),
+    )
+
+
+def _check(selection: Selection) -> None:
+    """Refuse options that contradict each other or have values without a meaning."""
+    for name, value in (("--margin", selection.margin), ("--surface", selection.tolerance)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise UsageError(f"{name} must be 0 or more, got {value:g}: correct it.")
+    if selection.processes is not None and selection.processes < 1:
+        raise UsageError(f"-np must be 1 or more, got {selection.processes}: correct it.")
+    if bool(selection.predictions) != (selection.references is not None):
+        raise UsageError("-pred and -ref belong together, got only one of them: add the other.")
+    if not (selection.dataset or selection.folders or selection.predictions):
+        raise UsageError(
+            "what to compare must be given, nothing is: add -d DATASET -tr ..., -m FOLDER ..., or -pred ... -ref ...."
+        )
+    for folder in (*selection.predictions, *([selection.references] if selection.references else [])):
+        if not folder.is_dir():
+            raise UsageError(f"-pred and -ref need existing folders, got {folder}: correct it.")
+    if selection.output is not None and selection.output.exists() and not selection.output.is_dir():
+        raise UsageError(f"-o needs a folder, got the file {selection.output}: choose another.")
+
+
+def _folders(selection: Selection) -> list[Path]:
+    if not selection.dataset:
+        return list(selection.folders)
+    results = selection.results or _variable("nnUNet_results")
+    if results is None:
+        raise UsageError("-d needs the variable nnUNet_results, it is not set: set it, or give --results.")
+    named = runs.find_runs(
+        results, selection.dataset, selection.configurations, selection.trainers, selection.plans
+    )
+    return [*named, *selection.folders]
+
+
+def _variable(name: str) -> Path | None:
+    return Path(os.environ[name]) if os.environ.get(name) else None
+
+
+def _named(labels: Sequence[str], folders: Sequence[Path]) -> dict[str, Path]:
+    if len(labels) != len(folders) or len(set(labels)) != len(labels):
+        raise UsageError(
+            f"-pred needs one folder for each of {', '.join(labels)}, got {' '.join(map(str, folders))}: correct them, "
+            "or tell them apart by --names."
+        )
+    return dict(zip(labels, folders, strict=True))
+
+
+def _baseline(asked: str | None, found: Sequence[runs.Run], predicted: Sequence[str]) -> str:
+    labels = [run.label for run in found] or list(predicted)
+    if asked is None:
+        return labels[0]
+    matching = [label for label in labels if label == asked]
+    matching = matching or [run.label for run in found if asked in (run.trainer, run.folder.name)]
+    if len(matching) != 1:
+        raise UsageError(f"--baseline needs one of {'; '.join(labels)}, got {asked}: choose one.")
+    return matching[0]

@@ -1,0 +1,160 @@
+"""What the trainings of a run logged: epochs, times, learning curves, machine."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from nnunet_ext.comparison.runs import Run, trained_folds
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import read_json
+
+FINAL = "checkpoint_final.pth"
+_CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What one training logged, one value per epoch; `dice` is of nnU-Net's random validation patches."""
+
+    training_loss: tuple[float, ...]
+    validation_loss: tuple[float, ...]
+    dice: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The trainings of one run.
+
+    Args:
+        curves: fold -> what it logged; folds without a readable checkpoint are missing.
+        machines: fold -> GPU (or "cpu"), PyTorch; from debug.json.
+        planned_epochs: number of epochs of each fold that debug.json tells.
+        iterations: training iterations per epoch, None where unknown or not the same in all folds.
+        warnings: sentences about what is missing or doubtful.
+    """
+
+    curves: Mapping[str, Curves]
+    machines: Mapping[str, str]
+    planned_epochs: Mapping[str, int]
+    iterations: int | None
+    warnings: tuple[str, ...]
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """Different numbers of logged epochs, sorted."""
+        return tuple(sorted({len(curves.dice) for curves in self.curves.values()}))
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """Median over all epochs of all folds."""
+        seconds = [value for curves in self.curves.values() for value in curves.seconds]
+        return median(seconds) if seconds else None
+
+
+def read_training(run: Run) -> Training:
+    """Read checkpoints and debug.json of the compared folds; what can't be read becomes a warning."""
+    curves, machines, planned = {}, {}, {}
+    iterations, warnings = set(), []
+    for fold in run.folds:
+        folder = run.fold_folder(fold)
+        try:
+            curves[fold] = read_curves(folder)
+        except UsageError as error:
+            warnings.append(f"{run.label}: {error}")
+        try:
+            debug = read_json(folder / "debug.json", "epochs and GPU of this fold stay unknown")
+        except UsageError as error:
+            warnings.append(f"{run.label}: {error}")
+            debug = {}
+        device = debug.get("gpu_name", debug.get("device", "unknown device"))
+        machines[fold] = f"{device}, PyTorch {debug.get('torch_version', 'unknown')}"
+        if str(debug.get("num_epochs", "")).isdecimal():
+            planned[fold] = int(debug["num_epochs"])
+        iterations.add(str(debug.get("num_iterations_per_epoch", "")))
+        warnings += _doubts(run, folder, fold, curves.get(fold), planned.get(fold))
+    unfinished = [fold for fold in trained_folds(run) if fold not in run.folds and fold != "all"]
+    if unfinished:
+        warnings.append(
+            f"{run.label}: folds {', '.join(unfinished)} are not compared (no validation, or not asked for)."
+        )
+    only = iterations.pop() if len(iterations) == 1 else ""
+    return Training(curves, machines, planned, int(only) if only.isdecimal() else None, tuple(warnings))
+
+
+def read_curves(folder: Path) -> Curves:
+    """Read what a fold logged from its last checkpoint, without running code that the file may hold.
+
+    Raises:
+        UsageError: there is no checkpoint, or it is cut off or not of nnU-Net.
+    """
+    import numpy as np
+    import torch
+
+    path = next((folder / name for name in _CHECKPOINTS if (folder / name).is_file()), None)
+    if path is None:
+        raise UsageError(f"{folder} has no checkpoint: its learning curves and times are missing here.")
+    multiarray = getattr(np, "_core", None) or np.core  # what NumPy 2 calls _core
+    scalar = multiarray.multiarray.scalar
+    types = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int64")]
+    safe = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *types]
+    try:
+        with torch.serialization.safe_globals(safe):
+            log = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["logging"]
+        times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
+        return Curves(
+            tuple(map(float, log["train_losses"])),
+            tuple(map(float, log["val_losses"])),
+            tuple(map(float, log["mean_fg_dice"])),
+            tuple(float(end - start) for start, end in times),
+        )
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(
+            f"{path} is no whole checkpoint of nnU-Net ({reason}): copy it again; its learning curves and times are "
+            "missing here."
+        ) from error
+
+
+def _doubts(run: Run, folder: Path, fold: str, curves: Curves | None, planned: int | None) -> list[str]:
+    """Reasons to doubt that a fold is what it seems."""
+    doubts = []
+    if curves is not None and planned is not None and len(curves.dice) < planned:
+        doubts.append(
+            f"{run.label}, fold {fold}: unfinished, {len(curves.dice)} of {planned} epochs are logged."
+        )
+    if not (folder / FINAL).is_file() and curves is not None:
+        doubts.append(
+            f"{run.label}, fold {fold}: there is no {FINAL}, the validation is of another checkpoint (best or latest)."
+        )
+    logged = logged_validations(folder)
+    if len(set(logged)) > 1:
+        doubts.append(
+            f"{run.label}, fold {fold}: validated more than once with different results (mean Dice "
+            f"{', '.join(f'{value:.4f}' for value in logged)}); the last may be of checkpoint_best (--val_best)."
+        )
+    if fold == "all":
+        doubts.append(f"{run.label}: fold_all validates on the cases that it was trained on.")
+    return doubts
+
+
+def logged_validations(folder: Path) -> list[float]:
+    """Mean validation Dice of every validation in the training logs, in their order."""
+    found: list[float] = []
+    for path in sorted(folder.glob("training_log_*.txt")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found += [float(value) for value in re.findall(r"Mean Validation Dice:\s+([\d.]+)", text)]
+    return found

@@ -1,0 +1,137 @@
+"""Result folders as nnU-Net leaves them, with scores that the test chooses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+DATASET = {
+    "name": "Dataset007_Toy",
+    "channel_names": {"0": "MRI"},
+    "labels": {"background": 0, "organ": 1, "lesion": 2},
+    "file_ending": ".nii.gz",
+}
+CONFIGURATION = {
+    "data_identifier": "data",
+    "patch_size": [16, 16, 16],
+    "batch_size": 2,
+    "spacing": [1.0, 1.0, 1.0],
+    "architecture": {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": 2,
+            "features_per_stage": [4, 8],
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+            "strides": [[1, 1, 1], [2, 2, 2]],
+            "n_conv_per_stage": [1, 1],
+            "n_conv_per_stage_decoder": [1],
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    },
+}
+Counts = tuple[int, int, int]  # TP, FP, FN
+
+
+def metrics(counts: Counts) -> dict[str, float]:
+    """What nnU-Net writes for one case and label."""
+    tp, fp, fn = counts
+    total = tp + fp + fn
+    ratios = {"Dice": 2 * tp / (tp + total), "IoU": tp / total} if total else {"Dice": np.nan, "IoU": np.nan}
+    return {**ratios, "TP": tp, "FP": fp, "FN": fn, "TN": 100, "n_pred": tp + fp, "n_ref": tp + fn}
+
+
+def summary(cases: Mapping[str, Sequence[Counts]], folder: str = "/elsewhere") -> dict[str, Any]:
+    """Content of a summary.json with the labels 1, 2, ... of each case."""
+    return {
+        "metric_per_case": [
+            {
+                "prediction_file": f"{folder}/{case}.nii.gz",
+                "reference_file": f"/elsewhere/{case}.nii.gz",
+                "metrics": {str(i): metrics(c) for i, c in enumerate(counts, start=1)},
+            }
+            for case, counts in cases.items()
+        ]
+    }
+
+
+def dice_counts(dice: float) -> Counts:
+    """Counts of a reference of 1000 voxels with this Dice, a multiple of 0.001."""
+    tp = round(1000 * dice)
+    return tp, 1000 - tp, 1000 - tp
+
+
+def write_fold(folder: Path, cases: Mapping[str, Sequence[Counts]], epochs: int = 3) -> None:
+    """A finished and validated fold."""
+    (folder / "validation").mkdir(parents=True)
+    (folder / "validation" / "summary.json").write_text(json.dumps(summary(cases)))
+    values = [np.float32(0.1 * (i + 1)) for i in range(epochs)]
+    log: dict[str, Any] = {key: values for key in ("train_losses", "val_losses", "mean_fg_dice")}
+    log["epoch_start_timestamps"] = [10.0 * i for i in range(epochs)]
+    log["epoch_end_timestamps"] = [10.0 * i + 4 + i for i in range(epochs)]  # 4, 5, 6 seconds
+    torch.save({"logging": log, "network_weights": {}}, folder / "checkpoint_final.pth")
+    debug = {
+        "num_epochs": str(epochs),
+        "num_iterations_per_epoch": "50",
+        "gpu_name": "GPU",
+        "torch_version": "2.9",
+    }
+    (folder / "debug.json").write_text(json.dumps(debug))
+
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Write a result folder: ``make_run("nnUNetTrainer", {"0": {"case_1": [counts, counts]}})``."""
+
+    def make(
+        trainer: str,
+        folds: Mapping[str, Mapping[str, Sequence[Counts]]],
+        plans: str = "nnUNetPlans",
+        **changes: Any,
+    ) -> Path:
+        folder = tmp_path / "results" / "Dataset007_Toy" / f"{trainer}__{plans}__3d_fullres"
+        folder.mkdir(parents=True)
+        for fold, cases in folds.items():
+            write_fold(folder / f"fold_{fold}", cases)
+        configuration = {**CONFIGURATION, **changes}
+        content = {
+            "dataset_name": "Dataset007_Toy",
+            "plans_name": plans,
+            "configurations": {"3d_fullres": configuration},
+            "label_manager": "LabelManager",
+        }
+        (folder / "plans.json").write_text(json.dumps(content))
+        (folder / "dataset.json").write_text(json.dumps(DATASET))
+        return folder
+
+    return make
+
+
+def random_folds(seed: int, shift: float = 0.0, n: int = 12) -> dict[str, dict[str, list[Counts]]]:
+    """Two folds of `n` cases in all, whose Dice are random and shifted."""
+    random = np.random.default_rng(seed)
+    cases = {
+        f"case_{i:02d}": [dice_counts(float(np.clip(d, 0, 1))) for d in random.uniform(0.6, 0.8, 2) + shift]
+        for i in range(n)
+    }
+    names = list(cases)
+    return {
+        "0": {name: cases[name] for name in names[: n // 2]},
+        "1": {name: cases[name] for name in names[n // 2 :]},
+    }

@@ -1,0 +1,127 @@
+"""Statistics against hand-computed values and independent computations."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from nnunet_ext.comparison.statistics import (
+    Difference,
+    difference,
+    holm,
+    interval,
+    rank_frequencies,
+    signed_rank,
+    verdict,
+)
+
+
+def series(*values: float) -> pd.Series:
+    return pd.Series(values, index=[f"case_{i}" for i in range(len(values))], dtype=float)
+
+
+def exact_signed_rank(d: np.ndarray) -> float:
+    """Two-sided p by going through all sign patterns; no ties, no zeros."""
+    ranks = np.argsort(np.argsort(np.abs(d))) + 1
+    observed = min(ranks[d > 0].sum(), ranks[d < 0].sum())
+    sums = [
+        sum(r for r, s in zip(ranks, signs, strict=True) if s)
+        for signs in itertools.product((0, 1), repeat=len(d))
+    ]
+    return min(1.0, 2 * np.mean([value <= observed for value in sums]))
+
+
+def test_mean_difference_is_run_minus_baseline_over_cases_with_both_values() -> None:
+    found = difference(series(0.9, 0.8, np.nan, 0.5), series(0.7, 0.8, 0.6, np.nan))
+    assert (found.n, found.better, found.worse) == (2, 1, 0)
+    assert found.mean == pytest.approx(0.1)
+
+
+def test_cases_are_paired_by_name_not_by_position() -> None:
+    baseline = series(0.1, 0.5, 0.9)
+    assert difference(baseline[::-1], baseline).mean == 0.0
+
+
+def test_fewer_than_two_cases_have_no_interval_and_no_p() -> None:
+    one, none = difference(series(0.9), series(0.7)), difference(series(np.nan), series(0.7))
+    assert one.mean == pytest.approx(0.2)
+    assert np.isnan([one.low, one.high, one.p, none.mean]).all()
+    assert verdict(one, 0.01) == "inconclusive"
+
+
+def test_equal_runs_have_no_difference_and_p_of_one() -> None:
+    same = difference(series(0.9, 0.8, 0.7), series(0.9, 0.8, 0.7))
+    assert (same.mean, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_p_value_is_that_of_all_sign_patterns(seed: int) -> None:
+    d = np.random.default_rng(seed).normal(0.3, 1, 10)
+    assert signed_rank(d) == pytest.approx(exact_signed_rank(d), rel=1e-12)
+
+
+def test_zero_differences_are_discarded() -> None:
+    d = np.random.default_rng(0).normal(0.3, 1, 60)
+    padded = np.concatenate([d, np.zeros(7)])
+    assert signed_rank(padded) == pytest.approx(stats.wilcoxon(d, method="approx").pvalue)
+
+
+def test_interval_is_the_percentile_bootstrap() -> None:
+    d = np.random.default_rng(1).gamma(2, 0.02, 50)
+    resampled = np.random.default_rng(99).choice(d, (50_000, 50)).mean(axis=1)
+    expected = np.percentile(resampled, [2.5, 97.5])
+    assert interval(d) == pytest.approx(expected, abs=0.02 * np.ptp(expected) + 1e-4)
+
+
+def test_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+    random = np.random.default_rng(5)
+    covered = [low < 1.0 < high for low, high in (interval(random.normal(1.0, 1.0, 40)) for _ in range(150))]
+    assert 0.88 < np.mean(covered) <= 1.0
+
+
+def test_interval_is_the_same_on_every_call() -> None:
+    d = np.random.default_rng(1).normal(size=30)
+    assert interval(d) == interval(d)
+
+
+def test_holm_follows_the_worked_example() -> None:
+    # m = 4, sorted 0.005, 0.01, 0.03, 0.04 -> 0.02, 0.03, 0.06, 0.06
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_never_exceeds_one_and_leaves_out_what_is_not_defined() -> None:
+    adjusted = holm([0.7, np.nan, 0.4])
+    assert adjusted[0] == pytest.approx(0.8)
+    assert adjusted[2] == pytest.approx(0.8)
+    assert np.isnan(adjusted[1])
+    assert holm([0.9, 0.9, 0.9]) == [1.0, 1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.001, 0.02, "superior"),
+        (-0.009, 0.02, "non-inferior"),
+        (-0.011, 0.02, "inconclusive"),
+        (-0.03, -0.011, "inferior"),
+        (-0.03, -0.009, "inconclusive"),
+        (-0.01, 0.0, "inconclusive"),
+    ],
+)
+def test_verdict_compares_the_whole_interval_with_the_margin(low: float, high: float, expected: str) -> None:
+    assert verdict(Difference(10, (low + high) / 2, low, high, 0.5, 5, 5), 0.01) == expected
+
+
+def test_ranks_count_cases_and_ties_share_the_better_rank() -> None:
+    values = pd.DataFrame(
+        {"A": [0.9, 0.5, 0.7, np.nan], "B": [0.8, 0.5, 0.9, 0.1], "C": [0.1, 0.1, 0.8, 0.2]}
+    )
+    found = rank_frequencies(values)
+    assert found.to_numpy().tolist() == [[2, 0, 1], [2, 1, 0], [0, 1, 2]]
+    assert list(found.index) == ["A", "B", "C"]
+    assert list(found.columns) == [1, 2, 3]
