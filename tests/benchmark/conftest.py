@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.benchmark.setting import Setting
@@ -23,6 +25,15 @@ def tiny(patch: tuple[int, ...] = (16, 16, 16), **options: Any) -> Setting:
     arguments = plans["configurations"][planned.configuration]["architecture"]["arch_kwargs"]
     arguments["features_per_stage"] = FEATURES[: arguments["n_stages"]]
     return Setting(plans, planned.dataset, planned.configuration)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny networks wait for threads longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,0 +1,39 @@
+"""What a report is written as: JSON, Markdown and figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from nnunet_ext.benchmark.figures import depth_curves, ratio_bars
+from nnunet_ext.benchmark.records import Report
+from nnunet_ext.benchmark.table import markdown
+from nnunet_ext.files import write_bytes, write_text
+
+
+def to_json(report: Report, command: str) -> str:
+    """Strict JSON of all records; docs/how-to/benchmark.md lists the keys.
+
+    Args:
+        report: what was measured.
+        command: line that made it.
+    """
+    return json.dumps({"command": command, **asdict(report)}, indent=2, allow_nan=False)
+
+
+def write(report: Report, command: str, folder: Path) -> list[Path]:
+    """Write benchmark.json, benchmark.md, benchmark.png and, where depths were asked for, depth.png.
+
+    Raises:
+        UsageError: the folder can't be written.
+    """
+    pictures = {"benchmark.png": ratio_bars(report)}
+    if report.depth:
+        pictures["depth.png"] = depth_curves(report)
+    texts = {"benchmark.json": to_json(report, command) + "\n", "benchmark.md": markdown(report, command)}
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    for name, picture in pictures.items():
+        write_bytes(folder / name, picture)
+    return [folder / name for name in [*texts, *pictures]]

@@ -1,0 +1,72 @@
+"""What a benchmark is asked for, checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nnunet_ext import registry
+from nnunet_ext.benchmark.machine import Machine
+from nnunet_ext.benchmark.setting import Setting, trainer_class
+from nnunet_ext.errors import UsageError
+
+BASELINE = registry.CORE_TRAINER
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is measured.
+
+    Args:
+        setting: plans, data set and configuration.
+        machine: where, and in which precision.
+        trainers: names beside the baseline; None: all that are registered and usable.
+        repeats: timed rounds; 0: no times.
+        time_patch: voxels per axis for the times; None: the plans' patch.
+        depths: for the curve of memory against depth; empty: none.
+
+    Raises:
+        UsageError: a value that can't be.
+    """
+
+    setting: Setting
+    machine: Machine
+    trainers: tuple[str, ...] | None = None
+    repeats: int = 5
+    time_patch: tuple[int, ...] | None = None
+    depths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.repeats < 0:
+            raise UsageError(f"--repeats must be 0 or more, got {self.repeats}: 0 takes no times.")
+        if any(depth < 1 for depth in self.depths):
+            raise UsageError(
+                f"--depth needs numbers of 1 or more, got {min(self.depths)}: use for example 1 2 4 8."
+            )
+        for trainer in self.trainers or ():
+            trainer_class(trainer)
+        if self.time_patch is not None:
+            self._check_time_patch(self.time_patch)
+
+    def _check_time_patch(self, patch: tuple[int, ...]) -> None:
+        strides = self.setting.strides
+        shown = " ".join(map(str, patch))
+        if len(patch) != len(strides):
+            raise UsageError(f"--time-patch needs {len(strides)} numbers, got {shown}: give one per axis.")
+        coarsest = [voxels / stride for voxels, stride in zip(patch, strides, strict=True)]
+        if not all(size.is_integer() and size > 0 for size in coarsest) or math.prod(coarsest) < 2:
+            raise UsageError(
+                f"--time-patch must be divisible by {' '.join(map(str, strides))} and leave more than one voxel at "
+                f"the coarsest stage, got {shown}: use multiples of these numbers."
+            )
+
+    @property
+    def timed_patch(self) -> tuple[int, ...]:
+        """Voxels per axis that times are of."""
+        return self.time_patch or self.setting.patch_size
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The baseline, then the others, each once."""
+        others = registry.names("trainers") if self.trainers is None else self.trainers
+        return tuple(dict.fromkeys([BASELINE, *others]))

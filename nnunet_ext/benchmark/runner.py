@@ -1,0 +1,178 @@
+"""Measures the networks of several trainers beside default nnU-Net, on the same plan and in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+
+import torch
+
+from nnunet_ext.benchmark.case import passes_mirrored, tiles_per_case
+from nnunet_ext.benchmark.counting import Builders, count, inference_needs, one_line, step_needs
+from nnunet_ext.benchmark.depth import depth_key, measure_depth
+from nnunet_ext.benchmark.gpu_memory import measure_gpu_inference, measure_gpu_step
+from nnunet_ext.benchmark.machine import DoesNotFitError, gib, is_out_of_memory
+from nnunet_ext.benchmark.records import DepthPoint, Method, Report, Spread
+from nnunet_ext.benchmark.request import BASELINE, Request
+from nnunet_ext.benchmark.timing import Subject, inference, interleave, training
+
+STEP, PATCH = "training step", "inference of a patch"
+# done, total, what comes next
+OnProgress = Callable[[int, int, str], None]
+
+
+def run(request: Request, on_progress: OnProgress = lambda done, total, what: None) -> Report:
+    """Measure; whatever one method fails at is in its row, and the others go on.
+
+    Args:
+        request: what is measured.
+        on_progress: called before every piece of work.
+    """
+    return _Run(request, on_progress).report()
+
+
+class _Run:
+    """One benchmark: the request, the methods so far, and how much is done."""
+
+    def __init__(self, request: Request, on_progress: OnProgress) -> None:
+        self._request = request
+        self._setting = request.setting
+        self._machine = request.machine
+        self._on_progress = on_progress
+        self._done = 0
+        rounds = request.repeats + 1 if request.repeats else 0
+        pieces = 1 + self._machine.is_cuda + 2 * rounds + len(request.depths)
+        self._total = len(request.names) * pieces
+        self._methods = {name: Method(name) for name in request.names}
+
+    def report(self) -> Report:
+        """Count, measure on the GPU, time, then count depths."""
+        for name in self._methods:
+            self._next(f"{name}: counting")
+            self._methods[name] = count(self._request, name)
+        with self._machine.settings():
+            if self._machine.is_cuda:
+                for name in self._built():
+                    self._next(f"{name}: memory on the GPU")
+                    self._measure(name)
+            if self._request.repeats:
+                self._time()
+        depth = tuple(point for name in self._built() for point in self._depth(name))
+        setting, baseline = self._setting, self._methods[BASELINE]
+        return Report(
+            device=self._machine.name,
+            torch=torch.__version__,
+            nnunetv2=version("nnunetv2"),
+            precision=self._machine.precision,
+            plans=str(setting.plans.get("plans_name", "")),
+            configuration=setting.configuration,
+            patch_size=setting.patch_size,
+            batch_size=setting.batch_size,
+            input_channels=setting.input_channels,
+            num_classes=setting.num_classes,
+            time_patch_size=self._request.timed_patch,
+            repeats=self._request.repeats,
+            tiles_per_case=tiles_per_case(setting),
+            passes_mirrored=passes_mirrored(setting),
+            methods=tuple(method.compared(baseline) for method in self._methods.values()),
+            depth=depth,
+        )
+
+    def _next(self, what: str) -> None:
+        self._on_progress(self._done, self._total, what)
+        self._done += 1
+
+    def _built(self) -> list[str]:
+        """Methods whose network can be built."""
+        return [name for name, method in self._methods.items() if method.network]
+
+    def _measure(self, name: str) -> None:
+        """Replace the counted memory of a method by that of the GPU, where all of it fits."""
+        setting, machine = self._setting, self._machine
+        shape = (setting.input_channels, *setting.patch_size)
+        builders = Builders.of(self._request, name)
+        machine.release()
+        failure = None
+        try:
+            step = measure_gpu_step(builders.train, (setting.batch_size, *shape), machine)
+            machine.release()
+            peak = measure_gpu_inference(builders.deploy, (1, *shape), machine)
+        except Exception as error:
+            failure = error.with_traceback(None)  # which would keep tensors
+        machine.release()
+        if failure is not None:
+            self._stop(name, STEP, failure)
+            return
+        self._methods[name] = replace(
+            self._methods[name],
+            memory="measured",
+            held_bytes=step.held,
+            peak_bytes=step.peak,
+            reserved_bytes=step.reserved,
+            inference_peak_bytes=peak,
+        )
+
+    def _stop(self, name: str, what: str, error: Exception) -> None:
+        """Note why a part of a method has no figure."""
+        method = self._methods[name]
+        if isinstance(error, DoesNotFitError):
+            self._methods[name] = method.stopped("out of memory", f"{what} {error}")
+        elif is_out_of_memory(error):
+            reason = f"{what} does not fit in {gib(self._machine.room())}"
+            self._methods[name] = method.stopped("out of memory", reason)
+        else:
+            self._methods[name] = method.stopped("failed", f"{what}: {one_line(error)}")
+
+    def _time(self) -> None:
+        subjects = {(name, what): subject for name in self._built() for what, subject in self._subjects(name)}
+
+        def on_turn(name: str, what: str) -> None:
+            self._next(f"{name}: {what}")
+
+        timed = interleave(subjects, self._request.repeats, self._machine, on_turn)
+        for (name, what), error in timed.errors.items():
+            self._stop(name, what, error)
+        for (name, what), seconds in timed.seconds.items():
+            if (name, what) not in timed.errors:
+                self._methods[name] = self._with_times(self._methods[name], what, Spread.of(seconds))
+
+    def _subjects(self, name: str) -> Iterator[tuple[str, Subject]]:
+        """The two kinds of turns of a method; on the CPU with the memory that they need."""
+        request = self._request
+        builders = Builders.of(request, name)
+        shape = (self._setting.input_channels, *request.timed_patch)
+        kinds = (
+            (STEP, builders.train, training, self._setting.batch_size, step_needs),
+            (PATCH, builders.deploy, inference, 1, inference_needs),
+        )
+        for what, build, prepare, batch, needs in kinds:
+            try:
+                needed = 0 if self._machine.is_cuda else needs(request, builders)
+            except Exception as error:
+                self._stop(name, what, error)
+            else:
+                yield what, Subject(build, prepare, (batch, *shape), needed)
+
+    def _with_times(self, method: Method, what: str, spread: Spread) -> Method:
+        if what == STEP:
+            return replace(method, step_seconds=spread)
+        tiles, setting = tiles_per_case(self._setting), self._setting
+        if tiles is None or self._request.timed_patch != setting.patch_size:
+            return replace(method, patch_seconds=spread)
+        case = tiles * spread.median
+        mirrored = case * passes_mirrored(setting)
+        return replace(method, patch_seconds=spread, case_seconds=case, case_seconds_mirrored=mirrored)
+
+    def _depth(self, name: str) -> Iterator[DepthPoint]:
+        """Points of the curve of a network whose depth can be set."""
+        setting = self._setting
+        key = depth_key(setting, name) if self._request.depths else None
+        for depth in self._request.depths:
+            self._next(f"{name}: depth {depth}")
+            if key is None:
+                continue
+            try:
+                yield measure_depth(setting, name, depth, key, self._machine.counting_dtype)
+            except Exception as error:
+                self._stop(name, f"depth {depth}", error)

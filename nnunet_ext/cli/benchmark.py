@@ -1,0 +1,151 @@
+"""Parameters, operations, memory and time of networks beside default nnU-Net, on the same plan and in one run.
+
+Without -tr, every registered trainer takes part. Without a GPU, memory is counted on shapes at full size.
+
+examples: nnunet-ext benchmark -d 4 -c 3d_fullres
+          nnunet-ext benchmark --patch 128 128 128 --repeats 0 --depth 1 2 4 8 16
+          nnunet-ext benchmark --plans nnUNetPlans.json -tr nnUNetTrainerReversible -o result
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nnunet_ext.benchmark.records import Report
+    from nnunet_ext.benchmark.table import Table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``nnunet-ext benchmark``."""
+    add = parser.add_argument
+    add(
+        "-d", dest="dataset", metavar="D", help="data set that nnU-Net has planned: number or DatasetXXX_Name"
+    )
+    add("-c", dest="configuration", metavar="C", help="configuration of the plans, e.g. 3d_fullres")
+    add("-p", dest="plans_name", metavar="PLANS", help="name of the data set's plans (nnUNetPlans)")
+    add(
+        "--plans",
+        type=Path,
+        metavar="FILE",
+        help="a plans file, instead of -d; dataset.json beside it is read",
+    )
+    add("--patch", type=int, nargs="+", metavar="N", help="plan for 2 or 3 numbers of voxels, instead of -d")
+    add("-tr", dest="trainers", nargs="+", metavar="NAME", help="trainers to compare (all registered ones)")
+    add("--channels", type=int, metavar="N", help="image channels, instead of those of dataset.json (else 1)")
+    add(
+        "--classes", type=int, metavar="N", help="classes with background, instead of dataset.json's (else 3)"
+    )
+    add("--batch", type=int, metavar="N", help="batch size, instead of that of the plans")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda where PyTorch finds an NVIDIA GPU, else cpu")
+    add("--precision", choices=("float32", "mixed"), help="default: mixed on cuda, float32 on cpu")
+    add("--repeats", type=int, default=5, metavar="N", help="timed rounds; 0: no times (%(default)s)")
+    add("--time-patch", type=int, nargs="+", metavar="N", help="a smaller patch for the times")
+    add("--depth", type=int, nargs="+", default=[], metavar="N", help="memory against blocks per stage")
+    add("-o", dest="output", type=Path, metavar="OUT", help="folder for JSON, Markdown and figures")
+    add("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and, with -o, write; return the exit status."""
+    command = shlex.join(["nnunet-ext", *args.argv])
+    # Nothing but the result goes to the standard output; nnU-Net prints when it is imported.
+    with contextlib.redirect_stdout(sys.stderr):
+        report = _measure(args)
+        from nnunet_ext.benchmark import output
+
+        written = [] if args.output is None else output.write(report, command, args.output)
+    if args.json:
+        print(output.to_json(report, command))
+        return 0
+    _print(report)
+    for path in written:
+        print(f"Written: {path}")
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> Report:
+    from nnunet_ext.benchmark.machine import Machine
+    from nnunet_ext.benchmark.request import Request
+    from nnunet_ext.benchmark.runner import run as run_benchmark
+    from nnunet_ext.benchmark.source import Source
+
+    machine = Machine.find(args.device, args.precision)
+    source = Source(
+        dataset=args.dataset,
+        plans=args.plans_name,
+        plans_file=args.plans,
+        patch=_tuple(args.patch),
+        configuration=args.configuration,
+        channels=args.channels,
+        classes=args.classes,
+        batch=args.batch,
+    )
+    request = Request(
+        source.setting(),
+        machine,
+        _tuple(args.trainers),
+        args.repeats,
+        _tuple(args.time_patch),
+        tuple(args.depth),
+    )
+    with _progress() as show:
+        return run_benchmark(request, show)
+
+
+def _tuple(values: list[int] | list[str] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on the standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield show
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+
+    from nnunet_ext.benchmark import table
+
+    console = Console(highlight=False)
+    console.print(table.headline(report), markup=False)
+    for found in table.tables(report):
+        _print_table(console, found)
+    console.print()
+    for note in table.notes(report):
+        console.print(note, markup=False)
+
+
+def _print_table(console: Console, found: Table) -> None:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for index, cell in enumerate(found.header):
+        shown.add_column(Text("\n".join(cell)), justify="right" if index else "left", overflow="fold")
+    for row in found.rows:
+        shown.add_row(*(Text("\n".join(cell)) for cell in row))
+    console.print()
+    console.print(found.title, markup=False)
+    console.print(shown)

@@ -1,0 +1,304 @@
+"""The whole benchmark on tiny networks: what is in a row, and what one method's failure leaves of the others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+import torch
+
+from nnunet_ext import registry
+from nnunet_ext.benchmark import runner
+from nnunet_ext.benchmark.gpu_memory import GpuStepMemory
+from nnunet_ext.benchmark.machine import Machine
+from nnunet_ext.benchmark.memory import GIB, measure_inference, measure_step
+from nnunet_ext.benchmark.records import Method, Report, Spread
+from nnunet_ext.benchmark.request import BASELINE, Request
+from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.benchmark.source import Source
+from nnunet_ext.errors import UsageError
+from tests.benchmark.conftest import trainer
+
+if TYPE_CHECKING:
+    from tests.conftest import Install
+
+OURS = "nnUNetTrainerReversible"
+ACME = "nnUNetTrainerAcme"
+REAL_ONLY = "        if isinstance(x, FakeTensor): return super().forward(x)\n"
+FORWARD = "    def forward(self, x):\n"
+
+
+def rows(report: Report) -> dict[str, Method]:
+    return {method.trainer: method for method in report.methods}
+
+
+def test_row_holds_every_quantity_and_its_ratio(setting: Setting, machine: Machine) -> None:
+    report = runner.run(Request(setting, machine, (OURS,), repeats=2))
+    baseline, ours = report.methods
+    assert (baseline.trainer, baseline.network) == (BASELINE, "PlainConvUNet")
+    assert (ours.trainer, ours.network, ours.status, ours.reason) == (OURS, "ReversibleUNet", "ok", "")
+    memory = measure_step(setting.builder(OURS), 1, (16, 16, 16), batch_size=2)
+    assert (ours.held_bytes, ours.peak_bytes) == (memory.held, memory.peak)
+    deployed = setting.builder(OURS, deep_supervision=False)
+    assert ours.inference_peak_bytes == measure_inference(deployed, 1, (16, 16, 16))
+    assert ours.parameters == ours.parameters_deployed == sum(p.numel() for p in deployed().parameters())
+    for spread in (ours.step_seconds, ours.patch_seconds):
+        assert spread is not None
+        assert 0 < spread.min <= spread.median <= spread.max
+    assert set(baseline.ratios.values()) == {1.0, None}
+    assert [key for key, ratio in baseline.ratios.items() if ratio is None] == ["reserved_bytes"]
+    for key, ratio in ours.ratios.items():
+        values = [getattr(method, key) for method in (ours, baseline)]
+        values = [value.median if isinstance(value, Spread) else value for value in values]
+        assert ratio == (None if values[0] is None else values[0] / values[1])
+
+
+def test_all_registered_trainers_take_part_also_those_of_others(
+    install: Install, setting: Setting, machine: Machine
+) -> None:
+    install("acme", trainer(ACME, "    pass"), trainers=[ACME])
+    report = runner.run(Request(setting, machine, repeats=0))
+    assert list(rows(report)) == [BASELINE, *registry.names("trainers")]
+    assert ACME in registry.names("trainers")
+    acme = rows(report)[ACME]
+    # One convolution of 1 -> 3 channels.
+    assert (acme.network, acme.status, acme.parameters) == ("AcmeNet_", "ok", 3 * 27 + 3)
+    assert acme.macs == 3 * 27 * 16**3
+
+
+def test_baseline_is_first_and_names_count_once(setting: Setting, machine: Machine) -> None:
+    request = Request(setting, machine, (OURS, BASELINE, OURS))
+    assert request.names == (BASELINE, OURS)
+
+
+def test_without_repeats_nothing_is_timed(setting: Setting, machine: Machine) -> None:
+    report = runner.run(Request(setting, machine, (), repeats=0))
+    assert [(m.step_seconds, m.patch_seconds, m.case_seconds) for m in report.methods] == [(None, None, None)]
+
+
+def test_turns_are_interleaved_and_all_progress_is_told(setting: Setting, machine: Machine) -> None:
+    told: list[tuple[int, int, str]] = []
+    runner.run(Request(setting, machine, (OURS,), repeats=1), lambda *news: told.append(news))
+    a_round = [
+        f"{name}: {what}" for name in (BASELINE, OURS) for what in ("training step", "inference of a patch")
+    ]
+    assert [what for *_, what in told] == [f"{BASELINE}: counting", f"{OURS}: counting", *a_round, *a_round]
+    assert [done for done, *_ in told] == list(range(10))
+    assert {total for _, total, _ in told} == {10}
+
+
+def test_times_of_a_case_are_tiles_times_the_median_of_a_patch(
+    planned_dataset: Path, machine: Machine
+) -> None:
+    setting = Source(dataset="7", configuration="3d_half").setting()
+    report = runner.run(Request(setting, machine, (), repeats=3))
+    (method,) = report.methods
+    assert (report.tiles_per_case, report.passes_mirrored) == (8, 8)
+    assert method.patch_seconds is not None
+    assert method.case_seconds == 8 * method.patch_seconds.median
+    assert method.case_seconds_mirrored == 8 * 8 * method.patch_seconds.median
+
+
+def test_smaller_patch_is_for_the_times_only(planned_dataset: Path, machine: Machine) -> None:
+    setting = Source(dataset="7", configuration="3d_fullres").setting()
+    full = runner.run(Request(setting, machine, (), repeats=0))
+    small = runner.run(Request(setting, machine, (), repeats=1, time_patch=(8, 8, 8)))
+    assert small.time_patch_size == (8, 8, 8)
+    assert small.methods[0].peak_bytes == full.methods[0].peak_bytes
+    assert small.methods[0].patch_seconds is not None
+    assert small.methods[0].case_seconds is None
+
+
+@pytest.mark.parametrize("exception", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError()"])
+def test_out_of_memory_is_a_row_and_the_others_go_on(
+    exception: str, install: Install, setting: Setting, machine: Machine
+) -> None:
+    body = f"{FORWARD}{REAL_ONLY}        if self.training: raise {exception}\n        return super().forward(x)\n"
+    install("acme", trainer(ACME, body), trainers=[ACME])
+    report = rows(runner.run(Request(setting, machine, (ACME, OURS), repeats=1)))
+    acme = report[ACME]
+    assert acme.status == "out of memory"
+    assert acme.reason.startswith("training step does not fit in ")
+    assert acme.reason.endswith(" GiB")
+    assert acme.step_seconds is None
+    assert acme.patch_seconds is not None
+    assert acme.peak_bytes
+    assert report[OURS].status == "ok"
+    assert report[OURS].step_seconds
+
+
+def test_what_would_not_fit_is_not_tried_on_the_cpu(
+    setting: Setting, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = rows(runner.run(Request(setting, machine, (OURS,), repeats=0)))
+    needs = {name: (row.peak_bytes or 0) + 8 * (row.parameters or 0) for name, row in counted.items()}
+    assert needs[OURS] < needs[BASELINE]
+
+    class Memory:
+        available = needs[BASELINE] - 1
+
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    report = rows(runner.run(Request(setting, machine, (OURS,), repeats=1)))
+    assert report[BASELINE].status == "out of memory"
+    assert report[BASELINE].reason == "training step does not fit in 0.0 GiB: needs 0.0 GiB"
+    assert report[BASELINE].held_bytes == counted[BASELINE].held_bytes
+    assert report[BASELINE].patch_seconds is not None
+    assert (report[OURS].status, report[OURS].ratios["step_seconds"]) == ("ok", None)
+
+
+def test_refusal_of_the_plan_is_a_row_with_the_reason(
+    install: Install, setting: Setting, machine: Machine
+) -> None:
+    body = "    def __init__(self, *args):\n        raise NotImplementedError('No 3D.\\nUse 2d.')\n"
+    install("acme", trainer(ACME, body), trainers=[ACME])
+    acme = rows(runner.run(Request(setting, machine, (ACME,), repeats=1, depths=(1,))))[ACME]
+    assert (acme.status, acme.reason, acme.network) == ("failed", "No 3D. Use 2d.", None)
+    assert set(acme.ratios.values()) == {None}
+
+
+def test_error_that_says_nothing_is_named_by_its_type(
+    install: Install, setting: Setting, machine: Machine
+) -> None:
+    body = f"{FORWARD}{REAL_ONLY}        raise RuntimeError\n"
+    install("acme", trainer(ACME, body), trainers=[ACME])
+    acme = rows(runner.run(Request(setting, machine, (ACME,), repeats=1)))[ACME]
+    assert (acme.status, acme.reason) == ("failed", "training step: RuntimeError")
+    assert acme.macs
+
+
+def test_broken_distribution_is_a_row_unless_it_is_asked_for(
+    install: Install, setting: Setting, machine: Machine
+) -> None:
+    install("broken", "syntax error", trainers=["nnUNetTrainerBroken"])
+    row = rows(runner.run(Request(setting, machine, repeats=0)))["nnUNetTrainerBroken"]
+    assert row.status == "failed"
+    assert "broken 1.0 can't be loaded" in row.reason
+    with pytest.raises(UsageError, match="can't be loaded"):
+        Request(setting, machine, ("nnUNetTrainerBroken",))
+
+
+def test_deployed_form_is_what_predicts(install: Install, setting: Setting, machine: Machine) -> None:
+    body = f"    def fuse(self):\n        return nn.Conv3d(1, 3, 1)\n{FORWARD}        return super().forward(x) * 1\n"
+    install("acme", trainer(ACME, body), trainers=[ACME])
+    acme = rows(runner.run(Request(setting, machine, (ACME,), repeats=1)))[ACME]
+    assert (acme.parameters, acme.parameters_deployed, acme.macs) == (84, 6, 3 * 16**3)
+    assert acme.inference_peak_bytes == 4 * (1 + 3) * 16**3
+
+
+def test_depth_grows_linearly_in_default_nnunet_and_not_in_reversible_networks(
+    setting: Setting, machine: Machine
+) -> None:
+    report = runner.run(Request(setting, machine, (OURS,), repeats=0, depths=(1, 2, 4, 8)))
+    held = {name: [p.held_bytes for p in report.depth if p.trainer == name] for name in (BASELINE, OURS)}
+    per_block = held[BASELINE][1] - held[BASELINE][0]
+    assert per_block > 0
+    assert [h - held[BASELINE][0] for h in held[BASELINE]] == [0, per_block, 3 * per_block, 7 * per_block]
+    assert len(set(held[OURS])) == 1
+    # nnU-Net's default is one pair of convolutions per stage.
+    assert held[BASELINE][0] == report.methods[0].held_bytes
+    assert report.depth[0].parameters == report.methods[0].parameters
+
+
+def test_depth_of_residual_plans_is_in_blocks(setting: Setting, machine: Machine) -> None:
+    configuration = dict(setting.plans["configurations"]["3d_fullres"])
+    arguments = dict(configuration["architecture"]["arch_kwargs"])
+    arguments["n_blocks_per_stage"] = [1] * len(arguments.pop("n_conv_per_stage"))
+    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    configuration["architecture"] = {
+        **configuration["architecture"],
+        "network_class_name": name,
+        "arch_kwargs": arguments,
+    }
+    residual = Setting({**setting.plans, "configurations": {"r": configuration}}, setting.dataset, "r")
+    points = runner.run(Request(residual, machine, (OURS,), repeats=0, depths=(1, 2))).depth
+    assert [(p.network, p.depth) for p in points] == [
+        ("ResidualEncoderUNet", 1),
+        ("ResidualEncoderUNet", 2),
+        ("ReversibleUNet", 1),
+        ("ReversibleUNet", 2),
+    ]
+    assert points[0].held_bytes < points[1].held_bytes
+    assert points[2].held_bytes == points[3].held_bytes
+
+
+def test_networks_without_the_option_have_no_depth(
+    install: Install, setting: Setting, machine: Machine
+) -> None:
+    install("acme", trainer(ACME, "    pass"), trainers=[ACME])
+    points = runner.run(Request(setting, machine, (ACME,), repeats=0, depths=(1,))).depth
+    assert {point.trainer for point in points} == {BASELINE}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": -1}, "--repeats must be 0 or more, got -1"),
+        ({"depths": (1, 0)}, "--depth needs numbers of 1 or more, got 0"),
+        ({"trainers": ("nnUNetTrainerNobody",)}, "got nnUNetTrainerNobody: see `nnunet-ext list`"),
+        ({"time_patch": (8, 8)}, "--time-patch needs 3 numbers, got 8 8"),
+        ({"time_patch": (8, 8, 10)}, "divisible by 4 4 4 .*, got 8 8 10"),
+        ({"time_patch": (4, 4, 4)}, "more than one voxel at the coarsest stage, got 4 4 4"),
+        ({"time_patch": (8, 8, 0)}, "got 8 8 0"),
+        ({"time_patch": (-8, -8, 8)}, "got -8 -8 8"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_runs(
+    options: dict[str, Any], message: str, setting: Setting, machine: Machine
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Request(setting, machine, **options)
+
+
+class FakeGpu(Machine):
+    """The CPU that passes for a GPU."""
+
+    is_cuda = True
+    name = "Fake GPU"
+
+    def synchronize(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def room(self) -> int:
+        return 80 * GIB
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    def step(build: Any, shape: Any, machine: Machine) -> GpuStepMemory:
+        if type(build()).__name__ == "PlainConvUNet":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return GpuStepMemory(held=5, peak=7, reserved=math.prod(shape))
+
+    monkeypatch.setattr(runner, "measure_gpu_step", step)
+    monkeypatch.setattr(runner, "measure_gpu_inference", lambda build, shape, machine: math.prod(shape))
+    return FakeGpu("cpu", "float32")
+
+
+def test_memory_of_the_gpu_replaces_what_is_counted(setting: Setting, gpu: FakeGpu) -> None:
+    report = rows(runner.run(Request(setting, gpu, (OURS,), repeats=0)))
+    ours = report[OURS]
+    assert (ours.memory, ours.held_bytes, ours.peak_bytes) == ("measured", 5, 7)
+    assert (ours.reserved_bytes, ours.inference_peak_bytes) == (2 * 16**3, 16**3)
+
+
+def test_method_that_does_not_fit_on_the_gpu_keeps_its_counted_memory(setting: Setting, gpu: FakeGpu) -> None:
+    report = rows(runner.run(Request(setting, gpu, (OURS,), repeats=0)))
+    baseline = report[BASELINE]
+    assert (baseline.status, baseline.reason) == ("out of memory", "training step does not fit in 80.0 GiB")
+    assert baseline.memory == "counted"
+    assert baseline.held_bytes
+    assert report[OURS].ratios["held_bytes"] is None
+    assert report[OURS].ratios["parameters"] is not None
+
+
+def test_first_reason_stays() -> None:
+    method = Method("x").stopped("out of memory", "first").stopped("failed", "second")
+    assert (method.status, method.reason) == ("out of memory", "first")
+    assert replace(method, status="ok", reason="") == Method("x")
