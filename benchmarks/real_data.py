@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -21,21 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from reversible import add_ratios, markdown, train_step
-from torch import nn
 
-from nnunet_ext import registry
 from nnunet_ext.benchmark.memory import GIB, measure_step
-
-
-def trainer_class(name: str) -> Any:
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-    schedule = registry.parse_schedule(name)
-    base = schedule.base if schedule else name
-    return nnUNetTrainer if base == registry.CORE_TRAINER else registry.resolve("trainers", base)
+from nnunet_ext.benchmark.setting import Setting
 
 
 def dice_row(
@@ -62,30 +50,24 @@ def dice_row(
     return row
 
 
-def network_builder(model: Path) -> tuple[Callable[[], nn.Module], int, list[int], int]:
-    """The network of a result folder, its input channels, patch and batch size."""
+def setting_of(model: Path) -> tuple[str, Setting]:
+    """The trainer of a result folder, and what its network is built from."""
     trainer, _, configuration = model.name.split("__")
-    plans = PlansManager(str(model / "plans.json"))
-    settings = plans.get_configuration(configuration)
-    dataset = json.loads((model / "dataset.json").read_text())
-    channels = determine_num_input_channels(plans, settings, dataset)
-    heads = plans.get_label_manager(dataset).num_segmentation_heads
-
-    def build() -> nn.Module:
-        return trainer_class(trainer).build_network_architecture(plans, settings, channels, heads, True)
-
-    return build, channels, list(settings.patch_size), settings.batch_size
+    plans, dataset = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
+    return trainer, Setting(plans, dataset, configuration)
 
 
 def cost_rows(models: list[Path], repeats: int) -> list[dict[str, Any]]:
-    built = {model: network_builder(model) for model in models}
     rows, seconds, runs = {}, {model: [] for model in models}, {}
-    for model, (build, channels, patch, batch) in built.items():
+    for model in models:
+        trainer, setting = setting_of(model)
+        build, channels = setting.builder(trainer), setting.input_channels
+        patch, batch = setting.patch_size, setting.batch_size
         memory = measure_step(build, channels, patch, batch)
         network = build().train()
         runs[model] = (network, torch.randn(batch, channels, *patch))
         rows[model] = {
-            "network": model.name.split("__")[0],
+            "network": trainer,
             "patch": "x".join(map(str, patch)),
             "batch": batch,
             "parameters": sum(p.numel() for p in network.parameters()),
