@@ -64,11 +64,10 @@ def of_files(run: Run, scores: pd.DataFrame, places: Places) -> list[str]:
         where = f"{run.label}, fold {fold}"
         files = (run.fold_folder(str(fold)) / "validation").glob(f"*{ending}")
         segmented = {path.name.removesuffix(ending) for path in files}
-        if segmented and segmented != cases:
-            odd = sorted(segmented ^ cases)
+        if unscored := sorted(segmented - cases):
             warnings.append(
-                f"{where}: summary.json and the segmentations beside it are not of the same cases ({_list(odd)}): "
-                "validate the fold again."
+                f"{where}: {len(unscored)} segmentations are not in summary.json, validate the fold again: "
+                f"{_list(unscored)}."
             )
         expected = places.validation_cases(str(run.plans.get("dataset_name")), str(fold))
         if expected is None:

@@ -94,7 +94,7 @@ def compare(request: Request, on_status: Status = lambda _: None) -> Comparison:
         on_status("evaluating predictions")
         scores, found = _held_out(request, on_status)
         warnings += found
-        evaluations.append(evaluate("held-out cases", scores, request.labels, request.margin))
+        evaluations.append(evaluate("held-out", scores, request.labels, request.margin))
     on_status("reading trainings")
     trainings = {run.label: read_training(run) for run in runs}
     costs = {}

@@ -9,6 +9,7 @@ HD95, which no number describes, NaN. Voxels of the ignore label are left out of
 
 from __future__ import annotations
 
+import gzip
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,7 @@ def read_labels(path: Path, dataset: dict[str, Any]) -> tuple[NDArray[Any], tupl
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
     try:
+        check_whole(path)
         reader = determine_reader_writer_from_dataset_json(dataset, str(path), verbose=False)()
         labels, properties = reader.read_seg(str(path))
     except Exception as error:  # readers of many formats, each with errors of its own
@@ -107,6 +109,14 @@ def read_labels(path: Path, dataset: dict[str, Any]) -> tuple[NDArray[Any], tupl
         ) from error
     labels, spacing = labels[0], tuple(float(step) for step in properties["spacing"])
     return (labels[0], spacing[1:]) if labels.shape[0] == 1 else (labels, spacing)
+
+
+def check_whole(path: Path) -> None:
+    """Raise for a compressed file that is cut off: ITK reads it without an error and fills up with zeros."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as stream:
+            while stream.read(2**24):
+                pass
 
 
 def overlap(truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> dict[str, float]:

@@ -60,7 +60,7 @@ class Evaluation:
     """Accuracy of all runs over one set of cases.
 
     Args:
-        name: "cross-validation" or "held-out cases".
+        name: "cross-validation" or "held-out".
         scores: all rows; `compared` tells whether the case is one that all runs have.
         labels: of the runs, the baseline first.
         structures: names, in the order of dataset.json.
@@ -118,7 +118,7 @@ def evaluate(name: str, scores: pd.DataFrame, labels: Sequence[str], margin: flo
             f"{label}: {n} cases" for label, n in scores.groupby("run")["case"].nunique().items()
         )
         raise UsageError(
-            f"the runs must have {name} in common, they have none ({counts}): compare the same folds (-f)."
+            f"the runs must have cases of {name} in common, they have none ({counts}): compare the same folds (-f)."
         )
     scores = scores.assign(compared=scores["case"].isin(cases))
     kept = scores[scores["compared"]]

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nnunet_ext.comparison.compare import Comparison
-from nnunet_ext.comparison.evaluation import read_labels
+from nnunet_ext.comparison.evaluation import check_whole, read_labels
 from nnunet_ext.comparison.overlay import Scan
 from nnunet_ext.comparison.results import MEAN, Evaluation
 from nnunet_ext.comparison.scores import structures
@@ -86,6 +86,7 @@ def _read_image(path: Path, dataset: dict[str, Any]) -> NDArray[Any]:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
     try:
+        check_whole(path)
         reader = determine_reader_writer_from_dataset_json(dataset, str(path), verbose=False)()
         image: NDArray[Any] = reader.read_images((str(path),))[0][0]
     except Exception as error:  # readers of many formats, each with errors of its own

@@ -32,7 +32,7 @@ def test_report_compares_validation_cases_and_unseen_scans(written: Report) -> N
         m["run"]: m["mean"] for m in validation["means"] if (m["metric"], m["structure"]) == ("Dice", "mean")
     }
     assert dice == pytest.approx(dict.fromkeys(TRAINERS, 0.5))
-    assert unseen["name"] == "held-out cases"
+    assert unseen["name"] == "held-out"
     assert unseen["cases"] == ["phantom_005"]
 
 

@@ -1,0 +1,283 @@
+"""The report is self-contained, strict, the same on every call, and never leaves half a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from nnunet_ext import files
+from nnunet_ext.comparison import compare, figures, report, selection, tables
+from nnunet_ext.comparison.compare import Comparison
+from nnunet_ext.comparison.selection import Selection
+from nnunet_ext.comparison.training import Curves, Training
+from nnunet_ext.errors import UsageError
+from tests.comparison.conftest import DATASET, MakeRun, dice_counts, random_folds
+
+
+@pytest.fixture
+def comparison(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> Comparison:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.delenv(f"nnUNet_{name}", raising=False)
+    folders = [
+        make_run(f"nnUNetTrainer{x}", random_folds(i, 0.02 * i)) for i, x in enumerate(("", "B", "<C|>"))
+    ]
+    return compare.compare(selection.request(Selection(folders=folders, processes=1)))
+
+
+class Sources(HTMLParser):
+    """Everything that a page would load, and its open tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.images = 0
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.loaded += [str(values[name]) for name in ("src", "href", "srcset", "data") if name in values]
+        self.images += tag == "img" and str(values.get("alt", "")) != ""
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_loads_nothing_and_is_well_formed(comparison: Comparison, tmp_path: Path) -> None:
+    page = report.write(comparison, tmp_path / "out").read_text()
+    sources = Sources()
+    sources.feed(page)
+    assert sources.open == []
+    assert all(s.startswith(("data:image/png;base64,", "#")) for s in sources.loaded)
+    assert sources.images == len(list((tmp_path / "out" / "figures").glob("*.png"))) >= 6
+    assert not re.search(r"https?://|@import|url\(", page)
+    assert 'name="viewport"' in page
+
+
+def test_names_with_markup_are_escaped(comparison: Comparison, tmp_path: Path) -> None:
+    page = report.write(comparison, tmp_path / "out", "nnunet-ext compare <x>").read_text()
+    assert "nnUNetTrainer&lt;C|&gt;" in page
+    assert "<C|>" not in page
+    assert "compare &lt;x&gt;" in page
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "nnUNetTrainer<C\\|>" in markdown
+    widths = [line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("|")]
+    assert min(widths) >= 3
+
+
+def test_markdown_shows_every_figure(comparison: Comparison, tmp_path: Path) -> None:
+    report.write(comparison, tmp_path)
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "report.md").read_text())
+    assert sorted(shown) == sorted(f"figures/{path.name}" for path in (tmp_path / "figures").iterdir())
+
+
+def test_same_input_gives_the_same_bytes(comparison: Comparison, tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        report.write(comparison, tmp_path / name)
+        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        contents.append({path.relative_to(tmp_path / name): path.read_bytes() for path in paths})
+    assert contents[0] == contents[1]
+
+
+def test_json_is_strict_and_holds_what_was_computed(make_run: MakeRun, tmp_path: Path) -> None:
+    folds = {"0": {"a": [dice_counts(0.8), (0, 0, 0)]}}  # no interval, no p, a structure without any value
+    folders = [make_run(name, folds) for name in ("nnUNetTrainer", "nnUNetTrainerB")]
+    found = compare.compare(selection.request(Selection(folders=folders, processes=1)))
+    report.write(found, tmp_path / "out")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    content = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
+    (evaluation,) = content["evaluations"]
+    lesion = next(d for d in evaluation["differences"] if (d["metric"], d["structure"]) == ("Dice", "lesion"))
+    assert (lesion["n"], lesion["mean"], lesion["low"], lesion["p"]) == (0, None, None, None)
+    organ = next(m for m in evaluation["means"] if (m["metric"], m["structure"]) == ("Dice", "organ"))
+    assert (organ["mean"], organ["n"]) == (pytest.approx(0.8), 1)
+    assert content["runs"][0]["cost"]["parameters"] == 2159
+
+
+def test_cases_are_all_there_with_whether_they_were_compared(make_run: MakeRun, tmp_path: Path) -> None:
+    folds = random_folds(1)
+    folders = [make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", {"0": folds["0"]})]
+    report.write(
+        compare.compare(selection.request(Selection(folders=folders, processes=1))), tmp_path / "out"
+    )
+    table = pd.read_csv(StringIO((tmp_path / "out" / "cases.csv").read_text()))
+    assert len(table) == 2 * (12 + 6)
+    assert table.groupby("run")["compared"].sum().tolist() == [12, 12]
+
+
+def test_full_disk_leaves_the_old_report(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report.write(comparison, tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        report.write(comparison, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(files.PARTIAL)]
+
+
+def test_figures_of_an_earlier_report_are_removed_and_other_files_left(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    report.write(comparison, tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    content["figures"].append("old")
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    for name in ("old", "mine"):
+        (tmp_path / "figures" / f"{name}.png").touch()
+    report.write(comparison, tmp_path)
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert "mine" in names
+    assert "old" not in names
+
+
+def test_single_run_has_a_report_without_differences(make_run: MakeRun, tmp_path: Path) -> None:
+    found = compare.compare(
+        selection.request(Selection(folders=[make_run("nnUNetTrainer", random_folds(1))], processes=1))
+    )
+    page = report.write(found, tmp_path / "out").read_text()
+    assert "0.69" in page
+    assert "Wilcoxon signed-rank p" not in page
+
+
+def write_image(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> tuple[list[Path], Path]:
+    """Two folders of predictions with references; A misses a slice of every box, B none but of case 2 all."""
+    random = np.random.default_rng(0)
+    for i in range(3):
+        truth = np.zeros((12, 20, 20), dtype=np.uint8)
+        truth[3:9, 4:14, 4 + i : 14] = 1
+        truth[5:7, 6:9, 9:12] = 2
+        a, b = truth.copy(), truth.copy()
+        a[3] = 0
+        b[:] = 0 if i == 2 else b
+        write_image(tmp_path / "ref" / f"c{i}.nii.gz", truth)
+        write_image(tmp_path / "A" / f"c{i}.nii.gz", a)
+        write_image(tmp_path / "B" / f"c{i}.nii.gz", b)
+        write_image(
+            tmp_path / "images" / f"c{i}_0000.nii.gz", random.normal(size=truth.shape).astype(np.float32)
+        )
+    (tmp_path / "A" / "dataset.json").write_text(json.dumps(DATASET))
+    return [tmp_path / "A", tmp_path / "B"], tmp_path / "ref"
+
+
+def test_plain_folders_are_compared_and_the_worst_case_is_drawn(
+    predictions: tuple[list[Path], Path], tmp_path: Path
+) -> None:
+    folders, references = predictions
+    chosen = Selection(
+        predictions=folders, references=references, images=tmp_path / "images", tolerance=1.0, processes=1
+    )
+    found = compare.compare(selection.request(chosen))
+    (evaluation,) = found.evaluations
+    assert evaluation.mean("B", structure="organ").mean == pytest.approx(2 / 3)
+    assert evaluation.mean("B", structure="organ").missed == 1
+    assert evaluation.mean("B", "NSD", "organ").mean == pytest.approx(2 / 3)
+    assert (evaluation.mean("B", "HD95", "organ").n, evaluation.mean("B", "HD95", "organ").mean) == (2, 0.0)
+    assert evaluation.worst["B"][0] == ("c2", 0.0)
+    report.write(found, tmp_path / "out")
+    drawn = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    assert {"held-out-worst-c2", "held-out-nsd", "held-out-hd95", "held-out-differences"} <= drawn
+
+
+def test_missing_images_and_missing_predictions_are_warned_of(
+    predictions: tuple[list[Path], Path], tmp_path: Path
+) -> None:
+    folders, references = predictions
+    (folders[1] / "c1.nii.gz").unlink()
+    write_image(folders[0] / "extra.nii.gz", np.zeros((4, 4, 4), dtype=np.uint8))
+    found = compare.compare(
+        selection.request(Selection(predictions=folders, references=references, processes=1))
+    )
+    report.write(found, tmp_path / "out")
+    warnings = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
+    assert any("B: 1 references have no prediction" in w and "c1" in w for w in warnings)
+    assert any("A: 1 predictions in" in w and "extra" in w for w in warnings)
+    assert any(
+        "c2, a worst case, is not drawn: its image is missing (set nnUNet_raw or give --images)" in w
+        for w in warnings
+    )
+    assert found.evaluations[0].cases == ("c0", "c2")
+
+
+def test_predictions_without_a_dataset_json_ask_for_it(predictions: tuple[list[Path], Path]) -> None:
+    folders, references = predictions
+    (folders[0] / "dataset.json").unlink()
+    with pytest.raises(
+        UsageError, match=r"dataset.json is missing: name nnU-Net's dataset.json .* by -djfile"
+    ):
+        selection.request(Selection(predictions=folders, references=references, processes=1))
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return matplotlib.image.imread(BytesIO(png), format="png")
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("epochs", [1, 6])
+def test_learning_curves_render(n: int, epochs: int) -> None:
+    values = tuple(np.linspace(0.1, 0.9, epochs))
+    curves = Curves(values, values, (float("nan"), *values[1:]), values)
+    trainings = {f"run {i}": Training({"0": curves, "1": curves}, {}, {}, None, ()) for i in range(n)}
+    picture = figures.learning_curves(trainings)
+    assert picture is not None
+    assert pixels(picture).std() > 0.05
+
+
+def test_many_structures_fill_several_rows(make_run: MakeRun, comparison: Comparison) -> None:
+    evaluation = comparison.evaluations[0]
+    from dataclasses import replace
+
+    scores = evaluation.scores
+    many = pd.concat([scores[scores["structure"] == "organ"].assign(structure=f"s{i}") for i in range(13)])
+    from nnunet_ext.comparison.results import evaluate
+
+    wide = evaluate("cross-validation", many.drop(columns="compared"), evaluation.labels, 1.0)
+    tall, low = pixels(figures.box_plots(wide)).shape[0], pixels(figures.box_plots(evaluation)).shape[0]
+    assert tall > 2 * low
+    assert figures.differences(wide, 1.0) != figures.differences(replace(wide), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.12345, "0.123"), (None, "\N{EN DASH}"), (float("nan"), "\N{EN DASH}"), (-1.5, "\N{MINUS SIGN}1.500")],
+)
+def test_numbers_are_text(value: float | None, text: str) -> None:
+    assert tables.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(0.0004, "< 0.001"), (0.0314, "0.031"), (float("nan"), "\N{EN DASH}")]
+)
+def test_small_p_values_are_bounded(p: float, text: str) -> None:
+    assert tables.p_value(p) == text
+
+
+def test_figures_do_not_name_the_software_that_drew_them(comparison: Comparison) -> None:
+    picture: Any = figures.ranks(comparison.evaluations[0])
+    assert b"matplotlib" not in picture.lower()
