@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def at_depth(setting: Setting, depth: int, key: str) -> Setting:
         depth: reversible or residual blocks per stage, each of two convolutions, or pairs of plain ones.
         key: what `depth_key` says.
     """
-    configuration = deepcopy(dict(setting.configuration_manager.configuration))
+    configuration = setting.configuration_manager.configuration  # nnU-Net's own copy
     configuration.pop("inherits_from", None)
     arguments: dict[str, Any] = configuration["architecture"]["arch_kwargs"]
     if key == BLOCKS:

@@ -192,7 +192,9 @@ def test_deployed_form_is_what_predicts(install: Install, setting: Setting, mach
 def test_depth_grows_linearly_in_default_nnunet_and_not_in_reversible_networks(
     setting: Setting, machine: Machine
 ) -> None:
+    before = str(setting.plans)
     report = runner.run(Request(setting, machine, (OURS,), repeats=0, depths=(1, 2, 4, 8)))
+    assert str(setting.plans) == before
     held = {name: [p.held_bytes for p in report.depth if p.trainer == name] for name in (BASELINE, OURS)}
     per_block = held[BASELINE][1] - held[BASELINE][0]
     assert per_block > 0

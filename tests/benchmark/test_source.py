@@ -98,7 +98,7 @@ def test_patch_alone_has_no_case() -> None:
 def test_image_smaller_than_the_patch_is_one_tile(planned_dataset: Path) -> None:
     path = planned_dataset / "nnUNetPlans.json"
     plans = json.loads(path.read_text(encoding="utf-8"))
-    plans["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [10.0, 9.0, 16.0]
+    plans["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [4.0, 9.0, 16.0]
     path.write_text(json.dumps(plans), encoding="utf-8")
     assert tiles_per_case(Source(dataset="7", configuration="3d_fullres").setting()) == 1
 
