@@ -71,7 +71,7 @@ def tables(report: Report) -> list[Table]:
     """Sizes and memory, times, depth; those that hold anything."""
     size = f"patch {shape(report.patch_size)}, batch {report.batch_size}, {report.precision}"
     found = [_methods_table(f"Size and memory: {size}", report, _SIZES, _is_shown)]
-    if report.repeats:
+    if any(_has_values(report, column) for column in _TIMES):
         patch = shape(report.time_patch_size)
         title = f"Times: patch {patch}, batch {report.batch_size}, {report.precision}, {report.device}"
         found.append(_methods_table(title, report, _TIMES, _has_values))
@@ -144,7 +144,7 @@ def notes(report: Report) -> Iterator[str]:
     if not report.repeats:
         return
     yield (
-        f"Times are medians of {report.repeats} interleaved repeats, with minimum and maximum; a training step is "
+        f"Times are medians of {plural(report.repeats, 'interleaved repeat')}, with minimum and maximum; a training step is "
         "forward, backward and optimiser with a simple loss, not compiled; a patch is predicted in batches of one."
     )
     if report.time_patch_size != report.patch_size:

@@ -94,7 +94,7 @@ def test_columns_that_say_nothing_are_left_out() -> None:
 
 
 def test_without_repeats_there_is_no_table_of_times() -> None:
-    report = replace(REPORT, repeats=0, depth=())
+    report = replace(REPORT, repeats=0, depth=(), methods=(LOST,))
     assert [found.title.partition(":")[0] for found in table.tables(report)] == ["Size and memory"]
     assert not [note for note in table.notes(report) if "imes" in note]
 
