@@ -145,7 +145,8 @@ def notes(report: Report) -> Iterator[str]:
         return
     yield (
         f"Times are medians of {plural(report.repeats, 'interleaved repeat')}, with minimum and maximum; a training "
-        "step is forward, backward and optimiser with a simple loss, not compiled; a patch is predicted in batches of one."
+        "step is forward, backward and optimiser with a simple loss, not compiled; "
+        "a patch is predicted in batches of one."
     )
     if report.time_patch_size != report.patch_size:
         yield "Times are of a smaller patch than the plans', so no time of a case is computed from them."
