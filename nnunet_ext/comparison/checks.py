@@ -14,6 +14,7 @@ from nnunet_ext.comparison.training import Training
 
 _NAMES = 5  # cases that a sentence names
 FEW_CASES = 10
+_ROUNDING = 1e-3  # of a Dice that was computed from its counts
 
 
 def of_scores(scores: pd.DataFrame) -> list[str]:
@@ -42,7 +43,21 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
         )
     if len(common) < FEW_CASES:
         warnings.append(f"Only {len(common)} cases are compared: intervals and p-values of so few are rough.")
-    return [*warnings, *_invented(kept)]
+    return [*warnings, *_contradictory(kept), *_invented(kept)]
+
+
+def _contradictory(kept: pd.DataFrame) -> list[str]:
+    """Dice that does not follow from the counts beside it was edited, or is not of nnU-Net."""
+    counted = kept[kept[["TP", "FP", "FN"]].notna().all(axis="columns")]
+    expected = 2 * counted["TP"] / (2 * counted["TP"] + counted["FP"] + counted["FN"])  # 0 / 0 is NaN
+    odd = counted[
+        ((counted["Dice"] - expected).abs() > _ROUNDING) | (counted["Dice"].isna() != expected.isna())
+    ]
+    return [
+        f"{label}: the Dice of {len(rows)} scores does not follow from TP, FP and FN beside it, validate again: "
+        f"{_list(sorted(set(rows['case'])))}."
+        for label, rows in odd.groupby("run", sort=False)
+    ]
 
 
 def _invented(kept: pd.DataFrame) -> list[str]:
@@ -107,8 +122,8 @@ def of_settings(runs: Sequence[Run], trainings: Mapping[str, Training]) -> list[
         *differing("folds", lambda run: " ".join(run.folds)),
         *differing("epochs", lambda run: " or ".join(map(str, training(run).epochs)) or "unknown"),
         *differing("iterations per epoch", lambda run: training(run).iterations or "unknown"),
-        *differing("patch size", lambda run: "x".join(map(str, run.settings["patch_size"]))),
-        *differing("batch size", lambda run: run.settings["batch_size"]),
+        *differing("patch size", lambda run: "x".join(map(str, run.settings.get("patch_size", ["unknown"])))),
+        *differing("batch size", lambda run: run.settings.get("batch_size", "unknown")),
         *differing("GPU or PyTorch", machines),
     ]
 

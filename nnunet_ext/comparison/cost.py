@@ -33,7 +33,7 @@ class Cost:
     parameters: int | None
     macs: int | None
     patch_size: tuple[int, ...]
-    batch_size: int
+    batch_size: int | None
     spacing: tuple[float, ...]
     network: str
     epochs: int | None
@@ -67,12 +67,12 @@ def read_cost(run: Run, training: Training, benchmark: Mapping[str, Any] | None)
         Cost(
             parameters=counted.get("parameters"),
             macs=counted.get("macs"),
-            patch_size=tuple(settings["patch_size"]),
-            batch_size=int(settings["batch_size"]),
-            spacing=tuple(round(float(step), 4) for step in settings["spacing"]),
-            network=settings["architecture"]["network_class_name"].rpartition(".")[2]
-            if "architecture" in settings
-            else str(settings.get("UNet_class_name", "unknown")),
+            patch_size=tuple(settings.get("patch_size", ())),
+            batch_size=settings.get("batch_size"),
+            spacing=tuple(round(float(step), 4) for step in settings.get("spacing", ())),
+            network=str(settings.get("architecture", {}).get("network_class_name", "unknown")).rpartition(
+                "."
+            )[2],
             epochs=training.epochs[0] if len(training.epochs) == 1 else None,
             iterations=training.iterations,
             seconds_per_epoch=training.seconds_per_epoch,
@@ -96,8 +96,8 @@ def count(run: Run) -> dict[str, int]:
     from nnunet_ext.benchmark.setting import Setting
     from nnunet_ext.benchmark.size import measure_size
 
-    setting = Setting(run.plans, run.dataset, run.configuration)
     try:
+        setting = Setting(run.plans, run.dataset, run.configuration)
         size = measure_size(setting.builder(run.trainer, False), setting.input_channels, setting.patch_size)
         step = measure_step(
             setting.builder(run.trainer), setting.input_channels, setting.patch_size, setting.batch_size
@@ -116,8 +116,8 @@ def _measured(run: Run, benchmark: Mapping[str, Any] | None) -> dict[str, Any]:
     settings = run.settings
     same = (
         benchmark.get("configuration") == run.configuration
-        and list(benchmark.get("patch_size", [])) == list(settings["patch_size"])
-        and benchmark.get("batch_size") == settings["batch_size"]
+        and list(benchmark.get("patch_size", [])) == list(settings.get("patch_size", []))
+        and benchmark.get("batch_size") == settings.get("batch_size")
         and benchmark.get("plans") == run.plans_name
     )
     records = benchmark.get("methods", []) if same else []

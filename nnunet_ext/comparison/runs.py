@@ -49,7 +49,7 @@ class Run:
         """The configuration as plans.json holds it, with what it inherits."""
         configurations = self.plans["configurations"]
         settings = dict(configurations[self.configuration])
-        while (parent := settings.pop("inherits_from", None)) is not None:
+        while (parent := settings.pop("inherits_from", None)) in configurations:
             settings = {**configurations[parent], **settings}
         return settings
 

@@ -20,7 +20,6 @@ from nnunet_ext.files import read_json
 
 COUNTS = ("TP", "FP", "FN")
 COLUMNS = ("run", "fold", "case", "structure", "Dice", "IoU", *COUNTS)
-_TOLERANCE = 1e-6  # of a Dice that was computed from its counts
 
 
 def structures(labels: Mapping[str, Any]) -> dict[tuple[int, ...], str]:
@@ -37,7 +36,7 @@ def read_validation(run: Run) -> pd.DataFrame:
     """Scores of the validation cases of all folds of a run.
 
     Raises:
-        UsageError: a summary.json is cut off, of another tool, of other labels, or contradicts itself.
+        UsageError: a summary.json is cut off, of another tool or of other labels, or a case is in two folds.
     """
     rows: list[dict[str, Any]] = []
     for fold in run.folds:
@@ -60,7 +59,7 @@ def read_summary(path: Path, dataset: Mapping[str, Any], cure: str) -> Iterator[
     """Rows of one summary.json: case, structure, Dice, IoU and counts.
 
     Raises:
-        UsageError: the file is cut off, of another tool, of other labels, or contradicts itself.
+        UsageError: the file is cut off, of another tool or of other labels.
     """
     expected = structures(dataset["labels"])
     cases = read_json(path, cure).get("metric_per_case")
@@ -70,8 +69,9 @@ def read_summary(path: Path, dataset: Mapping[str, Any], cure: str) -> Iterator[
     for record in cases:
         try:
             case = case_name(record["prediction_file"], str(dataset["file_ending"]))
-            metrics = {tuple(map(int, re.findall(r"\d+", key))): m for key, m in record["metrics"].items()}
-            scores = {key: {name: float(m[name]) for name in COLUMNS[4:]} for key, m in metrics.items()}
+            scores = {
+                tuple(map(int, re.findall(r"\d+", k))): _scores(m) for k, m in record["metrics"].items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{path} has a case that nnU-Net did not write ({error!r}): {cure}.") from error
         if set(scores) != set(expected):
@@ -84,8 +84,21 @@ def read_summary(path: Path, dataset: Mapping[str, Any], cure: str) -> Iterator[
             raise UsageError(f"{path} must hold every case once, it holds {case} twice: {cure}.")
         seen.add(case)
         for key, name in expected.items():
-            _check(scores[key], f"{path}, {case}, {name}", cure)
+            dice = scores[key]["Dice"]
+            if not (math.isnan(dice) or 0 <= dice <= 1):
+                raise UsageError(
+                    f"{path}, {case}, {name}: Dice must lie between 0 and 1, got {dice:g}: {cure}."
+                )
             yield {"case": case, "structure": name, **scores[key]}
+
+
+def _scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Dice, IoU and counts of one structure; NaN for null and for counts that other tools leave out."""
+    found = {name: metrics.get(name) for name in COLUMNS[4:]} | {"Dice": metrics["Dice"]}
+    scores = {name: math.nan if value is None else float(value) for name, value in found.items()}
+    if found["IoU"] is None:
+        scores["IoU"] = scores["Dice"] / (2 - scores["Dice"])
+    return scores
 
 
 def case_name(prediction_file: str, file_ending: str) -> str:
@@ -98,24 +111,6 @@ def case_name(prediction_file: str, file_ending: str) -> str:
     if not name.endswith(file_ending):
         raise ValueError(f"{name} does not end in {file_ending}")
     return name.removesuffix(file_ending)
-
-
-def _check(scores: Mapping[str, float], where: str, cure: str) -> None:
-    """Refuse Dice or IoU that don't follow from the counts beside them."""
-    tp, fp, fn = (scores[name] for name in COUNTS)
-    total = tp + fp + fn
-    if not min(tp, fp, fn) >= 0:
-        raise UsageError(f"{where}: TP, FP and FN must be counts, got {tp}, {fp}, {fn}: {cure}.")
-    for name, expected in (
-        ("Dice", 2 * tp / (tp + total) if total else math.nan),
-        ("IoU", tp / total if total else math.nan),
-    ):
-        value = scores[name]
-        same = math.isnan(value) if math.isnan(expected) else abs(value - expected) <= _TOLERANCE
-        if not same:
-            raise UsageError(
-                f"{where}: {name} must follow from TP, FP and FN ({expected:.6g}), got {value:.6g}: {cure}."
-            )
 
 
 def case_means(scores: pd.DataFrame, metric: str = "Dice") -> pd.DataFrame:

@@ -156,9 +156,9 @@ def cost(costs: Mapping[str, Cost]) -> Table:
     rows = [
         quantity("parameters", "parameters [million]", 1e6, 2),
         quantity("macs", "GMAC per patch", 1e9, 1),
-        ("patch", *("x".join(map(str, c.patch_size)) for c in all_costs)),
-        ("batch", *(str(c.batch_size) for c in all_costs)),
-        ("spacing [mm]", *("x".join(f"{step:g}" for step in c.spacing) for c in all_costs)),
+        ("patch", *("x".join(map(str, c.patch_size)) or MISSING for c in all_costs)),
+        ("batch", *(MISSING if c.batch_size is None else str(c.batch_size) for c in all_costs)),
+        ("spacing [mm]", *("x".join(f"{step:g}" for step in c.spacing) or MISSING for c in all_costs)),
         quantity("peak", f"training memory [GiB] ({source})", _GIB, 2),
         quantity("inference_peak", "prediction memory [GiB]", _GIB, 2),
         ("epochs", *(MISSING if c.epochs is None else str(c.epochs) for c in all_costs)),

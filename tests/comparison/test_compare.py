@@ -222,6 +222,28 @@ def test_segmentations_that_are_not_in_the_summary_are_named(make_run: MakeRun) 
     assert any("1 segmentations are not in summary.json" in w and "case_77" in w for w in run(a, b).warnings)
 
 
+def test_edited_dice_is_warned_of(make_run: MakeRun) -> None:
+    a, b = make_run("nnUNetTrainer", random_folds(1)), make_run("nnUNetTrainerB", random_folds(1))
+    path = b / "fold_0" / "validation" / "summary.json"
+    content = json.loads(path.read_text())
+    content["metric_per_case"][2]["metrics"]["1"]["Dice"] = 0.99
+    path.write_text(json.dumps(content))
+    warnings = run(a, b).warnings
+    assert [w for w in warnings if "does not follow" in w] == [
+        "nnUNetTrainerB: the Dice of 1 scores does not follow from TP, FP and FN beside it, validate again: case_02."
+    ]
+
+
+def test_plans_that_say_little_cost_the_size_only(make_run: MakeRun) -> None:
+    folders = [make_run(name, random_folds(i)) for i, name in enumerate(("nnUNetTrainer", "nnUNetTrainerB"))]
+    (folders[1] / "plans.json").write_text(
+        json.dumps({"configurations": {"3d_fullres": {"inherits_from": "gone"}}})
+    )
+    found = run(*folders)
+    assert len(found.evaluations[0].cases) == 12
+    assert found.costs["nnUNetTrainerB"].batch_size is None
+
+
 def test_foreign_trainer_is_compared_without_its_size(make_run: MakeRun) -> None:
     found = run(
         make_run("nnUNetTrainer", random_folds(1)), make_run("nnUNetTrainerOfAnother", random_folds(2))

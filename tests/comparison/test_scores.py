@@ -62,12 +62,12 @@ def first(content: dict[str, Any], label: str = "1") -> dict[str, Any]:
 
 
 SPOIL: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "dice": lambda content: first(content).update(Dice=0.9),
-    "nan": lambda content: first(content).update(Dice=float("nan")),
+    "above one": lambda content: first(content).update(Dice=50.0),
     "infinite": lambda content: first(content).update(Dice=float("inf")),
-    "negative": lambda content: first(content).update(FP=-1),
+    "negative": lambda content: first(content).update(Dice=-0.1),
+    "text": lambda content: first(content).update(Dice="good"),
     "label": lambda content: content["metric_per_case"][0]["metrics"].update({"3": first(content)}),
-    "metric": lambda content: first(content).pop("TP"),
+    "metric": lambda content: first(content).pop("Dice"),
     "ending": lambda content: content["metric_per_case"][0].update(prediction_file="/x/a.png"),
     "twice": lambda content: content["metric_per_case"].append(content["metric_per_case"][0]),
     "empty": lambda content: content["metric_per_case"].clear(),
@@ -78,10 +78,10 @@ SPOIL: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("dice", "Dice must follow from TP, FP and FN"),
-        ("nan", "Dice must follow from TP, FP and FN"),
-        ("infinite", "got inf"),
-        ("negative", "must be counts"),
+        ("above one", "Dice must lie between 0 and 1, got 50"),
+        ("infinite", "Dice must lie between 0 and 1, got inf"),
+        ("negative", "Dice must lie between 0 and 1, got -0.1"),
+        ("text", "nnU-Net did not write"),
         ("label", r"must have the labels of dataset.json .* a has"),
         ("metric", "nnU-Net did not write"),
         ("ending", r"a.png does not end in .nii.gz"),
@@ -117,3 +117,14 @@ def test_case_in_two_folds_is_refused(make_run: MakeRun) -> None:
     folder = make_run("nnUNetTrainer", {"0": FOLDS["0"], "1": FOLDS["0"]})
     with pytest.raises(UsageError, match=r"a of .* is in the folds 0 and 1"):
         read_validation(read_run(folder))
+
+
+def test_summary_without_counts_and_iou_is_read(make_run: MakeRun) -> None:
+    folder = make_run("nnUNetTrainer", {"0": FOLDS["0"]})
+    content = summary(FOLDS["0"])
+    content["metric_per_case"][0]["metrics"] = {"1": {"Dice": 0.5}, "2": {"Dice": None}}
+    (folder / "fold_0" / "validation" / "summary.json").write_text(json.dumps(content))
+    scores = read_validation(read_run(folder))
+    assert scores["Dice"].tolist() == pytest.approx([0.5, np.nan], nan_ok=True)
+    assert scores["IoU"].tolist() == pytest.approx([1 / 3, np.nan], nan_ok=True)
+    assert scores["TP"].isna().all()
