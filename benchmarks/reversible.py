@@ -22,7 +22,8 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnunet_ext.architectures.blocks.reversible import AdditiveCoupling, ReversibleSequence
+from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
+from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.benchmark.memory import GIB, measure_step
 

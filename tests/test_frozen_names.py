@@ -5,9 +5,24 @@ from __future__ import annotations
 from nnunet_ext import registry
 
 # Networks by dotted path, as plans hold them; trainers and planners by class name, as checkpoints and plans do.
-ARCHITECTURES = {"nnunet_ext.architectures.reversible_unet.ReversibleUNet"}
-TRAINERS = {"nnUNetTrainerReversible"}
-PLANNERS = {"ReversibleUNetPlanner", "ReversibleUNetDeepPlanner"}
+ARCHITECTURES = {
+    "nnunet_ext.architectures.invertible_unet.InvertibleUNet",
+    "nnunet_ext.architectures.partially_invertible_unet.PartiallyInvertibleUNet",
+    "nnunet_ext.architectures.reversible_unet.ReversibleUNet",
+}
+TRAINERS = {
+    "nnUNetTrainerInvertible",
+    "nnUNetTrainerInvertibleNoVAE",
+    "nnUNetTrainerPartiallyInvertible",
+    "nnUNetTrainerPartiallyInvertibleNoVAE",
+    "nnUNetTrainerReversible",
+}
+PLANNERS = {
+    "InvertibleUNetPlanner",
+    "PartiallyInvertibleUNetPlanner",
+    "ReversibleUNetDeepPlanner",
+    "ReversibleUNetPlanner",
+}
 
 
 def test_paths_of_networks_in_users_plans_still_exist() -> None:

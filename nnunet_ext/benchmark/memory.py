@@ -113,14 +113,15 @@ def measure_step(
             return StepMemory(held, tracker.peak, parameters)
 
 
-def surrogate_loss(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+def surrogate_loss(outputs: Any) -> Tensor:
     """A loss with a dense gradient and one normalisation over the classes, as cross-entropy has them.
 
     Args:
-        outputs: logits (B, num_classes, *patch), with deep supervision a list of them.
+        outputs: logits (B, num_classes, *patch), with deep supervision a list of them; what a network gives beside
+            logits in training, as the reconstruction of a VAE branch, counts alike.
     """
-    scales = [outputs] if isinstance(outputs, Tensor) else outputs
-    return torch.stack([output.logsumexp(1).mean() for output in scales]).sum()
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.stack([leaf.logsumexp(1).mean() for leaf in leaves]).sum()
 
 
 def measure_inference(

@@ -16,13 +16,14 @@ def build_from_plans(
     num_input_channels: int,
     num_output_channels: int,
     enable_deep_supervision: bool,
+    **options: Any,
 ) -> nn.Module:
-    """Build `network_class` with the sizes, strides and options that the configuration holds.
+    """Build `network_class` with the sizes, strides and options that the configuration holds, and `options`.
 
     Raises:
         ValueError: the plans belong to a network whose arguments `network_class` does not have.
     """
-    arguments: dict[str, Any] = configuration_manager.network_arch_init_kwargs
+    arguments: dict[str, Any] = {**configuration_manager.network_arch_init_kwargs, **options}
     unknown = sorted(set(arguments) - set(signature(network_class.__init__).parameters))
     if unknown:
         raise ValueError(

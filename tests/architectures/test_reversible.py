@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_ext.architectures.blocks.reversible import AdditiveCoupling, ReversibleSequence
+from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
+from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 from nnunet_ext.benchmark.memory import measure_step
 
 CONVS = {2: nn.Conv2d, 3: nn.Conv3d}

@@ -1,0 +1,357 @@
+"""Chains of reversible steps whose backward pass recomputes every input instead of keeping it.
+
+RevNet: Gomez et al. 2017, https://arxiv.org/abs/1707.04585; in U-Nets: Bruegger et al. 2019,
+https://arxiv.org/abs/1906.06148, and over several levels Yamazaki et al. 2021, https://arxiv.org/abs/2103.09042. One
+autograd function stands for the whole chain and keeps its output only; one function per step would need two more
+forward passes. New against the papers: skips between levels are walked back too, and samples are recomputed in groups.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from nnunet_ext.architectures.blocks.coupling import EXACT_RANGE, AdditiveCoupling, RoundStraightThrough
+from nnunet_ext.architectures.blocks.levels import Ascend, Descend, Halves, Streams, Tap, join, part
+from nnunet_ext.architectures.blocks.mixed_precision import lowered
+from nnunet_ext.architectures.blocks.recomputation import Autocast, Gradients, RandomState, Seed, recompute
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps on a feature map, run so that training keeps the output only, and what taps give out.
+
+    Under autocast f and g of couplings see their input in its dtype, as in nnU-Net's own networks, while the streams
+    stay float32. Gradients equal plain autograd's up to the rounding of the inversion, and exactly in the exact mode.
+
+    Args:
+        steps: `AdditiveCoupling`, `Descend`, `Ascend` and `Tap`; the last feature map has the shape of the first.
+        exact: whether the couplings are exact.
+        reversible: False lets plain autograd keep everything: same outputs, the reference.
+        group_elements: run the samples in groups of at most this many elements of the input (at least one sample),
+            which lowers the peak of the backward pass. Only right where all modules treat samples independently:
+            not with batch norm. None: all samples at once.
+
+    Raises:
+        ValueError: odd number of channels; exact mode on a dtype other than float32 or float64.
+        RuntimeError: f or g changes its input in place.
+    """
+
+    steps: Sequence[nn.Module]
+    exact: bool = False
+    reversible: bool = True
+    group_elements: int | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Weights of all steps, each once."""
+        return list({id(p): p for step in self.steps for p in step.parameters()}.values())
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Run all steps: the last feature map, then those of the taps in their order."""
+        x = self.stream(x)
+        parameters = self.parameters
+        needs_grad = x.requires_grad or any(p.requires_grad for p in parameters)
+        if self.reversible and torch.is_grad_enabled() and needs_grad:
+            return _recomputed(self, x, parameters)
+        streams, taps = Streams(_chunk(x)), []
+        for step in self.steps:
+            streams = _forward(step, streams)
+            if isinstance(step, Tap):
+                taps.append(torch.cat(streams.halves, dim=1))
+        return (torch.cat(streams.halves, dim=1), *taps)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Return the x that the steps turn into y, for modules in evaluation mode or without running statistics."""
+        streams = Streams(_chunk(self.stream(y)))
+        for step in reversed(self.steps):
+            if isinstance(step, AdditiveCoupling):
+                streams = Streams(step.inverse(*streams.halves), streams.skips)
+            else:
+                streams = step.inverse(streams)  # type: ignore[operator]
+        return torch.cat(streams.halves, dim=1)
+
+    def stream(self, x: Tensor) -> Tensor:
+        """Check the input and give it the precision of the streams."""
+        if x.shape[1] % 2:
+            raise ValueError(
+                f"A reversible chain needs an even number of channels, got {x.shape[1]} (shape {tuple(x.shape)})."
+            )
+        if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        if not self.exact:
+            return x
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"exact=True needs streams in float32 or float64, got {x.dtype}: use autocast instead."
+            )
+        return RoundStraightThrough.apply(x)
+
+    def groups(self, x: Tensor) -> list[slice]:
+        """Slices of the batch axis that are run one after the other."""
+        per_sample = max(1, x[0].numel()) if len(x) else 1
+        size = len(x) if self.group_elements is None else max(1, self.group_elements // per_sample)
+        return [slice(start, start + size) for start in range(0, len(x), max(1, size))]
+
+
+def _chunk(x: Tensor) -> Halves:
+    first, second = x.chunk(2, dim=1)
+    return first, second
+
+
+def _forward(step: nn.Module, streams: Streams) -> Streams:
+    if isinstance(step, AdditiveCoupling):
+        return Streams(step(*streams.halves), streams.skips)
+    result: Streams = step(streams)
+    return result
+
+
+# Dynamo can't trace the recomputation: a graph break here, and nowhere else.
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _recomputed(chain: Chain, x: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _Recomputed.apply(chain, x, *parameters)
+    return outputs
+
+
+class _Recomputed(torch.autograd.Function):
+    """The whole chain; the parameters are explicit inputs, so that hooks, DDP and `autograd.grad` see them."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.chain = chain
+        ctx.autocast = Autocast.now(x.device.type)
+        ctx.random = {}
+        ctx.set_materialize_grads(False)
+        x = x.detach()  # modules' own hooks (FLOP counters) would look for a graph behind views of x
+        outputs = [torch.empty_like(x)]
+        with ctx.autocast.enter():
+            for group in chain.groups(x):
+                found = _advance(ctx, chain, group.start, x[group])
+                for i, halves in enumerate(found):
+                    if i == len(outputs):
+                        outputs.append(_empty(halves, len(x)))
+                    _write(halves, outputs[i][group])
+                del found, halves
+        # The saved versions are compared in backward: an in-place change of output or weights is an error there.
+        ctx.save_for_backward(outputs[0], *parameters)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, *grad_taps: Tensor | None) -> tuple[Tensor | None, ...]:
+        chain: Chain = ctx.chain
+        y, *parameters = ctx.saved_tensors
+        _, x_needs_grad, *needs_grad = ctx.needs_input_grad
+        wanted = [p for p, needed in zip(parameters, needs_grad, strict=True) if needed]
+        walk = _Walk(ctx.random, ctx.autocast, Gradients(wanted), x_needs_grad)
+        grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+        groups = chain.groups(y)
+        # A few large groups are joined after all work is done; many small ones at once, instead of twice at the end.
+        join_late = len(groups) <= 3
+        pieces: list[Tensor] = []
+        grad_x = torch.empty_like(grad_y) if x_needs_grad and not join_late else None
+        for group in groups:
+            state = _State(*_chunk(y[group]), *_chunk(grad_y[group]), [])
+            taps = [None if grad is None else grad[group] for grad in grad_taps]
+            walk.back(chain.steps, state, taps, group.start)
+            if grad_x is not None:
+                torch.cat((state.d_given, state.d_result), dim=1, out=grad_x[group])
+            elif x_needs_grad:
+                pieces.append(torch.cat((state.d_given, state.d_result), dim=1))
+            del state
+        if pieces:
+            grad_x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return None, grad_x, *walk.gradients.of(parameters)
+
+
+def _advance(ctx: Any, chain: Chain, start: int, x: Tensor) -> list[Halves]:
+    """Run the steps on a group of samples: halves of the last feature map, then of the taps."""
+    streams, taps = Streams(_chunk(x)), []
+    largest = x.new_zeros(())
+    for i, step in enumerate(chain.steps):
+        if isinstance(step, AdditiveCoupling):
+            first, second = streams.halves
+            streams = Streams((first, second), streams.skips)
+            first = first + _run(ctx, (start, i, "f"), step, step.f, second)
+            second = second + _run(ctx, (start, i, "g"), step, step.g, first)
+            streams = Streams((first, second), streams.skips)
+            if chain.exact:
+                largest = torch.stack((largest, first.abs().amax(), second.abs().amax())).amax()
+            del first, second
+        else:
+            streams = step(streams)
+            if isinstance(step, Tap):
+                taps.append(streams.halves)
+    _warn_beyond_exact_range(largest)
+    return [streams.halves, *taps]
+
+
+def _empty(halves: Halves, samples: int) -> Tensor:
+    """Room for a tap of all samples."""
+    first, second = halves
+    return first.new_empty((samples, first.shape[1] + second.shape[1], *first.shape[2:]))
+
+
+def _write(halves: Halves, target: Tensor) -> None:
+    for half, place in zip(halves, target.chunk(2, dim=1), strict=True):
+        place.copy_(half)
+
+
+@dataclass
+class _State:
+    """Where the walk back stands: ``result = other + module(given)``, and the gradients of both.
+
+    Between couplings `given` and `result` are the first and the second half. Holds the only references, so that a
+    stream is freed as soon as the one before it is known.
+    """
+
+    given: Tensor
+    result: Tensor
+    d_given: Tensor
+    d_result: Tensor
+    skips: list[tuple[Halves, Halves]]  # and their gradients
+
+    def swap(self) -> None:
+        """The two streams change their roles."""
+        self.given, self.result = self.result, self.given
+        self.d_given, self.d_result = self.d_result, self.d_given
+
+    def part(self, channels: int) -> tuple[Tensor, Tensor]:
+        """Take channels and their gradient off; the rest becomes a skip."""
+        taken, rest = part((self.given, self.result), channels)
+        d_taken, d_rest = part((self.d_given, self.d_result), channels)
+        self.skips.append((rest, d_rest))
+        return taken, d_taken
+
+    def join(self, taken: Tensor, d_taken: Tensor) -> None:
+        """Put channels and their gradient back to the last skip."""
+        rest, d_rest = self.skips.pop()
+        self.given, self.result = join(taken, rest)
+        self.d_given, self.d_result = join(d_taken, d_rest)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The feature map and its gradient."""
+        return torch.cat((self.given, self.result), dim=1), torch.cat((self.d_given, self.d_result), dim=1)
+
+    def set(self, x: Tensor, d_x: Tensor) -> None:
+        """Replace the feature map and its gradient."""
+        (self.given, self.result), (self.d_given, self.d_result) = _chunk(x), _chunk(d_x)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The way back through a chain.
+
+    Args:
+        random: states of the generators by (start of the group, step, half).
+        autocast: of the forward pass.
+        gradients: of the weights.
+        x_needs_grad: whether the chain's input does.
+    """
+
+    random: dict[tuple[int, int, str], RandomState]
+    autocast: Autocast
+    gradients: Gradients
+    x_needs_grad: bool
+
+    def back(self, steps: Sequence[nn.Module], state: _State, taps: list[Tensor | None], start: int) -> None:
+        """Walk one group of samples back to the chain's input."""
+        for i, step in reversed(list(enumerate(steps))):
+            if isinstance(step, AdditiveCoupling):
+                # y2 = x2 + g(y1): recover x2, and pass the gradient of y2 on to y1
+                self._undo((start, i, "g"), step, step.g, state, True)
+                # y1 = x1 + f(x2): recover x1, and pass the gradient of y1 on to x2
+                self._undo((start, i, "f"), step, step.f, state, i > 0 or self.x_needs_grad)
+            elif isinstance(step, Tap):
+                gradient = taps.pop()
+                if gradient is not None:
+                    first, second = _chunk(gradient)
+                    state.d_given, state.d_result = state.d_given + first, state.d_result + second
+            elif isinstance(step, Descend):
+                y, d_y = state.whole()
+                with torch.no_grad():
+                    x = step.squeeze.inverse(y)
+                state.join(x, self._pull(step.squeeze, step.squeeze.forward, x, d_y))
+            elif isinstance(step, Ascend):
+                y, d_y = state.part(step.squeeze.channels)
+                with torch.no_grad():
+                    x = step.squeeze(y)
+                state.set(x, self._pull(step.squeeze, step.squeeze.inverse, x, d_y))
+
+    def _pull(self, module: nn.Module, map_: Callable[[Tensor], Tensor], x: Tensor, d_y: Tensor) -> Tensor:
+        """Gradient of x for ``y = map_(x)``; those of the weights are added up."""
+        weights = self.gradients.inputs(module)
+        with torch.enable_grad():
+            source = x.detach().requires_grad_()
+            y = map_(source.view_as(source))
+        d_x, *found = torch.autograd.grad(y, [source, *weights], d_y)
+        self.gradients.add(weights, found)
+        return d_x
+
+    def _undo(
+        self,
+        key: tuple[int, int, str],
+        coupling: AdditiveCoupling,
+        module: nn.Module,
+        state: _State,
+        further: bool,
+    ) -> None:
+        """Invert one half, ``other = result - module(given)``, and pass the gradient of `result` on to `given`.
+
+        `further` is False where nothing needs the gradient of `given` any more. Nothing is changed in place: the
+        tensors of `state` may be views of what the caller holds.
+        """
+        with torch.enable_grad(), self.autocast.enter():
+            source = state.given.detach().requires_grad_(further)
+            # A view, because hooks of modules (FLOP counters) can't follow a leaf within autograd.grad.
+            shift = recompute(module, lowered(source.view_as(source)), self.random.get(key))
+        with torch.no_grad():
+            state.result = state.result - coupling.finish(shift, source)
+        weights = self.gradients.inputs(module)
+        inputs = [source, *weights] if further else weights
+        if inputs and shift.requires_grad:
+            with torch.enable_grad():
+                seed = Seed.apply(shift, state.d_result.to(shift.dtype))
+            del shift
+            found = list(torch.autograd.grad(seed, inputs, allow_unused=True))
+            d_source = found.pop(0) if further else None
+            if d_source is not None:
+                state.d_given = state.d_given + d_source
+            self.gradients.add(weights, found)
+        state.swap()
+
+
+def _run(
+    ctx: Any, key: tuple[int, int, str], coupling: AdditiveCoupling, module: nn.Module, given: Tensor
+) -> Tensor:
+    """Evaluate one half in the forward pass; remember the generators' states if it used them."""
+    # Under FakeTensorMode there are no random numbers, and states could not be compared.
+    before = None if isinstance(given, FakeTensor) else RandomState.now(given)
+    version = None if given.is_inference() else given._version
+    shift = module(lowered(given))
+    if version is not None and given._version != version:
+        raise RuntimeError(
+            f"{type(module).__name__} changes its input in place; in a reversible sequence it must not: "
+            "build it with inplace=False."
+        )
+    if before is not None and before.differs(RandomState.now(given)):
+        ctx.random[key] = before
+    return coupling.finish(shift, given)
+
+
+def _warn_beyond_exact_range(largest: Tensor) -> None:
+    if isinstance(largest, FakeTensor) or largest.is_meta:
+        return
+    if largest.item() >= EXACT_RANGE:
+        warnings.warn(
+            f"exact=True needs streams below {EXACT_RANGE:g}, got {largest.item():g}: from here on the inversion is "
+            "rounded as with exact=False. Lower the learning rate or use fewer couplings.",
+            stacklevel=2,
+        )

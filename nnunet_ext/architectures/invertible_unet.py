@@ -1,0 +1,291 @@
+"""Fully invertible U-Net: from the first feature map to the last one bijection, skips included.
+
+Yamazaki, Rathour, Le 2021, "Invertible Residual Network with Regularization for Effective Volumetric Segmentation",
+https://arxiv.org/abs/2103.09042 (Fully-InvRes). Different from the paper: sizes, strides, kernels, norm and depth come
+from nnU-Net's plans, and downsampling leaves part of the channels behind as the skip, so that skips belong to the
+bijection and nothing of a level is kept once the next has consumed it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from math import lcm, prod
+from typing import Any, Literal
+
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from nnunet_ext.architectures.blocks.chain import Chain
+from nnunet_ext.architectures.blocks.levels import Ascend, Descend, Squeeze, Tap
+from nnunet_ext.architectures.blocks.mixed_precision import convolve
+from nnunet_ext.architectures.blocks.planned_memory import (
+    counted_elements,
+    loss_bytes,
+    voxels_per_stage,
+    walk_back_bytes,
+)
+from nnunet_ext.architectures.blocks.stages import (
+    ConvSpec,
+    CouplingSpec,
+    StageSpec,
+    check_patch,
+    group_elements,
+    stage_specs,
+)
+from nnunet_ext.architectures.blocks.vae_branch import Reconstruction, VAEBranch, VAENetwork
+
+_logger = logging.getLogger("nnunet_ext")
+
+
+def fitting_features(features: Sequence[int], strides: Sequence[Sequence[int]]) -> list[int]:
+    """Features per stage that an invertible chain can have, as near to `features` as possible.
+
+    Channels are even; C_l of a lower stage is ``d * prod(stride)`` for the d channels that come down to it, and at
+    least one channel stays above as the skip.
+
+    Raises:
+        ValueError: a stage is too narrow to feed the one below.
+    """
+    fitting = [max(2, features[0] - features[0] % 2)]
+    for i, (asked, stride) in enumerate(zip(features[1:], strides[1:], strict=True), start=1):
+        step = lcm(2, prod(stride))
+        most = (fitting[-1] - 1) * prod(stride)
+        most -= most % step
+        if most < step:
+            raise ValueError(
+                f"Stage {i} of an InvertibleUNet needs {step} features or a multiple, made of at most "
+                f"{fitting[-1] - 1} channels of the stage above: use more than {fitting[-1]} in stage {i - 1}."
+            )
+        fitting.append(min(most, max(step, (2 * asked + step) // (2 * step) * step)))
+    return fitting
+
+
+class Encoder(nn.Module):
+    """A convolution from the image to the first feature map, then couplings and descents."""
+
+    def __init__(
+        self,
+        input_channels: int,
+        spec: ConvSpec,
+        stages: Sequence[StageSpec],
+        coupling: CouplingSpec,
+        mixing: bool,
+    ) -> None:
+        super().__init__()
+        first = stages[0]
+        self.stem = spec.conv(input_channels, first.channels, first.kernel_size, first.stride)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(coupling.couplings(spec, stage, stage.encoder_blocks)) for stage in stages
+        )
+        self.descents = nn.ModuleList(
+            Descend(Squeeze(stage.channels // prod(stage.stride), stage.stride, mixing))
+            for stage in stages[1:]
+        )
+
+    def steps(self) -> Iterator[nn.Module]:
+        """Steps of the chain from the first feature map to the bottleneck."""
+        yield from self.stages[0].children()
+        for descent, stage in zip(self.descents, self.stages[1:], strict=True):
+            yield descent
+            yield from stage.children()
+
+
+class Decoder(nn.Module):
+    """Ascents and couplings, and a head at every level."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        spec: ConvSpec,
+        stages: Sequence[StageSpec],
+        coupling: CouplingSpec,
+        mixing: bool,
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        upwards = stages[-2::-1]
+        self.ascents = nn.ModuleList(
+            Ascend(Squeeze(stage.channels // prod(stage.stride), stage.stride, mixing))
+            for stage in stages[:0:-1]
+        )
+        self.stages = nn.ModuleList(
+            nn.ModuleList(coupling.couplings(spec, stage, stage.decoder_blocks)) for stage in upwards
+        )
+        # All heads exist with and without deep supervision, so that checkpoints fit both (as in nnU-Net).
+        self.seg_layers = nn.ModuleList(
+            spec.conv_op(stage.channels, num_classes, 1, 1, 0, bias=True) for stage in upwards
+        )
+
+    def steps(self) -> Iterator[nn.Module]:
+        """Steps of the chain from the bottleneck to the last feature map; taps where heads need one."""
+        for i, (ascent, stage) in enumerate(zip(self.ascents, self.stages, strict=True)):
+            yield ascent
+            yield from stage.children()
+            if self.deep_supervision and i < len(self.stages) - 1:
+                yield Tap()
+
+    def heads(self, last: Tensor, taps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Logits of the last feature map, or with deep supervision of all levels, largest first."""
+        if not self.deep_supervision:
+            logits: Tensor = convolve(self.seg_layers[-1], last)
+            return logits
+        maps = [*taps, last]
+        return [convolve(head, x) for head, x in zip(self.seg_layers, maps, strict=True)][::-1]
+
+
+class InvertibleUNet(VAENetwork):
+    """Fully invertible U-Net (Yamazaki et al. 2021): training keeps one feature map, whatever the depth.
+
+    With deep supervision also the maps that its heads read. Built from nnU-Net's plans, default or ResEnc; arguments
+    that are not listed mean what they mean there. Features that do not fit are rounded (`fitting_features`) and logged.
+
+    Args:
+        input_channels: channels of the image, and of the previous stage in a cascade.
+        num_classes: channels of the logits.
+        n_conv_per_stage, n_blocks_per_stage: blocks per encoder stage, from default or ResEnc plans.
+        n_conv_per_stage_decoder: blocks per decoder stage, coarsest first.
+        deep_supervision: return a list of logits, largest first.
+        blocks_per_stage: overrides the depth of the plans, as in `ReversibleUNet`.
+        reversible: False keeps all activations: same weights and outputs, plain autograd, the reference of tests.
+        exact: bit-exact inversion; needs ``resampling="squeeze"``.
+        preactivation: norm, nonlinearity, convolution within a block (True), or convolution, norm, nonlinearity.
+        vae: reconstruct the image from the bottleneck in training.
+        image_channels: channels that are reconstructed, the first ones; None: all.
+        resampling: "orthogonal", a learned orthogonal mixing of channels beside the squeezing, or "squeeze", without.
+
+    Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale); in
+        training with ``vae=True`` a pair of that and a `Reconstruction`. The strides divide the patch.
+
+    Raises:
+        ValueError: lists that do not fit n_stages, fewer than two stages, even kernels, a depth below 1, features
+            that are too few, both or neither of n_conv_per_stage and n_blocks_per_stage, exact mode with mixing.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[_ConvNd],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+        n_conv_per_stage: int | Sequence[int] | None = None,
+        n_blocks_per_stage: int | Sequence[int] | None = None,
+        n_conv_per_stage_decoder: int | Sequence[int],
+        conv_bias: bool = False,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: Mapping[str, Any] | None = None,
+        dropout_op: type[_DropoutNd] | None = None,
+        dropout_op_kwargs: Mapping[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: Mapping[str, Any] | None = None,
+        deep_supervision: bool = False,
+        blocks_per_stage: int | Sequence[int] | None = None,
+        reversible: bool = True,
+        exact: bool = False,
+        preactivation: bool = True,
+        vae: bool = False,
+        image_channels: int | None = None,
+        resampling: Literal["orthogonal", "squeeze"] = "orthogonal",
+    ) -> None:
+        super().__init__()
+        if resampling not in ("orthogonal", "squeeze"):
+            raise ValueError(f'resampling must be "orthogonal" or "squeeze", got {resampling!r}.')
+        if exact and resampling != "squeeze":
+            raise ValueError('exact=True needs resampling="squeeze", got "orthogonal", which rounds.')
+        self.stages = stage_specs(
+            conv_op,
+            n_stages,
+            features_per_stage=features_per_stage,
+            kernel_sizes=kernel_sizes,
+            strides=strides,
+            n_conv_per_stage=n_conv_per_stage,
+            n_blocks_per_stage=n_blocks_per_stage,
+            n_conv_per_stage_decoder=n_conv_per_stage_decoder,
+            blocks_per_stage=blocks_per_stage,
+            fit=_fit,
+        )
+        self.dim = convert_conv_op_to_dim(conv_op)
+        self.input_channels = input_channels
+        self.num_classes = num_classes
+        self.image_channels = input_channels if image_channels is None else image_channels
+        self.reversible, self.exact = reversible, exact
+        spec = ConvSpec(
+            conv_op,
+            conv_bias,
+            norm_op,
+            norm_op_kwargs or {},
+            dropout_op,
+            dropout_op_kwargs or {},
+            nonlin,
+            nonlin_kwargs or {},
+        )
+        self.group_elements = group_elements(spec)
+        coupling = CouplingSpec(reversible, exact, preactivation)
+        mixing = resampling == "orthogonal"
+        self.encoder = Encoder(input_channels, spec, self.stages, coupling, mixing)
+        self.decoder = Decoder(num_classes, spec, self.stages, coupling, mixing, deep_supervision)
+        self.vae = VAEBranch(self.image_channels, spec, self.stages) if vae else None
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
+        """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
+        check_patch(x, self.stages)
+        with_vae = self.vae is not None and self.training
+        last, *taps = self.chain(with_vae)(convolve(self.encoder.stem, x))
+        if not with_vae:
+            return self.decoder.heads(last, taps)
+        reconstruction = self.vae(taps[0], x[:, : self.image_channels])  # type: ignore[misc]
+        return self.decoder.heads(last, taps[1:]), reconstruction
+
+    def chain(self, bottleneck_tap: bool = False) -> Chain:
+        """The bijection from the first feature map to the last."""
+        tap = [Tap()] if bottleneck_tap else []
+        steps = [*self.encoder.steps(), *tap, *self.decoder.steps()]
+        return Chain(steps, self.exact, self.reversible, self.group_elements)
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialise a module as nnU-Net's own networks do (He et al. 2015); meant for `Module.apply`."""
+        InitWeights_He(1e-2)(module)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
+
+        The last feature map, what the taps of deep supervision gave out, and the walk back through the finest stage,
+        or the loss where there are many classes; see `planned_memory`. The VAE branch does not raise the peak.
+
+        Args:
+            input_size: voxels per axis.
+        """
+        voxels = voxels_per_stage(self.stages, input_size)
+        maps = [stage.channels * n for stage, n in zip(self.stages, voxels, strict=True)]
+        taps = sum(maps[1:-1]) if self.decoder.deep_supervision else 0
+        kept = 4 * (maps[0] + taps + self.input_channels * prod(input_size))
+        loss = loss_bytes(self.num_classes, voxels, self.decoder.deep_supervision)
+        walk = walk_back_bytes(maps[0], self.dim, self.group_elements is not None, working=18.5)
+        return counted_elements(kept + max(walk, loss), self.dim)
+
+
+def _fit(features: list[int], strides: list[list[int]]) -> list[int]:
+    fitting = fitting_features(features, strides)
+    if fitting != features:
+        _log_rounding(tuple(features), tuple(fitting))
+    return fitting
+
+
+@cache
+def _log_rounding(features: tuple[int, ...], fitting: tuple[int, ...]) -> None:
+    """Say it once; nnU-Net builds a network many times."""
+    _logger.warning(
+        "nnunet_ext: InvertibleUNet rounds features_per_stage %s to %s, which its strides divide.",
+        list(features),
+        list(fitting),
+    )

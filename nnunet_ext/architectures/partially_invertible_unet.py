@@ -1,0 +1,239 @@
+"""Partially invertible U-Net: a U-Net with max pooling, interpolation and concatenation, and invertible blocks.
+
+Yamazaki, Rathour, Le 2021, "Invertible Residual Network with Regularization for Effective Volumetric Segmentation",
+https://arxiv.org/abs/2103.09042 (Partially-InvRes). Different from the paper: sizes, strides, kernels, norm and depth
+come from nnU-Net's plans, and the transitions between the levels are recomputed, so that neither indices of the
+pooling nor concatenated feature maps are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, get_matching_pool_op
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from nnunet_ext.architectures.blocks.mixed_precision import convolve
+from nnunet_ext.architectures.blocks.planned_memory import counted_elements, loss_bytes, voxels_per_stage
+from nnunet_ext.architectures.blocks.recomputation import run_recomputed
+from nnunet_ext.architectures.blocks.stages import (
+    GROUP_ELEMENTS,
+    ConvSpec,
+    CouplingSpec,
+    StageSpec,
+    check_patch,
+    stage_specs,
+)
+from nnunet_ext.architectures.blocks.vae_branch import Reconstruction, VAEBranch, VAENetwork
+
+
+class Encoder(nn.Module):
+    """Stages from the finest to the coarsest: max pooling (but for the first), convolution with norm, couplings.
+
+    Shape: (B, C_in, *patch) -> list of (B, C_s, *patch / cumulative stride).
+    """
+
+    def __init__(
+        self, input_channels: int, spec: ConvSpec, stages: Sequence[StageSpec], coupling: CouplingSpec
+    ) -> None:
+        super().__init__()
+        first, *lower = stages
+        ones = [1] * len(first.stride)
+        self.stem = nn.Sequential(
+            *spec.conv_norm_nonlin(input_channels, first.channels, first.kernel_size, first.stride)
+        )
+        pool = get_matching_pool_op(conv_op=spec.conv_op, pool_type="max")
+        self.transitions = nn.ModuleList(
+            nn.Sequential(
+                pool(stage.stride, stage.stride),
+                *spec.conv_norm_nonlin(above.channels, stage.channels, stage.kernel_size, ones),
+            )
+            for above, stage in zip(stages, lower, strict=False)
+        )
+        self.stages = nn.ModuleList(coupling.sequence(spec, stage, stage.encoder_blocks) for stage in stages)
+        self.recomputed = coupling.reversible and spec.samples_are_independent
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the output of every stage; these are the skips."""
+        skips = [self.stages[0](run_recomputed(self.stem, self.recomputed, x))]
+        for transition, stage in zip(self.transitions, self.stages[1:], strict=True):
+            skips.append(stage(run_recomputed(transition, self.recomputed, skips[-1])))
+        return skips
+
+
+class Up(nn.Module):
+    """Linear interpolation by the stride, concatenation with the skip, a convolution with norm and nonlinearity.
+
+    Shape: (B, C_coarse, *spatial), (B, C_fine, *spatial * stride) -> (B, C_fine, *spatial * stride).
+    """
+
+    def __init__(self, spec: ConvSpec, coarse: StageSpec, fine: StageSpec) -> None:
+        super().__init__()
+        mode = "trilinear" if len(coarse.stride) == 3 else "bilinear"
+        self.upsample = nn.Upsample(scale_factor=tuple(map(float, coarse.stride)), mode=mode)
+        ones = [1] * len(fine.stride)
+        joined = coarse.channels + fine.channels
+        self.conv = nn.Sequential(*spec.conv_norm_nonlin(joined, fine.channels, fine.kernel_size, ones))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Join the coarser level with the skip."""
+        joined: Tensor = self.conv(torch.cat((self.upsample(x), skip), dim=1))
+        return joined
+
+
+class Decoder(nn.Module):
+    """Stages from the coarsest to the finest: `Up`, couplings, a head.
+
+    Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        spec: ConvSpec,
+        stages: Sequence[StageSpec],
+        coupling: CouplingSpec,
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.recomputed = coupling.reversible and spec.samples_are_independent
+        pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
+        self.transitions = nn.ModuleList(Up(spec, coarse, fine) for coarse, fine in pairs)
+        self.stages = nn.ModuleList(coupling.sequence(spec, fine, fine.decoder_blocks) for _, fine in pairs)
+        # All heads exist with and without deep supervision, so that checkpoints fit both (as in nnU-Net).
+        self.seg_layers = nn.ModuleList(
+            spec.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
+        )
+
+    def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
+        """Return logits of the finest stage, or with deep supervision of every stage, largest first."""
+        x = skips[-1]
+        outputs = []
+        last = len(self.stages) - 1
+        for i, skip in enumerate(skips[-2::-1]):
+            x = self.stages[i](
+                run_recomputed(self.transitions[i], self.recomputed, x, skip, group_elements=GROUP_ELEMENTS)
+            )
+            if self.deep_supervision or i == last:
+                outputs.append(convolve(self.seg_layers[i], x))
+        return outputs[::-1] if self.deep_supervision else outputs[0]
+
+
+class PartiallyInvertibleUNet(VAENetwork):
+    """Partially invertible U-Net (Yamazaki et al. 2021): of each stage training keeps one feature map.
+
+    Built from nnU-Net's plans, default or ResEnc; arguments that are not listed mean what they mean there.
+
+    Args:
+        input_channels: channels of the image, and of the previous stage in a cascade.
+        num_classes: channels of the logits.
+        n_conv_per_stage, n_blocks_per_stage: blocks per encoder stage, from default or ResEnc plans.
+        n_conv_per_stage_decoder: blocks per decoder stage, coarsest first.
+        deep_supervision: return a list of logits, largest first.
+        blocks_per_stage, reversible, exact, preactivation: as in `ReversibleUNet`.
+        vae: reconstruct the image from the bottleneck in training.
+        image_channels: channels that are reconstructed, the first ones; None: all.
+
+    Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale); in
+        training with ``vae=True`` a pair of that and a `Reconstruction`. The strides divide the patch.
+
+    Raises:
+        ValueError: odd number of features, lists that do not fit n_stages, fewer than two stages, even kernels,
+            a depth below 1, both or neither of n_conv_per_stage and n_blocks_per_stage.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[_ConvNd],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+        n_conv_per_stage: int | Sequence[int] | None = None,
+        n_blocks_per_stage: int | Sequence[int] | None = None,
+        n_conv_per_stage_decoder: int | Sequence[int],
+        conv_bias: bool = False,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: Mapping[str, Any] | None = None,
+        dropout_op: type[_DropoutNd] | None = None,
+        dropout_op_kwargs: Mapping[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: Mapping[str, Any] | None = None,
+        deep_supervision: bool = False,
+        blocks_per_stage: int | Sequence[int] | None = None,
+        reversible: bool = True,
+        exact: bool = False,
+        preactivation: bool = True,
+        vae: bool = False,
+        image_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.stages = stage_specs(
+            conv_op,
+            n_stages,
+            features_per_stage=features_per_stage,
+            kernel_sizes=kernel_sizes,
+            strides=strides,
+            n_conv_per_stage=n_conv_per_stage,
+            n_blocks_per_stage=n_blocks_per_stage,
+            n_conv_per_stage_decoder=n_conv_per_stage_decoder,
+            blocks_per_stage=blocks_per_stage,
+        )
+        self.dim = convert_conv_op_to_dim(conv_op)
+        self.input_channels = input_channels
+        self.num_classes = num_classes
+        self.image_channels = input_channels if image_channels is None else image_channels
+        spec = ConvSpec(
+            conv_op,
+            conv_bias,
+            norm_op,
+            norm_op_kwargs or {},
+            dropout_op,
+            dropout_op_kwargs or {},
+            nonlin,
+            nonlin_kwargs or {},
+        )
+        coupling = CouplingSpec(reversible, exact, preactivation)
+        self.encoder = Encoder(input_channels, spec, self.stages, coupling)
+        self.decoder = Decoder(num_classes, spec, self.stages, coupling, deep_supervision)
+        self.vae = VAEBranch(self.image_channels, spec, self.stages) if vae else None
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
+        """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
+        check_patch(x, self.stages)
+        skips = self.encoder(x)
+        outputs: Tensor | list[Tensor] = self.decoder(skips)
+        if self.vae is None or not self.training:
+            return outputs
+        return outputs, self.vae(skips[-1], x[:, : self.image_channels])
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialise a module as nnU-Net's own networks do (He et al. 2015); meant for `Module.apply`."""
+        InitWeights_He(1e-2)(module)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
+
+        What the stages keep, and the backward pass through the finest `Up`, which concatenates, or the loss where
+        there are many classes; see `planned_memory`. The VAE branch does not raise the peak.
+
+        Args:
+            input_size: voxels per axis.
+        """
+        voxels = voxels_per_stage(self.stages, input_size)
+        maps = [stage.channels * n for stage, n in zip(self.stages, voxels, strict=True)]
+        kept = 4 * (sum(maps) + sum(maps[:-1]) + self.input_channels * prod(input_size))
+        joined = 5.8 * (self.stages[0].channels + self.stages[1].channels) * voxels[0]
+        loss = loss_bytes(self.num_classes, voxels, self.decoder.deep_supervision)
+        return counted_elements(kept + max(joined, loss), self.dim)

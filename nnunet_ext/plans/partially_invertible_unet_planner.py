@@ -1,0 +1,13 @@
+"""Planner of the partially invertible U-Net."""
+
+from __future__ import annotations
+
+from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
+from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+
+
+class PartiallyInvertibleUNetPlanner(FreedMemoryPlanner):
+    """Spends the memory that `PartiallyInvertibleUNet` frees on a larger patch, then on a larger batch."""
+
+    network_class = PartiallyInvertibleUNet
+    default_plans_name = "nnUNetPartiallyInvertiblePlans"
