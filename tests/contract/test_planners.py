@@ -107,3 +107,16 @@ def test_deep_planner_writes_its_depth_into_plans_of_its_own(
     plans = plan("ReversibleUNetDeepPlanner", dataset("labels"), workspace)
     assert plans["plans_name"] == "nnUNetReversibleDeepPlans"
     assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["blocks_per_stage"] == 4
+
+
+@pytest.mark.parametrize(
+    ("planner", "gain"), [("InvertibleUNetPlanner", 1.5), ("PartiallyInvertibleUNetPlanner", 1.15)]
+)
+def test_invertible_planners_spend_the_memory_on_a_larger_patch(
+    planner: str, gain: float, dataset: Callable[[str], int]
+) -> None:
+    identifier = dataset("labels")
+    ours = large_image_plan(registry.resolve("planners", planner), identifier, 8)
+    default = large_image_plan(ExperimentPlanner, identifier, 8)
+    voxels = [float(a) * b * c for a, b, c in (ours["patch_size"], default["patch_size"])]
+    assert voxels[0] >= gain * voxels[1]
