@@ -19,14 +19,15 @@ _MOST = 4  # cases that are drawn
 
 def scans(comparison: Comparison, evaluation: Evaluation) -> tuple[list[Scan], list[str]]:
     """The worst case of each run, and sentences about those that can't be drawn."""
-    found, warnings = [], []
+    found: list[Scan] = []
+    reasons: dict[str, list[str]] = {}
     cases = list(dict.fromkeys(worst[0][0] for worst in evaluation.worst.values() if worst))
     for case in cases[:_MOST]:
         try:
             found.append(_scan(comparison, evaluation, case))
         except UsageError as error:
-            warnings.append(f"{case}, a worst case, is not drawn: {error}")
-    return found, warnings
+            reasons.setdefault(str(error), []).append(case)
+    return found, [f"No picture of worst cases ({', '.join(names)}): {why}" for why, names in reasons.items()]
 
 
 def _scan(comparison: Comparison, evaluation: Evaluation, case: str) -> Scan:

@@ -219,7 +219,7 @@ def test_missing_images_and_missing_predictions_are_warned_of(
     assert any("B: 1 references have no prediction" in w and "c1" in w for w in warnings)
     assert any("A: 1 predictions in" in w and "extra" in w for w in warnings)
     assert any(
-        "c2, a worst case, is not drawn: its image is missing (set nnUNet_raw or give --images)" in w
+        "No picture of worst cases (c2): its image is missing (set nnUNet_raw or give --images)" in w
         for w in warnings
     )
     assert found.evaluations[0].cases == ("c0", "c2")
