@@ -43,7 +43,7 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
         )
     if len(common) < FEW_CASES:
         warnings.append(f"Only {len(common)} cases are compared: intervals and p-values of so few are rough.")
-    return [*warnings, *_contradictory(kept), *_invented(kept)]
+    return [*warnings, *_contradictory(kept), *_failed(kept), *_invented(kept)]
 
 
 def _contradictory(kept: pd.DataFrame) -> list[str]:
@@ -57,6 +57,18 @@ def _contradictory(kept: pd.DataFrame) -> list[str]:
         f"{label}: the Dice of {len(rows)} scores does not follow from TP, FP and FN beside it, validate again: "
         f"{_list(sorted(set(rows['case'])))}."
         for label, rows in odd.groupby("run", sort=False)
+    ]
+
+
+def _failed(kept: pd.DataFrame) -> list[str]:
+    """A run that never finds a structure has probably not learned it, which no statistics say."""
+    present = kept[kept["TP"] + kept["FN"] > 0]
+    found = (
+        (present["TP"] + present["FP"] > 0).groupby([present["run"], present["structure"]], sort=False).any()
+    )
+    return [
+        f"{label}: finds {structure} in no case at all; its training may have failed or been too short."
+        for label, structure in found.index[~found]
     ]
 
 

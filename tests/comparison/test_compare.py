@@ -222,6 +222,18 @@ def test_segmentations_that_are_not_in_the_summary_are_named(make_run: MakeRun) 
     assert any("1 segmentations are not in summary.json" in w and "case_77" in w for w in run(a, b).warnings)
 
 
+def test_structure_that_a_run_never_finds_is_warned_of(make_run: MakeRun) -> None:
+    folds = random_folds(1)
+    never = {
+        fold: {case: [counts[0], (0, 0, 1000)] for case, counts in cases.items()}
+        for fold, cases in folds.items()
+    }
+    warnings = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", never)).warnings
+    assert [w for w in warnings if "no case at all" in w] == [
+        "nnUNetTrainerB: finds lesion in no case at all; its training may have failed or been too short."
+    ]
+
+
 def test_edited_dice_is_warned_of(make_run: MakeRun) -> None:
     a, b = make_run("nnUNetTrainer", random_folds(1)), make_run("nnUNetTrainerB", random_folds(1))
     path = b / "fold_0" / "validation" / "summary.json"
