@@ -120,8 +120,7 @@ def surrogate_loss(outputs: Any) -> Tensor:
         outputs: logits (B, num_classes, *patch), with deep supervision a list of them; what a network gives beside
             logits in training, as the reconstruction of a VAE branch, counts alike.
     """
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return torch.stack([leaf.logsumexp(1).mean() for leaf in leaves]).sum()
+    return torch.stack([leaf.logsumexp(1).mean() for leaf in tree_leaves(outputs)]).sum()
 
 
 def measure_inference(
