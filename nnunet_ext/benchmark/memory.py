@@ -20,6 +20,14 @@ from torch.utils._pytree import tree_leaves
 GIB = 2**30
 
 
+class ShapesOnly(FakeTensorMode):
+    """PyTorch's fake tensors, for networks that copy themselves: `fuse()` returns a copy."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShapesOnly:
+        """Stay the same: tensors of two modes can't meet."""
+        return self
+
+
 class StorageTracker(TorchDispatchMode):
     """Counts the bytes of all storages that are made while it is entered and still alive.
 
@@ -93,13 +101,13 @@ def measure_step(
     """Measure forward and backward of a network in training mode, without allocating.
 
     Args:
-        build: returns the network; called under `FakeTensorMode`.
+        build: returns the network; called under fake tensors.
         input_channels: channels of the image.
         patch_size: voxels per axis.
         batch_size: patches per step.
         autocast_dtype: run the forward pass under CPU autocast of this dtype; None: float32.
     """
-    with FakeTensorMode():
+    with ShapesOnly():
         network = build().train()
         parameters = sum(p.numel() * p.element_size() for p in network.parameters())
         with StorageTracker() as tracker:
@@ -134,7 +142,7 @@ def measure_inference(
     Args:
         build, input_channels, patch_size, autocast_dtype: as for `measure_step`.
     """
-    with FakeTensorMode(), torch.inference_mode():
+    with ShapesOnly(), torch.inference_mode():
         network = build().eval()
         enabled = autocast_dtype is not None
         with (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_ext.benchmark.memory import ShapesOnly
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
     """Count the weights of a network, and its operations for one patch, without allocating either.
 
     Args:
-        build: returns the network; called under `FakeTensorMode`.
+        build: returns the network; called under fake tensors.
         input_channels: channels of the image.
         patch_size: voxels per axis.
     """
-    with FakeTensorMode(), torch.no_grad():
+    with ShapesOnly(), torch.no_grad():
         network = build().eval()
         parameters = sum(p.numel() for p in network.parameters())
         with FlopCounterMode(display=False) as counter:
@@ -43,7 +45,7 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
 
 def count_parameters(build: Callable[[], nn.Module]) -> int:
     """Count the weights of a network without allocating them."""
-    with FakeTensorMode():
+    with ShapesOnly():
         return sum(p.numel() for p in build().parameters())
 
 
@@ -53,6 +55,11 @@ def deployed(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         network = build().eval()
         fuse = getattr(network, "fuse", None)
-        return fuse().eval() if callable(fuse) else network
+        if not callable(fuse):
+            return network
+        with warnings.catch_warnings():
+            # Copying a fake tensor asks whether it has data.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
+            return fuse().eval()
 
     return make

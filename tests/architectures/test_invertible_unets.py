@@ -15,6 +15,7 @@ from nnunet_ext.architectures.blocks.vae_branch import Reconstruction
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet, fitting_features
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
 from nnunet_ext.benchmark.memory import StepMemory, measure_step, surrogate_loss
+from nnunet_ext.benchmark.size import deployed, measure_size
 from tests.architectures.test_reversible_unet import ANISOTROPIC, DEFAULT, arguments
 
 NETWORKS = [InvertibleUNet, PartiallyInvertibleUNet]
@@ -223,6 +224,13 @@ def test_weights_with_a_vae_branch_load_without_it_and_not_the_other_way(
         RuntimeError, match="needs the weights of its VAE branch, these have none: load them into"
     ):
         with_vae.load_state_dict(without.state_dict())
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_deployed_form_is_counted_without_the_branch(network_class: type[nn.Module]) -> None:
+    values = arguments([8, 16, 24])
+    with_vae = measure_size(deployed(lambda: network_class(1, 2, vae=True, **values)), 1, (8, 8, 8))
+    assert with_vae == measure_size(lambda: network_class(1, 2, **values), 1, (8, 8, 8))
 
 
 def memory(network_class: type[nn.Module], patch: tuple[int, ...] = (128,) * 3, **changes: Any) -> StepMemory:
