@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from nnunet_ext.comparison import checks
-from nnunet_ext.comparison.cost import Cost, read_cost
+from nnunet_ext.comparison.cost import Cost, benchmarked, read_cost
 from nnunet_ext.comparison.evaluation import Job, Progress, score
 from nnunet_ext.comparison.places import Places
 from nnunet_ext.comparison.results import Evaluation, evaluate
@@ -98,9 +98,10 @@ def compare(request: Request, on_status: Status = lambda _: None) -> Comparison:
     on_status("reading trainings")
     trainings = {run.label: read_training(run) for run in runs}
     costs = {}
+    peaks = all("peak_bytes" in benchmarked(run, request.benchmark) for run in runs)
     for run in runs:
         on_status(f"measuring the network of {run.label}")
-        costs[run.label], found = read_cost(run, trainings[run.label], request.benchmark)
+        costs[run.label], found = read_cost(run, trainings[run.label], request.benchmark, peaks)
         warnings += [*trainings[run.label].warnings, *found]
     settings = checks.of_settings(runs, trainings) if runs else []
     return Comparison(request, tuple(evaluations), trainings, costs, (*settings, *warnings))

@@ -46,16 +46,20 @@ class Cost:
     memory_source: str
 
 
-def read_cost(run: Run, training: Training, benchmark: Mapping[str, Any] | None) -> tuple[Cost, list[str]]:
+def read_cost(
+    run: Run, training: Training, benchmark: Mapping[str, Any] | None, peaks: bool
+) -> tuple[Cost, list[str]]:
     """Cost of a run, and warnings about what could not be found.
 
     Args:
         run: its folder.
         training: what it logged.
         benchmark: content of `nnunet-ext benchmark`'s JSON, where there is one.
+        peaks: whether the training memory is the benchmark's too, which needs a record of every run: what was
+            measured and what is counted here can't stand in one ratio.
     """
     settings, warnings = run.settings, []
-    measured = _measured(run, benchmark)
+    measured = benchmarked(run, benchmark)
     counted: dict[str, Any] = {}
     try:
         counted = count(run)
@@ -77,10 +81,12 @@ def read_cost(run: Run, training: Training, benchmark: Mapping[str, Any] | None)
             iterations=training.iterations,
             seconds_per_epoch=training.seconds_per_epoch,
             machine="; ".join(dict.fromkeys(training.machines.values())),
-            peak=measured.get("peak_bytes", counted.get("peak")),
+            peak=measured.get("peak_bytes") if peaks else counted.get("peak"),
             inference_peak=measured.get("inference_peak_bytes"),
             case_seconds=measured.get("case_seconds_mirrored"),
-            memory_source=str(benchmark["device"]) if measured and benchmark else "float32, without a GPU",
+            memory_source=f"{benchmark.get('device')}, {measured.get('memory')}"
+            if peaks and benchmark
+            else "float32, counted",
         ),
         warnings,
     )
@@ -109,7 +115,7 @@ def count(run: Run) -> dict[str, int]:
     return {"parameters": size.parameters, "macs": size.macs, "peak": step.peak}
 
 
-def _measured(run: Run, benchmark: Mapping[str, Any] | None) -> dict[str, Any]:
+def benchmarked(run: Run, benchmark: Mapping[str, Any] | None) -> dict[str, Any]:
     """The run's record in the benchmark's JSON, empty where it is of other plans, patch or trainer."""
     if benchmark is None:
         return {}

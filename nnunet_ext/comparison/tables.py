@@ -170,7 +170,8 @@ def cost(costs: Mapping[str, Cost]) -> Table:
         quantity("case_seconds", "prediction of a case [s]", 1, 1),
         ("trained on", *(c.machine for c in all_costs)),
     ]
-    caption = "Cost, with the ratio to the baseline. Training memory: peak of a step beside the weights. "
+    caption = "Cost, with the ratio to the baseline. Training memory: peak of a step; counted without "
+    caption += "weights, measured on a GPU with them. "
     caption += "Seconds per epoch are as logged: comparable only on the same, otherwise idle machine."
     return Table(caption, ("quantity", *costs), tuple(row for row in rows if row is not None))
 

@@ -303,12 +303,27 @@ def test_benchmark_beside_the_report_fills_in_memory_and_time(make_run: MakeRun,
         "patch_size": [16, 16, 16],
         "batch_size": 2,
         "plans": "nnUNetPlans",
-        "methods": [record],
+        "methods": [
+            {**record, "memory": "measured"},
+            {**record, "trainer": "nnUNetTrainerB", "memory": "measured"},
+        ],
     }
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "benchmark.json").write_text(json.dumps(content))
     cost = run(a, b, output=tmp_path / "out").costs["nnUNetTrainer_3epochs"]
-    assert (cost.peak, cost.inference_peak, cost.case_seconds, cost.memory_source) == (123, 45, 6.5, "GPU")
+    assert (cost.peak, cost.inference_peak, cost.case_seconds, cost.memory_source) == (
+        123,
+        45,
+        6.5,
+        "GPU, measured",
+    )
+    # measured and counted memory are never put in one ratio
+    partial = {**content, "methods": [record]}
+    (tmp_path / "out" / "benchmark.json").write_text(json.dumps(partial))
+    costs = run(a, b, output=tmp_path / "out").costs
+    assert (costs["nnUNetTrainer_3epochs"].case_seconds, costs["nnUNetTrainerB"].case_seconds) == (6.5, None)
+    assert costs["nnUNetTrainer_3epochs"].peak != 123
+    assert {cost.memory_source for cost in costs.values()} == {"float32, counted"}
     content["patch_size"] = [32, 32, 32]
     (tmp_path / "out" / "benchmark.json").write_text(json.dumps(content))
     assert run(a, b, output=tmp_path / "out").costs["nnUNetTrainer_3epochs"].peak != 123

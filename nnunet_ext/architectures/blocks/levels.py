@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +103,7 @@ class Squeeze(nn.Module):
         if self.mixing is None:
             return y
         with torch.autocast(y.device.type, enabled=False):  # in low precision the transpose is no inverse
-            weight = self.mixing.weight
-            assert isinstance(weight, Tensor)  # for the type checker: a parametrized weight
+            weight = cast(Tensor, self.mixing.weight)
             return ((weight.T if transposed else weight) @ y.flatten(2)).view(y.shape)
 
 
