@@ -6,11 +6,17 @@ from nnunet_ext import registry
 
 # Networks by dotted path, as plans hold them; trainers and planners by class name, as checkpoints and plans do.
 ARCHITECTURES = {
+    "nnunet_ext.architectures.faster_fusion_unet.FasterFusionUNet",
     "nnunet_ext.architectures.invertible_unet.InvertibleUNet",
     "nnunet_ext.architectures.partially_invertible_unet.PartiallyInvertibleUNet",
     "nnunet_ext.architectures.reversible_unet.ReversibleUNet",
 }
 TRAINERS = {
+    "nnUNetTrainerFasterFusion",
+    "nnUNetTrainerFasterFusionBN",
+    "nnUNetTrainerFasterFusionFast",
+    "nnUNetTrainerHalfWidth",
+    "nnUNetTrainerHalfWidthBN",
     "nnUNetTrainerInvertible",
     "nnUNetTrainerInvertibleNoVAE",
     "nnUNetTrainerPartiallyInvertible",
@@ -18,6 +24,7 @@ TRAINERS = {
     "nnUNetTrainerReversible",
 }
 PLANNERS = {
+    "FasterFusionUNetPlanner",
     "InvertibleUNetPlanner",
     "PartiallyInvertibleUNetPlanner",
     "ReversibleUNetDeepPlanner",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -16,13 +17,12 @@ class FreedMemoryPlanner(ExperimentPlanner):
 
     Attributes:
         network_class: network that is planned.
-        blocks_per_stage: depth preset written into the plans: one number for all stages, one per resolution, or
-            None for as many blocks as nnU-Net plans convolutions. Nearly free in memory, linear in time.
+        network_options: options of the network, written into the plans.
         default_plans_name: name of the plans where none is asked for.
     """
 
     network_class: type[nn.Module]
-    blocks_per_stage: int | list[int] | None = None
+    network_options: Mapping[str, Any] = {}
     default_plans_name: str
 
     def __init__(
@@ -51,9 +51,23 @@ class FreedMemoryPlanner(ExperimentPlanner):
             return f"nnUNetPlans_{configuration_name}"
         return super().generate_data_identifier(configuration_name)
 
+    def static_estimate_VRAM_usage(  # noqa: N802
+        self,
+        patch_size: Any,
+        input_channels: int,
+        output_channels: int,
+        name: str,
+        arguments: Any,
+        imported: Any,
+    ) -> Any:
+        """Ask the network that is trained, with its options, for its memory."""
+        options = {**arguments, **self.network_options}
+        return ExperimentPlanner.static_estimate_VRAM_usage(
+            patch_size, input_channels, output_channels, name, options, imported
+        )
+
     def get_plans_for_configuration(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Plan as nnU-Net does and note the depth preset for the network."""
+        """Plan as nnU-Net does and note the options of the network."""
         plan: dict[str, Any] = super().get_plans_for_configuration(*args, **kwargs)
-        if self.blocks_per_stage is not None:
-            plan["architecture"]["arch_kwargs"]["blocks_per_stage"] = self.blocks_per_stage
+        plan["architecture"]["arch_kwargs"].update(self.network_options)
         return plan

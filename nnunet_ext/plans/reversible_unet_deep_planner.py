@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from nnunet_ext.plans.reversible_unet_planner import ReversibleUNetPlanner
 
 
 class ReversibleUNetDeepPlanner(ReversibleUNetPlanner):
     """`ReversibleUNetPlanner` with four blocks per stage: about twice the time at the same memory."""
 
-    blocks_per_stage = 4
+    network_options: Mapping[str, Any] = {"blocks_per_stage": 4}
     default_plans_name = "nnUNetReversibleDeepPlans"

@@ -6,8 +6,36 @@ from inspect import signature
 from typing import Any
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+
+
+def builds(network_class: type[nn.Module], **options: Any) -> staticmethod[..., nn.Module]:
+    """Make a trainer's `build_network_architecture`: `network_class` from the plans, for training and prediction.
+
+    Args:
+        network_class: built by `build_from_plans`.
+        options: of the network, stronger than those of the plans; a function is called with the configuration.
+    """
+
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        values = {k: v(configuration_manager) if callable(v) else v for k, v in options.items()}
+        return build_from_plans(
+            network_class,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+            **values,
+        )
+
+    return staticmethod(build_network_architecture)
 
 
 def build_from_plans(

@@ -1,0 +1,49 @@
+"""Convolutions of small 3D feature maps on the CPU, by oneDNN.
+
+PyTorch chooses between oneDNN and a generic kernel by B C D H, without W, and so runs coarse 3D feature maps by the
+generic one, which takes two to four times as long (`python benchmarks/faster_fusion.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+
+
+def convolve(conv: Any, x: Tensor) -> Tensor:
+    """Return ``conv(x)``, in float32 on the CPU and without gradients always by oneDNN where PyTorch has it.
+
+    Args:
+        conv: a convolution that is not transposed.
+        x: (B, C, *spatial).
+    """
+    if not _can_choose(conv, x):
+        return conv(x)
+    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    return torch.mkldnn_convolution(x, conv.weight, conv.bias, *geometry)
+
+
+def is_exporting() -> bool:
+    """Whether the network is traced or exported for another program."""
+    return is_tracing() or getattr(torch.compiler, "is_exporting", bool)()
+
+
+def is_observed() -> bool:
+    """Whether export, compilation, a counter or fake tensors look on, who shall see the operations they know."""
+    return torch.compiler.is_compiling() or is_exporting() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _can_choose(conv: Any, x: Tensor) -> bool:
+    float32_on_cpu = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32
+    return (
+        float32_on_cpu
+        and not is_observed()
+        and conv.padding_mode == "zeros"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and bool(getattr(torch.backends.mkldnn, "enabled", True))
+    )

@@ -1,0 +1,337 @@
+"""FasterFusion U-Net: nnU-Net's networks, their heavy convolutions replaced by blocks that fuse for prediction.
+
+Heinrich, Hagenah 2023, "Make nnUNets Small Again" (MIDL short paper). Different from the paper: see
+`nnunet_ext.architectures.blocks.faster_fusion`; batch norm everywhere and thresholds below 160 are options, without
+which the network becomes smaller, but hardly faster (docs/methods/faster_fusion.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.helper import (
+    convert_conv_op_to_dim,
+    get_matching_batchnorm,
+)
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from dynamic_network_architectures.initialization.weight_init import (
+    InitWeights_He,
+    init_last_bn_before_add_to_0,
+)
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from nnunet_ext.architectures.blocks.faster_fusion import (
+    Downsample,
+    FasterFusionBlock,
+    Form,
+    FusedBlock,
+    Geometry,
+)
+from nnunet_ext.architectures.blocks.folding import fold_batch_norms
+from nnunet_ext.architectures.blocks.onednn import is_exporting, is_observed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class FasterFusionUNet(nn.Module):
+    """FasterFusion U-Net (Heinrich, Hagenah 2023): fewer parameters and operations, fused for prediction.
+
+    nnU-Net's `PlainConvUNet` or `ResidualEncoderUNet`, with FasterFusion blocks in place of convolutions of at least
+    `threshold` output channels. Stem, transposed and 1x1x1 convolutions and heads stay. Arguments that are not listed
+    mean what they mean in nnU-Net's plans.
+
+    In evaluation without gradients the network computes in its fused form by itself; weights and state_dict stay those
+    of training.
+
+    Args:
+        input_channels: channels of the image.
+        num_classes: channels of the logits.
+        n_conv_per_stage: convolutions per encoder stage, from default plans.
+        n_blocks_per_stage: residual blocks per encoder stage, from ResEnc plans; one of both is given.
+        deep_supervision: return a list of logits, largest first.
+        threshold: output channels from which on a convolution is replaced.
+        divisor: one of so many input channels meets the kernel; one number, or one per resolution, finest first.
+        downsample: "stride", or "maxpool" behind the block, as in the paper.
+        batch_norm: batch norm in place of the plans' norm also outside the blocks, so that prediction needs no norm.
+        decoder_split: where the channels that meet the kernel come from in the first block of a decoder stage: "up"
+            from what is upsampled, as in the paper, or "both", half of them from the skip.
+        form: build the fused network itself, as `fuse` returns it: "hybrid", "t" or "dense".
+
+    Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);
+        patch divisible by the cumulative strides.
+
+    Raises:
+        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, a list of divisors that does not fit
+            n_stages, an unknown option, an even kernel.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[_ConvNd],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+        n_conv_per_stage: int | Sequence[int] | None = None,
+        n_blocks_per_stage: int | Sequence[int] | None = None,
+        n_conv_per_stage_decoder: int | Sequence[int],
+        conv_bias: bool = False,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: Mapping[str, Any] | None = None,
+        dropout_op: type[_DropoutNd] | None = None,
+        dropout_op_kwargs: Mapping[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: Mapping[str, Any] | None = None,
+        deep_supervision: bool = False,
+        threshold: int = 160,
+        divisor: int | Sequence[int] = 4,
+        downsample: Downsample = "stride",
+        batch_norm: bool = False,
+        decoder_split: Literal["up", "both"] = "up",
+        form: Form | None = None,
+    ) -> None:
+        super().__init__()
+        if (n_conv_per_stage is None) == (n_blocks_per_stage is None):
+            raise ValueError(
+                "FasterFusionUNet needs either n_conv_per_stage (default plans) or n_blocks_per_stage (ResEnc plans), "
+                f"got {n_conv_per_stage} and {n_blocks_per_stage}."
+            )
+        if decoder_split not in ("up", "both"):
+            raise ValueError(f'decoder_split must be "up" or "both", got {decoder_split!r}.')
+        if batch_norm:
+            norm_op = get_matching_batchnorm(dimension=convert_conv_op_to_dim(conv_op))
+            norm_op_kwargs = {k: v for k, v in (norm_op_kwargs or {}).items() if k in ("eps", "momentum")}
+        host_class, depth = PlainConvUNet, {"n_conv_per_stage": n_conv_per_stage}
+        if n_conv_per_stage is None:
+            host_class, depth = ResidualEncoderUNet, {"n_blocks_per_stage": n_blocks_per_stage}
+        host = host_class(
+            input_channels=input_channels,
+            num_classes=num_classes,
+            n_stages=n_stages,
+            features_per_stage=features_per_stage,
+            conv_op=conv_op,
+            kernel_sizes=kernel_sizes,
+            strides=strides,
+            **depth,
+            n_conv_per_stage_decoder=n_conv_per_stage_decoder,
+            conv_bias=conv_bias,
+            norm_op=norm_op,
+            norm_op_kwargs=dict(norm_op_kwargs or {}),
+            dropout_op=dropout_op,
+            dropout_op_kwargs=dropout_op_kwargs,
+            nonlin=nonlin,
+            nonlin_kwargs=nonlin_kwargs,
+            deep_supervision=deep_supervision,
+        )
+        self.encoder, self.decoder = host.encoder, host.decoder
+        divisors = [divisor] * n_stages if isinstance(divisor, int) else list(divisor)
+        if len(divisors) != n_stages:
+            raise ValueError(f"divisor needs one number or {n_stages} of them (n_stages), got {divisors}.")
+        self._replace(threshold, divisors, downsample, decoder_split == "both", norm_op_kwargs)
+        self.batch_norm = batch_norm
+        self.form: Form | None = None
+        self._fused: _Fused | None = None
+        self._weights_in_channels_last = False
+        if form is not None:
+            self._fuse_in_place(form)
+
+    def _replace(
+        self,
+        threshold: int,
+        divisors: Sequence[int],
+        downsample: Downsample,
+        both: bool,
+        norm_op_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        """Put blocks in the place of heavy convolutions."""
+        stem = next(module for module in self.encoder.modules() if isinstance(module, ConvDropoutNormReLU))
+        stages = [*self.encoder.stages, *self.decoder.stages[::-1]]
+        firsts = [stage.convs[0] for stage in self.decoder.stages] if both else []
+        for stage, divisor in zip(stages, [*divisors, *divisors[:-1]], strict=True):
+            for parent, name, old in _convolutions(stage):
+                inputs = 2 if old in firsts else 1
+                replaceable = old is not stem and max(old.conv.kernel_size) > 1
+                wide = old.output_channels >= threshold and old.input_channels >= inputs * divisor
+                if not (replaceable and wide):
+                    continue
+                geometry = Geometry(
+                    type(old.conv),
+                    old.input_channels,
+                    old.output_channels,
+                    old.conv.kernel_size,
+                    old.conv.stride,
+                    divisor,
+                    inputs,
+                    downsample,
+                )
+                block = FasterFusionBlock(
+                    geometry,
+                    conv_bias=old.conv.bias is not None,
+                    norm_op_kwargs=norm_op_kwargs,
+                    dropout=getattr(old, "dropout", None),
+                    nonlin=getattr(old, "nonlin", None),
+                )
+                setattr(parent, name, block)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return logits; in training with deep supervision a list, largest first."""
+        if self.form is None and self._may_fuse():
+            return self._fused_twin()(x)
+        if self.form is None or not self._in_channels_last(x):
+            return self.decoder(self.encoder(x))
+        outputs = self.decoder(self.encoder(x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])))
+        return [o.contiguous() for o in outputs] if isinstance(outputs, list) else outputs.contiguous()
+
+    def _may_fuse(self) -> bool:
+        # Inference tensors change without a trace, so their twin would grow old unnoticed.
+        predicting = not self.training and not torch.is_grad_enabled()
+        return (
+            predicting and not is_exporting() and not any(tensor.is_inference() for tensor in self._tensors())
+        )
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
+
+    @torch.compiler.disable
+    def _fused_twin(self) -> FasterFusionUNet:
+        """Return the fused network; make it again when a weight has changed."""
+        tensors = self._tensors()
+        versions = [tensor._version for tensor in tensors]
+        if self._fused is None or not self._fused.is_of(tensors, versions):
+            with torch.inference_mode(False):
+                self._fused = _Fused(self.fuse(), tensors, versions)
+        network = self._fused.network
+        network.decoder.deep_supervision = self.decoder.deep_supervision
+        return network
+
+    def _in_channels_last(self, x: Tensor) -> bool:
+        """Whether to compute in channels_last: on the CPU where no norm is left (benchmarks/faster_fusion.py)."""
+        if not self.batch_norm or x.device.type != "cpu" or x.dim() not in _CHANNELS_LAST or is_observed():
+            return False
+        if not self._weights_in_channels_last:  # an image of one channel alone does not tell its layout
+            with torch.inference_mode(False):
+                self.to(memory_format=_CHANNELS_LAST[x.dim()])
+            self._weights_in_channels_last = True
+        return True
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation."""
+        self._fused = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # moves and casts, which leave no other trace
+        self._fused = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fused": None}
+
+    def fuse(self, form: Form = "hybrid") -> FasterFusionUNet:
+        """Return the network that predicts: blocks fused, batch norms folded, in evaluation; this one stays as it is.
+
+        Args:
+            form: "hybrid", or for comparison and other programs the paper's "t" or "dense".
+
+        Raises:
+            ValueError: another form, or this network is fused already.
+        """
+        if self.form is not None:
+            raise ValueError(
+                f"This network is fused already (form={self.form!r}): fuse the one that was trained."
+            )
+        clones = {
+            id(tensor): nn.Parameter(clone) if isinstance(tensor, nn.Parameter) else clone
+            for tensor in self._tensors()
+            for clone in [tensor.detach().clone()]
+        }
+        fused = copy.deepcopy(self, clones).eval()
+        fused._fuse_in_place(form)
+        return fused
+
+    def _fuse_in_place(self, form: Form) -> None:
+        for parent in list(self.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, FasterFusionBlock):
+                    setattr(parent, name, child.fuse(form))
+        fold_batch_norms(self)
+        self.form = form
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialise a module as nnU-Net's own networks do (He et al. 2015); meant for `Module.apply`.
+
+        Activations keep their size through blocks (tests/architectures/test_faster_fusion.py). Residual blocks start as
+        identity, by the norm inside their last block.
+        """
+        InitWeights_He(1e-2)(module)
+        if isinstance(module, (BasicBlockD, BottleneckD)):
+            last = module.conv3 if isinstance(module, BottleneckD) else module.conv2
+            if hasattr(last, "norm") and not isinstance(last.norm, nn.Identity):
+                init_last_bn_before_add_to_0(module)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Elements that training keeps per sample, in the unit of nnU-Net's PlainConvUNet.
+
+        Args:
+            input_size: voxels per axis.
+        """
+        total = int(
+            self.encoder.compute_conv_feature_map_size(input_size)
+            + self.decoder.compute_conv_feature_map_size(input_size)
+        )
+        # nnU-Net's residual blocks count for themselves, as if all their convolutions were plain.
+        size = list(input_size)
+        for stage, stride in zip(self.encoder.stages, self.encoder.strides, strict=True):
+            size = [n // s for n, s in zip(size, stride, strict=True)]
+            for block in stage.modules():
+                if isinstance(block, (BasicBlockD, BottleneckD)):
+                    total += sum(_surplus(child, size) for child in block.children())
+        return total
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """A fused network and what it was made of; no module, so that the state_dict does not hold it."""
+
+    network: FasterFusionUNet
+    tensors: Sequence[Tensor]
+    versions: Sequence[int]
+
+    def is_of(self, tensors: Sequence[Tensor], versions: Sequence[int]) -> bool:
+        """Whether it was made of these tensors, unchanged since."""
+        same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
+        return same and versions == self.versions
+
+
+def _convolutions(module: nn.Module) -> Iterator[tuple[nn.Module, str, ConvDropoutNormReLU]]:
+    """Blocks of nnU-Net's convolution, norm and nonlinearity: parent, name, block."""
+    for name, child in module.named_children():
+        if isinstance(child, ConvDropoutNormReLU):
+            yield module, name, child
+        else:
+            yield from _convolutions(child)
+
+
+def _surplus(block: nn.Module, output_size: Sequence[int]) -> int:
+    """Elements that a block keeps beyond a plain convolution; output_size in voxels per axis."""
+    if not isinstance(block, (FasterFusionBlock, FusedBlock)):
+        return 0
+    geometry = block.geometry
+    input_size = [n * s for n, s in zip(output_size, geometry.stride, strict=True)]
+    return block.compute_conv_feature_map_size(input_size) - geometry.output_channels * prod(output_size)

@@ -1,0 +1,18 @@
+"""Trainer of the FasterFusion U-Net as in the paper, but for its stride and its form in prediction."""
+
+from __future__ import annotations
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
+from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.from_plans import builds
+
+
+class nnUNetTrainerFasterFusion(AtomicCheckpointMixin, nnUNetTrainer):
+    """FasterFusion (Heinrich, Hagenah 2023) from 160 channels on: 3.5 times fewer parameters, hardly faster.
+
+    Prediction and validation run the fused network by themselves.
+    """
+
+    build_network_architecture = builds(FasterFusionUNet, threshold=160, batch_norm=False)

@@ -1,0 +1,19 @@
+"""Trainer of the fastest FasterFusion U-Net."""
+
+from __future__ import annotations
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
+from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.from_plans import builds
+
+
+class nnUNetTrainerFasterFusionFast(AtomicCheckpointMixin, nnUNetTrainer):
+    """FasterFusion from 32 channels on with batch norm everywhere: 4.6 times fewer parameters, 5.4 times operations.
+
+    Prediction and validation run the fused network by themselves, without any norm. Training needs more memory than
+    that of default nnU-Net (docs/methods/faster_fusion.md).
+    """
+
+    build_network_architecture = builds(FasterFusionUNet, threshold=32, batch_norm=True)
