@@ -12,6 +12,7 @@ ARCHITECTURES = {
     "nnunet_ext.architectures.reversible_unet.ReversibleUNet",
 }
 TRAINERS = {
+    "nnUNetTrainerDeployed",
     "nnUNetTrainerFasterFusion",
     "nnUNetTrainerFasterFusionBN",
     "nnUNetTrainerFasterFusionFast",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from nnunet_ext import registry
 from nnunet_ext.benchmark.machine import Machine
-from nnunet_ext.benchmark.setting import Setting, trainer_class
+from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.errors import UsageError
+from nnunet_ext.lookup import trainer_class
 
 BASELINE = registry.CORE_TRAINER
 
@@ -68,5 +69,14 @@ class Request:
     @property
     def names(self) -> tuple[str, ...]:
         """The baseline, then the others, each once."""
-        others = registry.names("trainers") if self.trainers is None else self.trainers
+        trained = (name for name in registry.names("trainers") if not _only_predicts(name))
+        others = trained if self.trainers is None else self.trainers
         return tuple(dict.fromkeys([BASELINE, *others]))
+
+
+def _only_predicts(name: str) -> bool:
+    """Whether a registered trainer has no network of its own to measure; one that can't be loaded becomes a row."""
+    try:
+        return bool(getattr(trainer_class(name), "predicts_only", False))
+    except UsageError:
+        return False

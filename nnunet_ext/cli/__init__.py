@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "run a command of nnU-Net with the hook installed explicitly",
     "demo": "train, predict and compare on a small phantom or on your data",
     "compare": "accuracy and cost of trained models beside default nnU-Net, as a report",
+    "deploy": "a trained model fused, small and fast, for prediction elsewhere",
     "benchmark": "parameters, operations, memory and time of networks beside default nnU-Net",
 }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from nnunet_ext.checkpoints import read_checkpoint
 from nnunet_ext.comparison.runs import Run, trained_folds
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
@@ -93,19 +93,12 @@ def read_curves(folder: Path) -> Curves:
     Raises:
         UsageError: there is no checkpoint, or it is cut off or not of nnU-Net.
     """
-    import numpy as np
-    import torch
-
     path = next((folder / name for name in _CHECKPOINTS if (folder / name).is_file()), None)
     if path is None:
         raise UsageError(f"{folder} has no checkpoint: its learning curves and times are missing here.")
-    multiarray = getattr(np, "_core", None) or np.core  # what NumPy 2 calls _core
-    scalar = multiarray.multiarray.scalar
-    types = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int64")]
-    safe = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *types]
+    cure = "copy it again; its learning curves and times are missing here"
     try:
-        with torch.serialization.safe_globals(safe):
-            log = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["logging"]
+        log = read_checkpoint(path, cure)["logging"]
         times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
         return Curves(
             tuple(map(float, log["train_losses"])),
@@ -113,20 +106,8 @@ def read_curves(folder: Path) -> Curves:
             tuple(map(float, log["mean_fg_dice"])),
             tuple(float(end - start) for start, end in times),
         )
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(
-            f"{path} is no whole checkpoint of nnU-Net ({reason}): copy it again; its learning curves and times are "
-            "missing here."
-        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is no whole checkpoint of nnU-Net ({error}): {cure}.") from error
 
 
 def _doubts(run: Run, folder: Path, fold: str, curves: Curves | None, planned: int | None) -> list[str]:

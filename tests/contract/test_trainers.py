@@ -12,9 +12,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 from nnunet_ext import registry
+from nnunet_ext.lookup import trainer_class
 
 CPU = torch.device("cpu")
-TRAINERS = registry.names("trainers")
+TRAINERS = [
+    name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)
+]
 
 
 @pytest.fixture(params=TRAINERS)

@@ -1,4 +1,4 @@
-"""Folds batch norms of a trained network into the convolutions before them, for prediction."""
+"""Folds what a trained network need not compute again: batch norms into convolutions, parametrised weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
@@ -21,19 +22,39 @@ def fold_batch_norms(network: nn.Module) -> int:
     A batch norm is folded where it directly follows a convolution in an `nn.Sequential`, as in nnU-Net's blocks
     (dropout in between does nothing in prediction). It becomes an `nn.Identity`, so that indices stay.
     """
-    replaced: dict[nn.Module, nn.Module] = {}
+    convs: dict[nn.Module, nn.Module] = {}
+    means: set[int] = set()
     for conv, norm in _pairs(network):
-        if conv not in replaced:
-            replaced[conv], replaced[norm] = _folded(conv, norm), nn.Identity()
-    # Blocks of nnU-Net hold their layers twice, by name and in a sequence.
+        if conv not in convs:
+            convs[conv] = _folded(conv, norm)
+            means.add(id(norm.running_mean))
+    # nnU-Net's blocks hold their layers twice, by name and in a sequence; synchronised norms are twins with one mean.
     for parent in network.modules():
-        for name, child in list(parent._modules.items()):
-            if child in replaced:
-                parent._modules[name] = replaced[child]
-    return len(replaced) // 2
+        for name, child in parent.named_children():
+            if child in convs:
+                setattr(parent, name, convs[child])
+            elif isinstance(child, _BatchNorm) and id(child.running_mean) in means:
+                setattr(parent, name, nn.Identity())
+    return len(convs)
 
 
-def _pairs(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def fold_parametrizations(network: nn.Module) -> int:
+    """Store weights that are functions of parameters (orthogonal matrices, weight norm) in place of these functions.
+
+    Returns their number.
+    """
+    parametrized: list[Any] = [module for module in network.modules() if parametrize.is_parametrized(module)]
+    for module in parametrized:
+        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+        # PyTorch's own removal changes the class, which a copy shares with the network that was copied.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
+    return len(parametrized)
+
+
+def _pairs(network: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Convolutions and the batch norms that follow them."""
     for sequence in network.modules():
         if not isinstance(sequence, nn.Sequential):

@@ -47,3 +47,10 @@ def _can_choose(conv: Any, x: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and bool(getattr(torch.backends.mkldnn, "enabled", True))
     )
+
+
+def computes_natively(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for convolutions in float16 or bfloat16; emulated ones are slow."""
+    name = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}[dtype]
+    ask = getattr(torch.ops.mkldnn, name, None)
+    return ask is not None and bool(ask())

@@ -1,0 +1,73 @@
+"""Networks as they are shipped: fused, batch norms folded, in single or half precision."""
+
+from __future__ import annotations
+
+import copy
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ext.architectures.blocks.faster_fusion import Form
+from nnunet_ext.architectures.blocks.folding import fold_batch_norms, fold_parametrizations
+from nnunet_ext.architectures.blocks.onednn import computes_natively
+
+
+def fused(network: nn.Module, form: Form = "hybrid") -> nn.Module:
+    """Return the network that predicts, in evaluation; `network` stays as it is.
+
+    What its own `fuse` does is done first (blocks fused, a branch for training dropped), then batch norms and
+    parametrised weights are folded.
+
+    Args:
+        network: trained.
+        form: of FasterFusion blocks.
+
+    Raises:
+        ValueError: there is nothing to fuse or fold.
+    """
+    before = sum(p.numel() for p in network.parameters())
+    fuse = getattr(network, "fuse", None)
+    if callable(fuse):
+        result = fuse(form=form) if "form" in signature(fuse).parameters else fuse()
+    else:
+        result = copy.deepcopy(network)
+    folded = fold_batch_norms(result.eval()) + fold_parametrizations(result)
+    if not folded and sum(p.numel() for p in result.parameters()) == before:
+        raise ValueError(
+            f"{type(network).__name__} has no block to fuse and no batch norm behind a convolution: predict with it as "
+            "it was trained."
+        )
+    return result
+
+
+class DeployedNetwork(nn.Module):
+    """Runs a fused network in the precision of its weights, whatever the predictor's autocast.
+
+    On a CPU that has no instructions for a half precision it computes in float32.
+
+    Args:
+        network: see `fused`.
+        dtype: of weights and computation. In float32 the predictor's autocast decides, as for any network.
+
+    Shape: (B, C, *patch) -> (B, num_classes, *patch), in float32 where `dtype` is bfloat16, because nnU-Net sums what
+        windows predict in float16.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.network = network.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predict a patch."""
+        if self.dtype == torch.float32:
+            return self.network(x)
+        dtype = self.dtype
+        if x.device.type == "cpu" and not computes_natively(dtype):
+            dtype = torch.float32
+            with torch.inference_mode(False):  # does nothing from the second patch on
+                self.network.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.network(x.to(dtype))
+        return logits.float() if dtype == torch.bfloat16 else logits

@@ -1,0 +1,1 @@
+"""Models to ship: fused, checked, small, for nnU-Net's own prediction or for ONNX Runtime."""

@@ -1,0 +1,249 @@
+"""Fuses a trained model, proves that it predicts the same, and writes it to a folder that is whole or not there."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ext import __version__
+from nnunet_ext.architectures.blocks.faster_fusion import Form
+from nnunet_ext.architectures.blocks.onednn import computes_natively
+from nnunet_ext.architectures.deployed import DeployedNetwork, fused
+from nnunet_ext.deploy import onnx
+from nnunet_ext.deploy.check import (
+    FLOAT16_MAX,
+    Difference,
+    largest_activation,
+    predict_unfused,
+    random_image,
+    real_patch,
+)
+from nnunet_ext.deploy.model import DEPLOYED, Model
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import whole_folder
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# In float32 fusing changes logits by rounding only.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the model is made into.
+
+    Args:
+        dtype: a key of `DTYPES`.
+        form: of FasterFusion blocks.
+        onnx: also write ONNX files.
+        images: folder of real images to check with; None: random ones alone.
+    """
+
+    dtype: str = "float32"
+    form: Form = "hybrid"
+    onnx: bool = False
+    images: Path | None = None
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One fold, before and after.
+
+    Args:
+        parameters, parameters_before: numbers of weights.
+        bytes, bytes_before: of the checkpoint's file.
+        differences: of the deployed network to the trained one.
+        onnx_differences: of ONNX Runtime to the fused network in float32.
+    """
+
+    parameters_before: int
+    parameters: int
+    bytes_before: int
+    bytes: int
+    differences: tuple[Difference, ...]
+    onnx_differences: tuple[Difference, ...]
+
+
+def ship(
+    model: Model, output: Path, options: Options, show: Callable[[str], None] = lambda what: None
+) -> dict[str, Shipped]:
+    """Write the model; return what became of each fold.
+
+    Args:
+        model: trained.
+        output: a folder that does not exist yet.
+        options: see there.
+        show: called before each piece of work.
+
+    Raises:
+        UsageError: `output` exists, there is nothing to fuse, weights don't fit, or the result is not the same.
+    """
+    if output.exists():
+        raise UsageError(
+            f"-o needs a folder that does not exist, got {output}: choose another, or delete it."
+        )
+    if options.onnx:
+        onnx.require()
+    images = _images(model, options)
+    with whole_folder(output) as folder:
+        shipped = {}
+        for fold in model.checkpoints:
+            show(f"fold {fold}")
+            shipped[fold] = _Fold(model, fold, options, images, folder).ship()
+        _write_json(folder / "dataset.json", model.setting.dataset)
+        _write_json(folder / "plans.json", _plans(model, options))
+        report = {
+            "nnunet_ext": __version__,
+            "trainer": model.trainer,
+            **asdict(options),
+            "images": sorted(images),
+        }
+        _write_json(
+            folder / "deployment.json", {**report, "folds": {f: asdict(s) for f, s in shipped.items()}}
+        )
+    return shipped
+
+
+def _images(model: Model, options: Options) -> dict[str, Tensor]:
+    images = {"random": random_image(model.setting)}
+    if options.images is not None:
+        name, patch = real_patch(model.setting, options.images)
+        images[name] = patch
+    return images
+
+
+def _plans(model: Model, options: Options) -> dict[str, Any]:
+    """Plans that tell `nnUNetTrainerDeployed` what to build."""
+    plans: dict[str, Any] = copy.deepcopy(dict(model.setting.plans))
+    plans["configurations"][model.setting.configuration]["deployed"] = {
+        "trainer": model.trainer,
+        "form": options.form,
+        "dtype": options.dtype,
+    }
+    return plans
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+class _Fold:
+    """One fold on its way."""
+
+    def __init__(
+        self, model: Model, fold: str, options: Options, images: Mapping[str, Tensor], folder: Path
+    ) -> None:
+        self._model = model
+        self._fold = fold
+        self._options = options
+        self._images = images
+        self._folder = folder / f"fold_{fold}"
+        self._regions = bool(
+            model.setting.plans_manager.get_label_manager(dict(model.setting.dataset)).has_regions
+        )
+
+    def ship(self) -> Shipped:
+        """Fuse, check, write."""
+        trained = self._trained()
+        try:
+            network = fused(trained, self._options.form)
+        except ValueError as error:
+            raise UsageError(f"{self._model.trainer}: {error}") from error
+        self._folder.mkdir()
+        # What the predictor's ONNX file and the check of float16 need, before weights become half.
+        exported = self._export(network) if self._options.onnx else ()
+        if self._options.dtype == "float16":
+            self._check_range(network)
+        deployed = DeployedNetwork(network, DTYPES[self._options.dtype]).eval()
+        path = self._folder / "checkpoint_final.pth"
+        torch.save(self._checkpoint(deployed), path)
+        return Shipped(
+            _count(trained),
+            _count(network),
+            self._model.checkpoints[self._fold].stat().st_size,
+            path.stat().st_size,
+            self._compare(trained, deployed),
+            exported,
+        )
+
+    def _trained(self) -> nn.Module:
+        network = self._model.network()
+        try:
+            network.load_state_dict(self._model.weights(self._fold))
+        except RuntimeError as error:
+            raise UsageError(
+                f"The weights of fold {self._fold} don't fit the network that {self._model.trainer} builds from "
+                f"plans.json ({str(error).splitlines()[-1].strip()}): give plans and checkpoints of one training."
+            ) from error
+        return network
+
+    def _checkpoint(self, network: nn.Module) -> dict[str, Any]:
+        """What nnU-Net's predictor reads; tensors and plain values only."""
+        return {
+            "network_weights": network.state_dict(),
+            "trainer_name": DEPLOYED,
+            "init_args": {"configuration": self._model.setting.configuration},
+            "inference_allowed_mirroring_axes": self._model.mirroring_axes,
+        }
+
+    def _compare(self, trained: nn.Module, deployed: nn.Module) -> tuple[Difference, ...]:
+        differences = []
+        for name, image in self._images.items():
+            with torch.inference_mode():
+                after = deployed(image)
+            found = Difference.of(name, predict_unfused(trained, image), after, self._regions)
+            exact = self._options.dtype == "float32"
+            if not after.isfinite().all() or (exact and found.relative > _TOLERANCE):
+                raise UsageError(
+                    f"The fused network must predict what the trained one does; in fold {self._fold} logits of the "
+                    f"image {name} differ by {found.relative:.1e} of the largest: ship the model as it was trained, "
+                    "and report this."
+                )
+            differences.append(found)
+        return tuple(differences)
+
+    def _check_range(self, network: nn.Module) -> None:
+        largest = max(largest_activation(network, image) for image in self._images.values())
+        if largest > FLOAT16_MAX:
+            raise UsageError(
+                f"float16 holds numbers up to {FLOAT16_MAX:.0f}, fold {self._fold} computes with {largest:.0f}: use "
+                "--dtype bfloat16."
+            )
+
+    def _export(self, network: nn.Module) -> tuple[Difference, ...]:
+        setting = self._model.setting
+        path = self._folder / "model.onnx"
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(1, setting.input_channels, *setting.patch_size, generator=generator)
+        onnx.export(network, noise, path)
+        patches = {"random": noise, **{n: x for n, x in self._images.items() if n != "random"}}
+        found = []
+        for name, patch in patches.items():
+            with torch.inference_mode():
+                expected = network(patch)
+            found.append(Difference.of(name, expected, onnx.predict(path, patch), self._regions))
+            if found[-1].relative > _TOLERANCE:
+                raise UsageError(
+                    f"ONNX Runtime must predict what PyTorch does; in fold {self._fold} logits of the image {name} "
+                    f"differ by {found[-1].relative:.1e} of the largest: leave --onnx out, and report this."
+                )
+        return tuple(found)
+
+
+def precision_note(dtype: str) -> str:
+    """What a half precision means on this machine."""
+    if computes_natively(DTYPES[dtype]):
+        return f"Computes in {dtype}, on this CPU as well."
+    return (
+        f"This CPU has no instructions for {dtype}: on it the model computes in float32, on a GPU in {dtype}."
+    )
+
+
+def _count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())

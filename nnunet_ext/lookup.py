@@ -1,0 +1,46 @@
+"""Classes of trainers by name, ours, other packages' and nnU-Net's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from nnunet_ext import registry
+from nnunet_ext.errors import UsageError
+
+
+def trainer_class(name: str) -> Any:
+    """Class of a trainer: one of ours, one of nnU-Net's own, with or without a schedule's suffix.
+
+    Raises:
+        UsageError: there is none, or it can't be loaded.
+    """
+    try:
+        return registry.resolve("trainers", name)
+    except registry.RegistryError as error:
+        raise UsageError(str(error)) from error
+    except registry.UnknownNameError:
+        found = _search_host(name)
+    if found is None:
+        raise UsageError(
+            f"a trainer must be known to nnU-Net or registered, got {name}: see `nnunet-ext list`, or install the "
+            "package that it comes from."
+        )
+    return found
+
+
+def _search_host(name: str) -> Any:
+    """Search as nnU-Net itself does; None where it finds nothing."""
+    try:
+        module = importlib.import_module("nnunetv2.utilities.find_objects")
+    except ModuleNotFoundError:  # before nnU-Net 2.8
+        import nnunetv2
+        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+        folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")
+        return recursive_find_python_class(folder, name, "nnunetv2.training.nnUNetTrainer")
+    try:
+        return module.recursive_find_trainer_class_by_name(name)
+    except RuntimeError:  # unknown name
+        return None

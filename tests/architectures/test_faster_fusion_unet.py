@@ -1,0 +1,330 @@
+"""The FasterFusion U-Net: counted sizes, the fused form that runs by itself, and when it is made again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nnunet_ext.architectures.blocks.faster_fusion import FasterFusionBlock
+from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
+from nnunet_ext.benchmark.memory import measure_step
+from nnunet_ext.benchmark.size import deployed, measure_size
+from tests.contract.plans import PATCHES, arguments
+from tests.contract.test_architectures import train_gradients
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "blocks": {"threshold": 8},
+    "batch norm": {"threshold": 8, "batch_norm": True},
+    "max pooling": {"threshold": 8, "downsample": "maxpool"},
+    "both": {"threshold": 8, "decoder_split": "both", "divisor": [2, 4, 8]},
+}
+FULL = {
+    "n_stages": 6,
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "conv_op": nn.Conv3d,
+    "kernel_sizes": [[3, 3, 3]] * 6,
+    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    "n_conv_per_stage": [2] * 6,
+    "n_conv_per_stage_decoder": [2] * 5,
+    "conv_bias": True,
+    "norm_op": nn.InstanceNorm3d,
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "nonlin": nn.LeakyReLU,
+    "nonlin_kwargs": {"inplace": True},
+}
+
+
+def build(case: str = "3d", classes: int = 3, **options: Any) -> FasterFusionUNet:
+    """A network in evaluation whose norms have seen something."""
+    torch.manual_seed(0)
+    network = FasterFusionUNet(2, classes, **arguments(case), **(options or OPTIONS["blocks"]))
+    network.apply(network.initialize)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.3, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return network.eval()
+
+
+def image(case: str = "3d", dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, 2, *PATCHES[case], dtype=dtype)
+
+
+def blocks_of(network: nn.Module) -> list[FasterFusionBlock]:
+    return [module for module in network.modules() if isinstance(module, FasterFusionBlock)]
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float(((found - wanted).abs().max() / wanted.abs().max()).detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "parameters", "gmac"),
+    [
+        ({"downsample": "maxpool"}, "t", 11.86, 458),  # as published
+        ({}, "hybrid", 8.95, 444),
+        ({"threshold": 128, "batch_norm": True}, "hybrid", 7.30, 390),
+        ({"threshold": 32, "batch_norm": True}, "hybrid", 6.79, 88),
+        ({"threshold": 32, "batch_norm": True, "divisor": [4, 4, 8, 8, 8, 8]}, "hybrid", 4.00, 78),
+    ],
+)
+def test_parameters_and_operations_are_those_of_the_table(
+    options: dict[str, Any], form: Any, parameters: float, gmac: int
+) -> None:
+    def fused() -> nn.Module:
+        return FasterFusionUNet(1, 3, **FULL, **options).fuse(form)
+
+    size = measure_size(fused, 1, (128, 128, 128))
+    assert round(size.parameters / 1e6, 2) == parameters
+    assert round(size.macs / 1e9) == gmac
+
+
+def test_default_and_trained_network_have_the_known_sizes() -> None:
+    default = measure_size(lambda: PlainConvUNet(1, num_classes=3, **FULL), 1, (128, 128, 128))
+    assert (round(default.parameters / 1e6, 2), round(default.macs / 1e9)) == (31.20, 477)
+    network = FasterFusionUNet(1, 3, **FULL)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 10.66
+    convs = [m for m in network.modules() if isinstance(m, (ConvDropoutNormReLU, FasterFusionBlock))]
+    assert (len(blocks_of(network)), len(convs)) == (10, 22)
+
+
+def test_residual_host_shrinks_as_counted() -> None:
+    kwargs = {k: v for k, v in FULL.items() if k != "n_conv_per_stage"}
+    kwargs |= {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6], "n_conv_per_stage_decoder": [1] * 5}
+
+    def parameters(build: Any) -> float:
+        return round(measure_size(build, 1, (64, 64, 64)).parameters / 1e6, 2)
+
+    assert parameters(lambda: ResidualEncoderUNet(1, num_classes=3, **kwargs)) == 102.35
+    assert parameters(deployed(lambda: FasterFusionUNet(1, 3, **kwargs))) == 23.36
+
+
+@pytest.mark.parametrize("case", PATCHES)
+def test_stem_pointwise_and_narrow_convolutions_stay(case: str) -> None:
+    network = build(case, threshold=16)
+    kept = [m for m in network.modules() if isinstance(m, ConvDropoutNormReLU)]
+    assert all(m.output_channels < 16 or max(m.conv.kernel_size) == 1 for m in kept)
+    assert all(b.geometry.output_channels >= 16 for b in blocks_of(network))
+    everything = build(case, threshold=1, divisor=2)
+    stem = next(m for m in everything.encoder.modules() if isinstance(m, ConvDropoutNormReLU))
+    assert stem.input_channels == 2
+    assert (
+        sum(isinstance(m, ConvDropoutNormReLU) and max(m.conv.kernel_size) > 1 for m in everything.modules())
+        == 1
+    )
+
+
+@pytest.mark.parametrize("case", PATCHES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("form", ["hybrid", "t", "dense"])
+def test_fused_network_equals_the_trained_one(case: str, options: str, form: Any) -> None:
+    network = build(case, **OPTIONS[options])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        network.to(dtype)
+        x = image(case, dtype)
+        fused = network.fuse(form)
+        assert distance(fused(x), network(x)) <= tolerance
+        assert not blocks_of(fused)
+    if OPTIONS[options].get("batch_norm"):
+        assert not [m for m in fused.modules() if isinstance(m, _BatchNorm)]
+
+
+@pytest.mark.parametrize("case", PATCHES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_evaluation_without_gradients_runs_the_fused_form_with_the_weights_of_training(
+    case: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = build(case, **OPTIONS[options])
+    x, keys = image(case), list(network.state_dict())
+    trained = network(x)
+    calls = []
+    monkeypatch.setattr(FasterFusionBlock, "forward", lambda self, x: calls.append(self))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert distance(network(x), trained) <= 1e-5
+    assert not calls
+    assert list(network.state_dict()) == keys
+
+
+def changed_by(change: str, network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    if change == "load_state_dict":
+        network.load_state_dict(other.state_dict())
+    elif change == "assign":
+        network.load_state_dict(other.state_dict(), assign=True)
+    elif change == "part":
+        network.encoder.load_state_dict(other.encoder.state_dict())
+        network.decoder.load_state_dict(other.decoder.state_dict())
+    elif change == "training":
+        network.train()
+        with torch.no_grad():
+            for p, q in zip(network._tensors(), other._tensors(), strict=True):
+                p.data = q.data.clone()
+        network.eval()
+    elif change == "in place":
+        with torch.no_grad():
+            for p, q in zip(network._tensors(), other._tensors(), strict=True):
+                p.copy_(q)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "assign", "part", "training", "in place"])
+def test_the_fused_form_follows_the_weights(change: str) -> None:
+    network, other = build(), build()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    x = image()
+    with torch.inference_mode():
+        network(x)
+    changed_by(change, network, other)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), other(x), rtol=0, atol=0)
+
+
+def test_the_fused_form_is_made_once_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, made, fuse = build(), [], FasterFusionUNet.fuse
+    monkeypatch.setattr(FasterFusionUNet, "fuse", lambda self: made.append(self) or fuse(self))
+    with torch.inference_mode():
+        for _ in range(3):
+            network(image())
+    assert len(made) == 1
+
+
+def test_casting_and_copying_leave_no_old_form() -> None:
+    network, x = build(), image()
+    with torch.inference_mode():
+        network(x)
+        twin = copy.deepcopy(network)
+        assert twin._fused is None
+        network.double()
+        assert network(x.double()).dtype == torch.float64
+
+
+def test_deep_supervision_switches_the_fused_form_too() -> None:
+    network, x = build(), image()
+    with torch.inference_mode():
+        assert isinstance(network(x), Tensor)
+        network.decoder.deep_supervision = True
+        assert len(network(x)) == 2
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_weight_of_blocks_gets_a_finite_gradient(options: str) -> None:
+    network = build(**OPTIONS[options])
+    network.decoder.deep_supervision = True
+    train_gradients(network, image())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_compiled_blocks_have_the_same_gradients_and_predictions(options: str) -> None:
+    torch._dynamo.reset()
+    network = build(**OPTIONS[options])
+    compiled = torch.compile(copy.deepcopy(network), backend="aot_eager")
+    for found, wanted in zip(
+        train_gradients(compiled, image()), train_gradients(network, image()), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    network.eval()
+    compiled.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(image()), network(image()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_channels_last_and_autocast_predict_the_same(options: str) -> None:
+    network = build(**OPTIONS[options])
+    x = image()
+    with torch.inference_mode():
+        wanted = network(x)
+        found = copy.deepcopy(network).to(memory_format=torch.channels_last_3d)(
+            x.to(memory_format=torch.channels_last_3d)
+        )
+        assert distance(found, wanted) <= 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert distance(network(x).float(), wanted) <= 0.1
+
+
+def test_norms_that_were_synchronised_between_gpus_are_fused() -> None:
+    network = build(threshold=8, batch_norm=True)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in synchronised.modules())
+    fused, x = synchronised.fuse(), image()
+    assert not [m for m in fused.modules() if isinstance(m, _BatchNorm)]
+    assert distance(fused(x), network(x)) <= 1e-5
+    network.load_state_dict(synchronised.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("case", PATCHES)
+@pytest.mark.parametrize("form", ["hybrid", "t", "dense"])
+def test_the_network_built_in_a_form_takes_its_weights(case: str, form: Any) -> None:
+    fused = build(case, **OPTIONS["batch norm"]).fuse(form)
+    torch.manual_seed(0)
+    empty = FasterFusionUNet(2, 3, **arguments(case), **OPTIONS["batch norm"], form=form)
+    empty.apply(empty.initialize)
+    empty.eval().load_state_dict(fused.state_dict(), strict=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(empty(image(case)), fused(image(case)), rtol=0, atol=0)
+
+
+def test_residual_blocks_start_as_identity() -> None:
+    network = FasterFusionUNet(2, 3, **arguments("resenc"), threshold=8)
+    network.apply(network.initialize)
+    last = [m.conv2 for m in network.encoder.modules() if isinstance(m, BasicBlockD)]
+    assert any(isinstance(block, FasterFusionBlock) for block in last)
+    for block in last:
+        x = torch.randn(2, block.geometry.input_channels, 4, 4, 4)
+        assert block.train()(x).abs().max() == 0
+
+
+def test_dropout_and_missing_nonlinearity_of_the_plans_are_kept() -> None:
+    kwargs = arguments("3d") | {"dropout_op": nn.Dropout3d, "dropout_op_kwargs": {"p": 0.5}, "nonlin": None}
+    network = FasterFusionUNet(2, 3, **kwargs, threshold=8)
+    assert all(block.dropout.p == 0.5 and block.nonlin is None for block in blocks_of(network))
+    network.eval()
+    assert distance(network.fuse()(image()), network(image())) <= 1e-5
+
+
+@pytest.mark.parametrize("host", ["plain", "resenc"])
+def test_planned_memory_follows_what_training_keeps(host: str) -> None:
+    kwargs = FULL | {"deep_supervision": True}
+    if host == "resenc":
+        kwargs = {k: v for k, v in kwargs.items() if k != "n_conv_per_stage"}
+        kwargs |= {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6], "n_conv_per_stage_decoder": [1] * 5}
+    patch = (64, 64, 64)
+
+    def ratio(options: dict[str, Any]) -> tuple[float, float]:
+        network = FasterFusionUNet(1, 3, **kwargs, **options)
+        held = measure_step(lambda: FasterFusionUNet(1, 3, **kwargs, **options), 1, patch).held
+        return network.compute_conv_feature_map_size(patch), held
+
+    plain, blocks = ratio({"threshold": 1000}), ratio({"threshold": 32})
+    assert blocks[0] / plain[0] == pytest.approx(blocks[1] / plain[1], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divisor": [4, 4]}, r"divisor needs one number or 3 of them \(n_stages\), got \[4, 4\]"),
+        ({"decoder_split": "down"}, "decoder_split must be .*got 'down'"),
+        ({"n_blocks_per_stage": [1, 1, 1]}, "either n_conv_per_stage"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FasterFusionUNet(1, 3, **arguments("3d"), **options)
+
+
+def test_a_fused_network_can_not_be_fused_again() -> None:
+    with pytest.raises(ValueError, match="fused already"):
+        build().fuse().fuse()
