@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_ext.architectures.blocks.copying import copied
 from nnunet_ext.architectures.blocks.faster_fusion import Form
-from nnunet_ext.architectures.blocks.folding import fold_batch_norms, fold_parametrizations
+from nnunet_ext.architectures.blocks.folding import fold_batch_norms, fold_parametrizations, is_foldable
 from nnunet_ext.architectures.blocks.onednn import computes_natively
+
+
+class NothingToFuseError(ValueError):
+    """A network has nothing that prediction could do without."""
 
 
 def fused(network: nn.Module, form: Form = "hybrid") -> nn.Module:
@@ -24,20 +28,23 @@ def fused(network: nn.Module, form: Form = "hybrid") -> nn.Module:
         form: of FasterFusion blocks.
 
     Raises:
-        ValueError: there is nothing to fuse or fold.
+        NothingToFuseError: see there.
     """
-    before = sum(p.numel() for p in network.parameters())
     fuse = getattr(network, "fuse", None)
+    nothing = NothingToFuseError(
+        f"{type(network).__name__} has no block to fuse and no batch norm behind a convolution: predict with it as it "
+        "was trained."
+    )
+    if not callable(fuse) and not is_foldable(network):
+        raise nothing
     if callable(fuse):
         result = fuse(form=form) if "form" in signature(fuse).parameters else fuse()
     else:
-        result = copy.deepcopy(network)
+        result = copied(network)
     folded = fold_batch_norms(result.eval()) + fold_parametrizations(result)
-    if not folded and sum(p.numel() for p in result.parameters()) == before:
-        raise ValueError(
-            f"{type(network).__name__} has no block to fuse and no batch norm behind a convolution: predict with it as "
-            "it was trained."
-        )
+    before, after = (sum(p.numel() for p in n.parameters()) for n in (network, result))
+    if not folded and after == before:
+        raise nothing
     return result
 
 

@@ -7,7 +7,6 @@ which the network becomes smaller, but hardly faster (docs/methods/faster_fusion
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from nnunet_ext.architectures.blocks.copying import copied
 from nnunet_ext.architectures.blocks.faster_fusion import (
     Downsample,
     FasterFusionBlock,
@@ -255,12 +255,7 @@ class FasterFusionUNet(nn.Module):
             raise ValueError(
                 f"This network is fused already (form={self.form!r}): fuse the one that was trained."
             )
-        clones = {
-            id(tensor): nn.Parameter(clone) if isinstance(tensor, nn.Parameter) else clone
-            for tensor in self._tensors()
-            for clone in [tensor.detach().clone()]
-        }
-        fused = copy.deepcopy(self, clones).eval()
+        fused = copied(self).eval()
         fused._fuse_in_place(form)
         return fused
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnunet_ext.benchmark.memory import ShapesOnly, measure_inference, measure_step
+from nnunet_ext.benchmark.memory import measure_inference, measure_step
 from nnunet_ext.benchmark.records import Method
 from nnunet_ext.benchmark.request import Request
 from nnunet_ext.benchmark.size import count_parameters, deployed, measure_size
@@ -53,7 +54,7 @@ def count(request: Request, trainer: str) -> Method:
 
 
 def _network(request: Request, builders: Builders) -> dict[str, Any]:
-    with ShapesOnly():
+    with FakeTensorMode():
         name = type(builders.train()).__name__
     return {"network": name, "parameters": count_parameters(builders.train)}
 

@@ -20,14 +20,6 @@ from torch.utils._pytree import tree_leaves
 GIB = 2**30
 
 
-class ShapesOnly(FakeTensorMode):
-    """PyTorch's fake tensors, for networks that copy themselves: `fuse()` returns a copy."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ShapesOnly:
-        """Stay the same: tensors of two modes can't meet."""
-        return self
-
-
 class StorageTracker(TorchDispatchMode):
     """Counts the bytes of all storages that are made while it is entered and still alive.
 
@@ -107,7 +99,7 @@ def measure_step(
         batch_size: patches per step.
         autocast_dtype: run the forward pass under CPU autocast of this dtype; None: float32.
     """
-    with ShapesOnly():
+    with FakeTensorMode():
         network = build().train()
         parameters = sum(p.numel() * p.element_size() for p in network.parameters())
         with StorageTracker() as tracker:
@@ -142,7 +134,7 @@ def measure_inference(
     Args:
         build, input_channels, patch_size, autocast_dtype: as for `measure_step`.
     """
-    with ShapesOnly(), torch.inference_mode():
+    with FakeTensorMode(), torch.inference_mode():
         network = build().eval()
         enabled = autocast_dtype is not None
         with (

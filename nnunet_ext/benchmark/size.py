@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_ext.benchmark.memory import ShapesOnly
+from nnunet_ext.architectures.deployed import NothingToFuseError, fused
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
         input_channels: channels of the image.
         patch_size: voxels per axis.
     """
-    with ShapesOnly(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad():
         network = build().eval()
         parameters = sum(p.numel() for p in network.parameters())
         with FlopCounterMode(display=False) as counter:
@@ -45,21 +45,18 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
 
 def count_parameters(build: Callable[[], nn.Module]) -> int:
     """Count the weights of a network without allocating them."""
-    with ShapesOnly():
+    with FakeTensorMode():
         return sum(p.numel() for p in build().parameters())
 
 
 def deployed(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a function that builds the network that predicts: in eval mode, fused where it has `fuse()`."""
+    """Return a function that builds the network that predicts: in eval mode, fused and folded where it can be."""
 
     def make() -> nn.Module:
         network = build().eval()
-        fuse = getattr(network, "fuse", None)
-        if not callable(fuse):
+        try:
+            return fused(network)
+        except NothingToFuseError:
             return network
-        with warnings.catch_warnings():
-            # Copying a fake tensor asks whether it has data.
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
-            return fuse().eval()
 
     return make

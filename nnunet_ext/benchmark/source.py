@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from copy import deepcopy
@@ -13,10 +12,13 @@ from typing import Any
 from nnunet_ext.benchmark.planned import setting_of_patch
 from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.errors import UsageError
+from nnunet_ext.files import read_json
 
 DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetPlans", "3d_fullres"
 DEFAULT_CHANNELS, DEFAULT_CLASSES = 1, 3
 PREPROCESSED = "nnUNet_preprocessed"
+
+_PLAN = "give files that nnU-Net wrote, or plan the data set again"
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class Source:
             setting = setting_of_patch(self.patch, self._dataset_json({}))
         elif self.plans_file is not None:
             dataset_file = self.plans_file.parent / "dataset.json"
-            found = read_json(dataset_file, "a data set's dataset.json") if dataset_file.is_file() else {}
+            found = read_json(dataset_file, _PLAN) if dataset_file.is_file() else {}
             setting = self._read(self.plans_file, found)
         else:
             folder = _dataset_folder(str(self.dataset))
-            dataset_json = read_json(folder / "dataset.json", "a data set's dataset.json")
+            dataset_json = read_json(folder / "dataset.json", _PLAN)
             setting = self._read(folder / f"{self.plans or DEFAULT_PLANS}.json", dataset_json)
         return setting if self.batch is None else _with_batch(setting, self.batch)
 
@@ -84,7 +86,7 @@ class Source:
                 raise UsageError(f"--{option} must be at least {smallest}, got {value}: enlarge it.")
 
     def _read(self, path: Path, dataset_json: Mapping[str, Any]) -> Setting:
-        plans = read_json(path, "plans of nnU-Net")
+        plans = read_json(path, _PLAN)
         configurations = plans.get("configurations")
         if not isinstance(configurations, dict) or not configurations:
             raise UsageError(f"plans of nnU-Net hold configurations, {path} holds none: give a plans file.")
@@ -113,27 +115,6 @@ class Source:
             classes = range(1, self.classes or DEFAULT_CLASSES)
             content["labels"] = {"background": 0, **{f"class {i}": i for i in classes}}
         return content
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UsageError: there is no such file, or it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"{what} must be readable, {path} is not ({error.strerror}): correct the path."
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"{what} must be whole JSON, {path} is not ({error}): write it again.") from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"{what} must be a JSON object, {path} holds a {type(content).__name__}: give another."
-        )
-    return content
 
 
 def _dataset_folder(dataset: str) -> Path:

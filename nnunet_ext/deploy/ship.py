@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nnunet_ext import __version__
 from nnunet_ext.architectures.blocks.faster_fusion import Form
 from nnunet_ext.architectures.blocks.onednn import computes_natively
-from nnunet_ext.architectures.deployed import DeployedNetwork, fused
+from nnunet_ext.architectures.deployed import DeployedNetwork, NothingToFuseError, fused
 from nnunet_ext.deploy import onnx
 from nnunet_ext.deploy.check import (
     FLOAT16_MAX,
@@ -153,7 +153,7 @@ class _Fold:
         trained = self._trained()
         try:
             network = fused(trained, self._options.form)
-        except ValueError as error:
+        except NothingToFuseError as error:
             raise UsageError(f"{self._model.trainer}: {error}") from error
         self._folder.mkdir()
         # What the predictor's ONNX file and the check of float16 need, before weights become half.

@@ -62,7 +62,8 @@ def test_all_registered_trainers_take_part_also_those_of_others(
 ) -> None:
     install("acme", trainer(ACME, "    pass"), trainers=[ACME])
     report = runner.run(Request(setting, machine, repeats=0))
-    assert list(rows(report)) == [BASELINE, *registry.names("trainers")]
+    trained = [name for name in registry.names("trainers") if name != "nnUNetTrainerDeployed"]
+    assert list(rows(report)) == [BASELINE, *trained]
     assert ACME in registry.names("trainers")
     acme = rows(report)[ACME]
     # One convolution of 1 -> 3 channels.

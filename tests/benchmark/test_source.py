@@ -125,7 +125,7 @@ PATCH = (16, 16, 16)
         ({"dataset": "8", "configuration": "2d"}, "found none: run nnUNetv2_plan_and_preprocess -d 8 first"),
         ({"dataset": "Dataset007", "configuration": "2d"}, "found none"),
         ({"dataset": "Tiny", "configuration": "2d"}, "a number or DatasetXXX_Name, got Tiny"),
-        ({"dataset": "7", "configuration": "2d", "plans": "no"}, r"no\.json is not \(No such file"),
+        ({"dataset": "7", "configuration": "2d", "plans": "no"}, r"no\.json is missing"),
         ({"dataset": "7", "configuration": "3d"}, "configurations 3d_fullres, 2d, 3d_half, got 3d: choose"),
     ],
 )
@@ -140,8 +140,8 @@ def test_mistake_is_refused_with_rule_value_and_cure(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"configurations": {"3d', r"must be whole JSON, .*plans\.json is not \("),
-        ("[]", "must be a JSON object, .* holds a list"),
+        ('{"configurations": {"3d', r"plans\.json can\'t be read \("),
+        ("[]", "must hold a JSON dict, got a list"),
         ("{}", "hold configurations, .* holds none"),
         ('{"configurations": []}', "hold configurations, .* holds none"),
         (
@@ -162,7 +162,7 @@ def test_file_that_is_no_plans_is_named(tmp_path: Path, text: str, message: str)
 def test_binary_file_is_no_plans(tmp_path: Path) -> None:
     file = tmp_path / "plans.json"
     file.write_bytes(b"\x80\x00\xff")
-    with pytest.raises(UsageError, match="must be whole JSON"):
+    with pytest.raises(UsageError, match=r"plans\.json can't be read"):
         Source(plans_file=file).setting()
 
 
@@ -180,5 +180,5 @@ def test_unset_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_dataset_json_is_named(planned_dataset: Path) -> None:
     (planned_dataset / "dataset.json").unlink()
-    with pytest.raises(UsageError, match=r"dataset\.json is not \(No such file"):
+    with pytest.raises(UsageError, match=r"dataset\.json is missing"):
         Source(dataset="7", configuration="2d").setting()

@@ -108,7 +108,7 @@ def test_files_are_written_on_request_only(
         ([*PATCH, "--time-patch", "9", "8", "8"], "must be divisible by 4 4 4"),
         ([*PATCH, "-tr", "nnUNetTrainerNobody"], "got nnUNetTrainerNobody: see `nnunet-ext list`"),
         ([*PATCH, "--device", "cuda"], "--device cuda needs an NVIDIA GPU"),
-        (["--plans", "nowhere.json"], "nowhere.json is not (No such file or directory)"),
+        (["--plans", "nowhere.json"], "nowhere.json is missing"),
         (["-d", "998", "-c", "2d"], "found none: run nnUNetv2_plan_and_preprocess -d 998 first."),
     ],
 )

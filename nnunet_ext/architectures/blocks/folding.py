@@ -16,6 +16,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
+def is_foldable(network: nn.Module) -> bool:
+    """Whether `fold_batch_norms` or `fold_parametrizations` would find something."""
+    parametrized = any(parametrize.is_parametrized(module) for module in network.modules())
+    return parametrized or any(True for _ in _pairs(network))
+
+
 def fold_batch_norms(network: nn.Module) -> int:
     """Fold in place what can be folded, computed in float64; return the number of batch norms that are gone.
 

@@ -7,13 +7,13 @@ and blocks that are recomputed in the backward pass, so that the branch keeps ne
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_ext.architectures.blocks.copying import copied
 from nnunet_ext.architectures.blocks.recomputation import run_recomputed
 from nnunet_ext.architectures.blocks.stages import ConvSpec, StageSpec
 
@@ -52,7 +52,7 @@ class VAENetwork(nn.Module):
 
     def fuse(self) -> VAENetwork:
         """Return the network for prediction: a copy without the branch."""
-        network = copy.deepcopy(self)
+        network = copied(self)
         network.vae = None
         return network
 
