@@ -77,7 +77,10 @@ def downsample_labels(labels: Tensor, strides: Sequence[int]) -> Tensor:
 
     Shape: (B, C, *patch) -> (B, C, *patch / strides), patch divisible by the strides.
     """
-    return labels[(..., *(slice(stride // 2, None, stride) for stride in strides))]
+    for axis, stride in enumerate(strides, start=2):
+        nearest = torch.arange(stride // 2, labels.shape[axis], stride, device=labels.device)
+        labels = labels.index_select(axis, nearest)
+    return labels
 
 
 @contextmanager
@@ -107,7 +110,7 @@ def _check(network: nn.Module) -> None:
         )
 
 
-def _replaced(module: nn.Module, **children: nn.Module | None) -> Any:
+def _replaced(module: Any, **children: nn.Module | None) -> Any:
     """A module with the same attributes and other children; what is not replaced is shared."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
