@@ -71,7 +71,7 @@ def standard_patch(patch: Sequence[int], k: Any, divisor: Sequence[int]) -> Size
             f"patch {list(patch)}: round its axes up."
         )
     exact = [size / factor for size, factor in zip(patch, ks, strict=True)]
-    if any(size < d for size, d in zip(exact, divisor, strict=True)):
+    if any(size < (1 - 1e-6) * d for size, d in zip(exact, divisor, strict=True)):
         raise ValueError(
             f"The standard patch of meU-net, the plans' patch {list(patch)} over k = {k}, is smaller than the product "
             f"of the strides, {list(divisor)}: use a smaller k or a larger patch."
