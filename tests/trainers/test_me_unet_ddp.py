@@ -14,7 +14,7 @@ from tests.trainers import me_unet_ddp_worker
 @pytest.mark.parametrize("name", me_unet_ddp_worker.NETWORKS)
 @pytest.mark.parametrize(
     ("compiled", "options"),
-    [(False, {}), (True, {}), (False, {"gradient_as_bucket_view": True}), (False, {"static_graph": True})],
+    [(False, {}), (True, {}), (False, {"gradient_as_bucket_view": True})],
 )
 def test_two_ranks_have_the_gradients_of_one_process(
     name: str, compiled: bool, options: dict[str, Any]
