@@ -19,6 +19,8 @@ TRAINERS = {
     "nnUNetTrainerHalfWidthBN",
     "nnUNetTrainerInvertible",
     "nnUNetTrainerInvertibleNoVAE",
+    "nnUNetTrainerMeReversible",
+    "nnUNetTrainerMeUNet",
     "nnUNetTrainerPartiallyInvertible",
     "nnUNetTrainerPartiallyInvertibleNoVAE",
     "nnUNetTrainerReversible",
@@ -26,6 +28,9 @@ TRAINERS = {
 PLANNERS = {
     "FasterFusionUNetPlanner",
     "InvertibleUNetPlanner",
+    "MeResEncUNetPlanner",
+    "MeReversibleUNetPlanner",
+    "MeUNetPlanner",
     "PartiallyInvertibleUNetPlanner",
     "ReversibleUNetDeepPlanner",
     "ReversibleUNetPlanner",
