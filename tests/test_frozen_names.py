@@ -20,6 +20,8 @@ TRAINERS = {
     "nnUNetTrainerHalfWidthBN",
     "nnUNetTrainerInvertible",
     "nnUNetTrainerInvertibleNoVAE",
+    "nnUNetTrainerMeReversible",
+    "nnUNetTrainerMeUNet",
     "nnUNetTrainerPartiallyInvertible",
     "nnUNetTrainerPartiallyInvertibleNoVAE",
     "nnUNetTrainerReversible",
@@ -27,6 +29,9 @@ TRAINERS = {
 PLANNERS = {
     "FasterFusionUNetPlanner",
     "InvertibleUNetPlanner",
+    "MeResEncUNetPlanner",
+    "MeReversibleUNetPlanner",
+    "MeUNetPlanner",
     "PartiallyInvertibleUNetPlanner",
     "ReversibleUNetDeepPlanner",
     "ReversibleUNetPlanner",

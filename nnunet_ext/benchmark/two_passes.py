@@ -1,0 +1,51 @@
+"""Bytes that meU-net's training step peaks at, measured at full size without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
+from nnunet_ext.benchmark.memory import ShapesOnly, StorageTracker, surrogate_loss
+
+
+def measure_two_passes(
+    build: Callable[[], nn.Module],
+    input_channels: int,
+    patch_size: Sequence[int],
+    standard_patch_size: Sequence[int],
+    batch_size: int = 2,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[int, int]:
+    """Measure the backward passes of the expanded patch, then of its centre.
+
+    Args:
+        build: returns the network; called under fake tensors.
+        input_channels: channels of the image.
+        patch_size: voxels per axis of the expanded patch, kP.
+        standard_patch_size: the same of the standard patch, P.
+        batch_size: patches per step.
+        autocast_dtype: run the forward passes under CPU autocast of this dtype; None: float32.
+
+    Returns:
+        Peak of the expanded pass alone, and peak of the whole step, as `measure_step` counts it.
+    """
+    with ShapesOnly():
+        network = build().train()
+        expanded_pass = ExpandedPass(network)
+        with StorageTracker() as tracker:
+
+            def run(part: nn.Module, data: Any) -> None:
+                enabled = autocast_dtype is not None
+                with torch.autocast("cpu", dtype=autocast_dtype or torch.bfloat16, enabled=enabled):
+                    outputs = part(data)
+                surrogate_loss(outputs).backward()
+
+            data = torch.empty(batch_size, input_channels, *patch_size)
+            run(expanded_pass, data)
+            expanded = tracker.peak
+            run(network, centre_crop(data, standard_patch_size))
+            return expanded, tracker.peak

@@ -1,0 +1,186 @@
+"""meU-net's training step: a large patch for the coarse levels, its centre for the whole network.
+
+Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-resolution Volumetric MicroCT Images"
+(MIDL). Different from the paper: the two losses go backward one after the other, so that the peak is the larger of
+both and not their sum; gradients are the same, because instance norm has no statistics across patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from nnunet_ext.architectures.blocks.expanded_patch import Size, divisors, standard_patch
+from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop, downsample_labels
+
+
+class MeUNetTrainerMixin:
+    """Two-pass training step for trainers; place it before nnUNetTrainer.
+
+    The plans' patch is the expanded patch kP; loading, augmentation and prediction are nnU-Net's own. One step:
+
+        1. kP: ``w L(level-2 logits)``, gradient for levels 2 and coarser, backward
+        2. P, the centre of kP: ``(1 - w) L(logits)``, the whole network, nnU-Net's loss, backward
+        3. one clip, one step of the optimiser
+
+    Attributes:
+        k: size of kP over that of P, one number or one per axis, where the plans do not say it.
+        expanded_weight: w.
+        expanded_deep_supervision: whether the expanded patch supervises all levels from the second on, with
+            nnU-Net's weights, and not the second alone.
+    """
+
+    k: float | Sequence[float] = 1.5
+    expanded_weight = 0.5
+    expanded_deep_supervision = False
+
+    def initialize(self: Any) -> None:
+        """Initialise as nnU-Net does; check the patches before."""
+        self.standard_patch = plan_standard_patch(self.configuration_manager, self.k)
+        super().initialize()  # type: ignore[misc]
+        self.is_expanded = self.standard_patch != tuple(self.configuration_manager.patch_size)
+        self.expanded_pass = self.make_expanded_pass(_bare(self.network))
+        self.print_to_log_file(
+            f"meU-net: expanded patch {list(self.configuration_manager.patch_size)}, standard patch "
+            f"{list(self.standard_patch)}"
+            + ("." if self.is_expanded else ": nothing is expanded, so this is nnU-Net's own training step.")
+        )
+
+    def make_expanded_pass(self: Any, network: nn.Module) -> ExpandedPass:
+        """Make the expanded pass of a network, compiled where nnU-Net compiles."""
+        expanded = ExpandedPass(network, self.expanded_deep_supervision)
+        if self._do_i_compile():
+            expanded.compile_levels()
+        return expanded
+
+    def train_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """Backward passes of both patches, then one step of the optimiser."""
+        if not self.is_expanded:
+            return super().train_step(batch)  # type: ignore[misc]
+        target = batch["target"]
+        target = target[0] if isinstance(target, list) else target  # the coarser ones follow from it
+        data, target = (x.to(self.device, non_blocking=True) for x in (batch["data"], target))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.accumulate_gradients(data, target)
+        self.update_weights()
+        return {"loss": loss.cpu().numpy()}
+
+    def accumulate_gradients(self: Any, data: Tensor, target: Tensor) -> Tensor:
+        """Add up the gradients of both patches.
+
+        Args:
+            data: the expanded patch, (B, C, *kP).
+            target: its labels at full resolution.
+
+        Returns:
+            The joint loss.
+        """
+        weight = self.expanded_weight
+        # Not through DDP's wrapper: like a pass under `no_sync`, it adds to the gradients of this rank, which DDP
+        # averages in the standard pass (tests/trainers/test_me_unet.py).
+        expanded = self.backward(self.expanded_pass, self.expanded_loss, data, target, weight)
+        data, target = (centre_crop(x, self.standard_patch) for x in (data, target))
+        return expanded + self.backward(self.network, self.standard_loss, data, target, 1 - weight)
+
+    def backward(
+        self: Any,
+        network: nn.Module,
+        loss_of: Callable[[Any, Tensor], Tensor],
+        data: Tensor,
+        target: Tensor,
+        weight: float,
+    ) -> Tensor:
+        """Forward and backward pass of one patch; return its weighted loss, detached."""
+        on_cuda = self.device.type == "cuda"  # as in nnU-Net
+        with torch.autocast("cuda") if on_cuda else dummy_context():
+            loss = weight * loss_of(network(data), target)
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+        return loss.detach()
+
+    def standard_loss(self: Any, output: Any, target: Tensor) -> Tensor:
+        """nnU-Net's loss of the whole network, `target` at full resolution."""
+        if not isinstance(output, (list, tuple)):
+            return self.loss(output, target)
+        return self.loss(output, [downsample_labels(target, s) for s in self._level_strides()])
+
+    def expanded_loss(self: Any, output: Any, target: Tensor) -> Tensor:
+        """The same loss of level 2, or of all levels from the second on; `target` at full resolution."""
+        loss = self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
+        _, *strides = self._level_strides()
+        if not isinstance(output, (list, tuple)):
+            return loss(output, downsample_labels(target, strides[0]))
+        weights = np.array([1 / 2**i for i in range(len(strides))])
+        weights[1:][-1:] = 0  # as in nnU-Net, not the coarsest, unless it is the only one
+        return DeepSupervisionWrapper(loss, weights / weights.sum())(
+            output, [downsample_labels(target, s) for s in strides]
+        )
+
+    def update_weights(self: Any) -> None:
+        """Clip the gradients and step, as nnU-Net does."""
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+
+    def validation_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """Validate at kP sample by sample: a whole batch could need more memory than the training step."""
+        # Under DDP ranks may hold different numbers of samples, and would wait for each other in the Dice loss.
+        if not self.is_expanded or self.is_ddp:
+            return super().validation_step(batch)  # type: ignore[misc]
+        found = [super(MeUNetTrainerMixin, self).validation_step(sample) for sample in _samples(batch)]  # type: ignore[misc]
+        sums = {key: sum(result[key] for result in found) for key in found[0]}
+        return {**sums, "loss": sums["loss"] / len(found)}
+
+    def _level_strides(self: Any) -> list[list[int]]:
+        """Strides from the patch to each level that has a head, finest first."""
+        return np.cumprod(self.configuration_manager.pool_op_kernel_sizes, axis=0)[:-1].tolist()
+
+
+def plan_standard_patch(configuration: ConfigurationManager, default_k: float | Sequence[float]) -> Size:
+    """The standard patch of a configuration.
+
+    Args:
+        configuration: its ``me_unet`` holds k, and beside it `MeUNetPlanner` writes ``standard_patch_size``.
+        default_k: where the configuration has no k.
+
+    Raises:
+        ValueError: k, the patch or the stages do not fit, or k and the noted standard patch contradict each other.
+    """
+    noted = configuration.configuration.get("me_unet", {})
+    patch = tuple(configuration.patch_size)
+    divisor = divisors(configuration.pool_op_kernel_sizes, len(patch))
+    k = noted.get("k", default_k)
+    size = standard_patch(patch, k, divisor)
+    if tuple(noted.get("standard_patch_size", size)) != size:
+        raise ValueError(
+            f"The plans note the standard patch {noted['standard_patch_size']}, but the patch {list(patch)} over k = "
+            f"{k} gives {list(size)}: correct one of them, or remove standard_patch_size."
+        )
+    return size
+
+
+def _bare(network: nn.Module) -> nn.Module:
+    """The network without the wrappers of DDP and torch.compile."""
+    inner = getattr(network, "module", network)
+    return inner._orig_mod if isinstance(inner, OptimizedModule) else inner
+
+
+def _samples(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """A batch for each sample."""
+
+    def one(x: Any, i: int) -> Any:
+        return [one(entry, i) for entry in x] if isinstance(x, list) else x[i : i + 1]
+
+    return [{key: one(batch[key], i) for key in ("data", "target")} for i in range(len(batch["data"]))]

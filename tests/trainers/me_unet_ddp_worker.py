@@ -1,0 +1,63 @@
+"""One rank of the DDP test of meU-net's step; a module of its own because ranks are spawned."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass
+from nnunet_ext.architectures.reversible_unet import ReversibleUNet
+from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, _bare
+from tests.contract.plans import arguments
+
+NETWORKS = {"PlainConvUNet": PlainConvUNet, "ReversibleUNet": ReversibleUNet}
+STEPS = 3
+
+
+class Step(MeUNetTrainerMixin):
+    """The step alone, with a loss whose gradient is that of a mean over the batch."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.device, self.grad_scaler = torch.device("cpu"), None
+        self.network, self.expanded_pass = network, ExpandedPass(_bare(network))
+        self.standard_patch = (8, 8, 8)
+        self.configuration_manager = SimpleNamespace(pool_op_kernel_sizes=arguments("3d")["strides"])
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        pairs = zip(output, target, strict=True) if isinstance(output, list) else [(output, target)]
+        return sum((a - b).square().mean() for a, b in pairs)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name](input_channels=2, num_classes=3, deep_supervision=True, **arguments("3d")).train()
+
+
+def run(rank: int, world_size: int, name: str, port: int, compiled: bool, options: dict[str, Any]) -> None:
+    """Steps on this rank's half of the batch; gradients must equal those of one process on the whole."""
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        torch.manual_seed(1)
+        data, target = torch.randn(2 * world_size, 2, 16, 16, 16), torch.randn(2 * world_size, 1, 16, 16, 16)
+        alone = Step(build(name))
+        alone.accumulate_gradients(data, target)
+        network = build(name)
+        inner = torch.compile(network, backend="aot_eager") if compiled else network
+        ours = Step(DistributedDataParallel(inner, **options))
+        mine = slice(2 * rank, 2 * rank + 2)
+        for _ in range(STEPS):  # DDP builds its buckets anew after the first
+            network.zero_grad(set_to_none=True)
+            ours.accumulate_gradients(data[mine], target[mine])
+            for found, wanted in zip(network.parameters(), alone.network.parameters(), strict=True):
+                torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-5)
+    finally:
+        dist.destroy_process_group()
