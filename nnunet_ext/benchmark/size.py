@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_ext.benchmark.memory import ShapesOnly
+from nnunet_ext.benchmark.memory import ShapesOnly, with_assumed_share
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
         patch_size: voxels per axis.
     """
     with ShapesOnly(), torch.no_grad():
-        network = build().eval()
+        network = with_assumed_share(build().eval())
         parameters = sum(p.numel() for p in network.parameters())
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, input_channels, *patch_size))
@@ -53,7 +53,7 @@ def deployed(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """Return a function that builds the network that predicts: in eval mode, fused where it has `fuse()`."""
 
     def make() -> nn.Module:
-        network = build().eval()
+        network = with_assumed_share(build().eval())
         fuse = getattr(network, "fuse", None)
         if not callable(fuse):
             return network

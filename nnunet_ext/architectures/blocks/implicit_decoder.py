@@ -96,14 +96,15 @@ class SegmentationHeads(nn.Linear):
         self.regions = bool(state)
 
 
-def flat_index(points: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+def flat_index(points: Tensor, size: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
     """Row-major index of the voxel of a map that holds each point.
 
     Shape: points (..., dims) of the patch, map of `size` = patch / stride -> (...).
     """
     index = torch.zeros_like(points[..., 0])
-    for axis, (n, s) in enumerate(zip(size, stride, strict=True)):
-        index = index * n + points[..., axis].div(s, rounding_mode="floor")
+    for axis, n in enumerate(size):
+        along = points[..., axis]
+        index = index * n + (along if stride is None else along.div(stride[axis], rounding_mode="floor"))
     return index
 
 
@@ -227,7 +228,7 @@ class PointDecoder(nn.Module):
             patch: voxels per axis.
             n_points: points that will look maps up; a map is multiplied as a whole where it has fewer voxels.
         """
-        weights = [layer.weight() for layer in self.layers]
+        weights = [layer.weight() for layer in self._layers()]
         levels = [
             Level(f.flatten(2), tuple(f.shape[2:]), s) for f, s in zip(features, self.strides, strict=True)
         ]
@@ -251,9 +252,9 @@ class PointDecoder(nn.Module):
         Shape: (B, K, dims) -> (B, num_classes, K).
         """
         z = self._products(maps, points) if self.split else _concatenated(maps, points)
-        h = z[..., : self.width] if self.split else F.linear(z, maps.weights[0], self.layers[0].bias)
+        h = z[..., : self.width] if self.split else F.linear(z, maps.weights[0], self._layers()[0].bias)
         h = self.activation(h)
-        for i, (layer, weight) in enumerate(zip(self.layers, maps.weights, strict=True)):
+        for i, (layer, weight) in enumerate(zip(self._layers(), maps.weights, strict=True)):
             if i == 0:
                 continue
             if i != self.skip:
@@ -266,9 +267,12 @@ class PointDecoder(nn.Module):
             h = self.activation(h)
         return self.seg_layers(h).transpose(1, 2)
 
+    def _layers(self) -> list[WeightNormLinear]:
+        return list(self.layers)  # type: ignore[arg-type]
+
     def _input_product(self, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Weights and bias of both products with z, stacked: (width or 2 width, d_in)."""
-        bias: Tensor = self.layers[0].bias  # type: ignore[assignment]
+        bias: Tensor = self._layers()[0].bias
         if self.skip < 0:
             return weights[0], bias
         stacked = torch.cat([weights[0], weights[self.skip][:, self.width :]])

@@ -24,8 +24,7 @@ def points_per_patch(n_points: int, patch: Sequence[int]) -> int:
 
 def at_points(values: Tensor, points: Tensor) -> Tensor:
     """Values of a map at voxels. Shape: (B, C, *patch), (B, K, dims) -> (B, C, K)."""
-    size = values.shape[2:]
-    index = flat_index(points, size, [1] * len(size))[:, None]
+    index = flat_index(points, values.shape[2:])[:, None]
     return values.flatten(2).gather(2, index.expand(-1, values.shape[1], -1))
 
 

@@ -9,7 +9,7 @@ beyond. Then every connected object that a decoded voxel touched is there as den
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from nnunet_ext.architectures.blocks.implicit_decoder import nearest
+from nnunet_ext.architectures.blocks.implicit_decoder import flat_index, nearest
 
 # Logits at voxels: (n, dims) -> (C, n).
 Decode = Callable[[Tensor], Tensor]
@@ -86,14 +86,17 @@ class Mesh:
         return torch.cartesian_prod(*axes).view(-1, len(axes))
 
     def voxels(self, cells: Tensor) -> Tensor:
-        """Voxels of cells. Shape: (n,) row-major indices -> (voxels, dims)."""
-        starts = unravel(cells, self.size) * torch.tensor(self.spacing, device=cells.device)
-        axes = [torch.arange(s, device=cells.device) for s in self.spacing]
-        offsets = torch.cartesian_prod(*axes).view(-1, len(axes))
-        voxels = (starts[:, None] + offsets).flatten(0, 1)
+        """Voxels of cells inside the patch. Shape: (n,) row-major indices -> (voxels, dims)."""
+        voxels = self.voxels_of_each(cells).flatten(0, 1)
         if all(n % s == 0 for n, s in zip(self.patch, self.spacing, strict=True)):
             return voxels
         return voxels[(voxels < torch.tensor(self.patch, device=cells.device)).all(1)]
+
+    def voxels_of_each(self, cells: Tensor) -> Tensor:
+        """Voxels of each cell, also those beyond the patch. Shape: (n,) -> (n, voxels of a cell, dims)."""
+        starts = unravel(cells, self.size) * torch.tensor(self.spacing, device=cells.device)
+        axes = [torch.arange(s, device=cells.device) for s in self.spacing]
+        return starts[:, None] + torch.cartesian_prod(*axes).view(-1, len(axes))
 
     def pooled(self, values: Tensor, margin: int = 0) -> Tensor:
         """Largest value of each cell, widened by `margin` voxels on each side. Shape: (C, *patch) -> (C, *cells)."""
@@ -133,18 +136,9 @@ def unravel(index: Tensor, size: Sequence[int]) -> Tensor:
     return torch.stack(axes[::-1], -1)
 
 
-def ravel(points: Tensor, size: Sequence[int]) -> Tensor:
-    """Coordinates to row-major index. Shape: (n, dims) -> (n,)."""
-    index = torch.zeros_like(points[:, 0])
-    for axis, n in enumerate(size):
-        index = index * n + points[:, axis]
-    return index
-
-
-def in_chunks(decode: Decode, points: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Decode points piece by piece; give each piece with its logits."""
-    for piece in points.split(chunk_size):
-        yield piece, decode(piece)
+def decoded(decode: Decode, voxels: Tensor, chunk_size: int) -> Tensor:
+    """Decode voxels in chunks. Shape: (n, dims) -> (C, n)."""
+    return torch.cat([decode(piece) for piece in voxels.split(chunk_size)], 1)
 
 
 def dense_logits(decode: Decode, patch: Sequence[int], chunk_size: int, device: torch.device) -> Tensor:
@@ -192,8 +186,7 @@ class SparsePrediction:
         """
         mesh, chunk = self._mesh, self._refinement.chunk_size
         centres = mesh.centres(finest.device)
-        pieces = [values for _, values in in_chunks(self._decode, centres, chunk)]
-        coarse = torch.cat(pieces, 1).unflatten(1, mesh.size)
+        coarse = decoded(self._decode, centres, chunk).unflatten(1, mesh.size)
         labels = self._labels(coarse)
         wanted = (mesh.widened(labels) != -mesh.widened(-labels)).any(0) | self._unsure(coarse)
         wanted = self._with_second_look(wanted, labels, finest)
@@ -221,14 +214,16 @@ class SparsePrediction:
         """Decode as many cells as assumed, evenly spread."""
         cells = prod(self._mesh.size)
         self.refined = ceil((self._assumed_share or 0) * cells)
-        chosen = torch.linspace(0, cells - 1, self.refined, device=logits.device).long()
-        self._decode_cells(chosen, logits, None)
+        if self.refined:
+            chosen = torch.linspace(0, cells - 1, self.refined, device=logits.device).long()
+            self._decode_cells(chosen, logits, None)
 
     def _decode_cells(self, cells: Tensor, logits: Tensor, labels: Tensor | None) -> None:
         """Write logits, and labels where given, of all voxels of cells."""
         voxels = self._mesh.voxels(cells)
-        for piece, values in in_chunks(self._decode, voxels, self._refinement.chunk_size):
-            index = ravel(piece, self._mesh.patch)
+        for piece in voxels.split(self._refinement.chunk_size):
+            values = self._decode(piece)
+            index = flat_index(piece, self._mesh.patch)
             logits.view(len(logits), -1)[:, index] = values
             if labels is not None:
                 labels.view(len(labels), -1)[:, index] = self._labels(values)
@@ -264,9 +259,7 @@ class SparsePrediction:
         highest = mesh.pooled(deviation)[0]
         chosen = highest.masked_fill(wanted, -1).flatten().topk(count).indices
         voxels = self._most_deviant(deviation, chosen)
-        logits = torch.cat(
-            [values for _, values in in_chunks(self._decode, voxels, self._refinement.chunk_size)], 1
-        )
+        logits = decoded(self._decode, voxels, self._refinement.chunk_size)
         mixed = (self._labels(logits) != labels.flatten(1)[:, chosen]).any(0) | self._unsure(logits)
         found = torch.zeros(mesh.size, device=finest.device).flatten()
         found = found.scatter(0, chosen, mixed.float()).view(1, *mesh.size)
@@ -275,7 +268,7 @@ class SparsePrediction:
     def _deviation(self, finest: Tensor) -> Tensor:
         """Squared distance of the finest features to those of the cell's mesh point. (C, *patch) -> (1, *patch)."""
         mesh = self._mesh
-        centres = ravel(mesh.centres(finest.device), mesh.patch)
+        centres = flat_index(mesh.centres(finest.device), mesh.patch)
         deviation = torch.zeros(1, *mesh.patch, device=finest.device)
         for (
             channel
@@ -287,11 +280,8 @@ class SparsePrediction:
     def _most_deviant(self, deviation: Tensor, cells: Tensor) -> Tensor:
         """Voxel of largest deviation of each cell. Shape: (1, *patch), (n,) -> (n, dims)."""
         mesh = self._mesh
-        axes = [torch.arange(s, device=cells.device) for s in mesh.spacing]
-        offsets = torch.cartesian_prod(*axes).view(-1, len(axes))
-        starts = unravel(cells, mesh.size) * torch.tensor(mesh.spacing, device=cells.device)
         last = torch.tensor(mesh.patch, device=cells.device) - 1
-        voxels = (starts[:, None] + offsets).minimum(last)  # (n, voxels of a cell, dims)
-        values = deviation.flatten()[ravel(voxels.flatten(0, 1), mesh.patch)].view(voxels.shape[:2])
+        voxels = mesh.voxels_of_each(cells).minimum(last)
+        values = deviation.flatten()[flat_index(voxels.flatten(0, 1), mesh.patch)].view(voxels.shape[:2])
         chosen = values.argmax(1)[:, None, None].expand(-1, 1, voxels.shape[2])
         return voxels.gather(1, chosen)[:, 0]
