@@ -109,7 +109,7 @@ class ImplicitUNet(nn.Module):
         threshold: float = 0.05,
         second_look: float = 0.25,
         dense_above: float = 0.5,
-        chunk_size: int = 32768,
+        chunk_size: int = 16384,
     ) -> None:
         super().__init__()
         _check_options(decoder_width, decoder_depth, frequencies, mesh_spacing, dropout, n_points, max_stride)
@@ -174,8 +174,8 @@ class ImplicitUNet(nn.Module):
 
     def _dense(self, features: list[Tensor], patch: tuple[int, ...]) -> Tensor:
         """Logits of all voxels of one sample. Shape: maps (1, C_l, *) -> (num_classes, *patch)."""
-        # Prediction asks for about an eighth of the voxels, so larger maps are not worth a whole product.
-        maps: Maps = self.point_decoder.prepare(features, patch, prod(patch) // 8)
+        # Sparse prediction asks for a few voxels in a hundred: larger maps are not worth a whole product.
+        maps: Maps = self.point_decoder.prepare(features, patch, prod(patch) // 32)
 
         def decode(voxels: Tensor) -> Tensor:
             return self.point_decoder.decode(maps, voxels[None])[0]

@@ -260,7 +260,7 @@ class PointDecoder(nn.Module):
             if i != self.skip:
                 h = F.linear(h, weight, layer.bias)
             elif self.split:
-                h = F.linear(h, weight[:, : self.width], layer.bias) + z[..., self.width :]
+                h = F.linear(h, weight[:, : self.width], layer.bias).add_(z[..., self.width :])
                 del z
             else:
                 h = F.linear(torch.cat([h, z], -1), weight, layer.bias)
@@ -300,15 +300,15 @@ class PointDecoder(nn.Module):
             terms.append(_rows(maps.product.values.flatten(0, 1), rows + offsets))
         terms += [_rows(table, points[..., axis]) for axis, table in enumerate(maps.tables)]
         if maps.fine_weight is None and maps.bias is not None:
-            terms[0] = terms[0] + maps.bias
+            terms[0] = terms[0] + maps.bias.to(terms[0].dtype)
         return _sum(terms)
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors, one after the other."""
+    """Sum of tensors, in the memory of the first: these are the largest of a step, and nothing keeps them."""
     total = terms[0]
     for term in terms[1:]:
-        total = total + term
+        total = total.add_(term)
     return total
 
 

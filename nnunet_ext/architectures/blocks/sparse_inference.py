@@ -33,7 +33,7 @@ class Refinement:
         threshold: so is one where a foreground class that did not win is more likely than this.
         second_look: share of the cells (those not refined yet, of most deviant features) that get a second point.
         dense_above: share of cells above which everything is decoded.
-        chunk_size: voxels that are decoded at a time; at width 512 a voxel takes about 10 KiB in float32.
+        chunk_size: voxels that are decoded at a time; at width 512 a voxel takes about 16 KiB in float32.
 
     Raises:
         ValueError: a share outside 0 to 1, chunk_size below 1.
@@ -43,7 +43,7 @@ class Refinement:
     threshold: float = 0.05
     second_look: float = 0.25
     dense_above: float = 0.5
-    chunk_size: int = 32768
+    chunk_size: int = 16384
 
     def __post_init__(self) -> None:
         for name in ("margin", "threshold", "second_look", "dense_above"):
