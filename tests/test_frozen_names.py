@@ -7,6 +7,7 @@ from nnunet_ext import registry
 # Networks by dotted path, as plans hold them; trainers and planners by class name, as checkpoints and plans do.
 ARCHITECTURES = {
     "nnunet_ext.architectures.faster_fusion_unet.FasterFusionUNet",
+    "nnunet_ext.architectures.implicit_unet.ImplicitUNet",
     "nnunet_ext.architectures.invertible_unet.InvertibleUNet",
     "nnunet_ext.architectures.partially_invertible_unet.PartiallyInvertibleUNet",
     "nnunet_ext.architectures.reversible_unet.ReversibleUNet",
@@ -18,6 +19,8 @@ TRAINERS = {
     "nnUNetTrainerFasterFusionFast",
     "nnUNetTrainerHalfWidth",
     "nnUNetTrainerHalfWidthBN",
+    "nnUNetTrainerImplicit",
+    "nnUNetTrainerImplicitLite",
     "nnUNetTrainerInvertible",
     "nnUNetTrainerInvertibleNoVAE",
     "nnUNetTrainerMeReversible",
@@ -28,6 +31,7 @@ TRAINERS = {
 }
 PLANNERS = {
     "FasterFusionUNetPlanner",
+    "ImplicitUNetPlanner",
     "InvertibleUNetPlanner",
     "MeResEncUNetPlanner",
     "MeReversibleUNetPlanner",

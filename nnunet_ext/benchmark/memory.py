@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
+ASSUMED_SHARE = 0.1  # of a patch that sparse prediction refines; shapes and random weights can't tell
 
 
 class StorageTracker(TorchDispatchMode):
@@ -105,12 +106,31 @@ def measure_step(
         with StorageTracker() as tracker:
             enabled = autocast_dtype is not None
             with torch.autocast("cpu", dtype=autocast_dtype or torch.bfloat16, enabled=enabled):
-                outputs = network(torch.empty(batch_size, input_channels, *patch_size))
+                outputs = training_outputs(network, torch.empty(batch_size, input_channels, *patch_size))
             held = tracker.current
             loss = surrogate_loss(outputs)
             del outputs
             loss.backward()
             return StepMemory(held, tracker.peak, parameters)
+
+
+def training_outputs(network: nn.Module, x: Tensor) -> Any:
+    """Run a network as training does, with what its `training_inputs(x)` gives beside the image, where it has that.
+
+    Args:
+        network: in training mode.
+        x: image (B, C, *patch).
+    """
+    inputs = getattr(network, "training_inputs", None)
+    return network(x, **(inputs(x) if callable(inputs) else {}))
+
+
+def with_assumed_share(network: nn.Module) -> nn.Module:
+    """Let a network whose prediction refines as much as the image asks for refine `ASSUMED_SHARE`; return it."""
+    assume = getattr(network, "assume_refined_share", None)
+    if callable(assume):
+        assume(ASSUMED_SHARE)
+    return network
 
 
 def surrogate_loss(outputs: Any) -> Tensor:
@@ -135,7 +155,7 @@ def measure_inference(
         build, input_channels, patch_size, autocast_dtype: as for `measure_step`.
     """
     with FakeTensorMode(), torch.inference_mode():
-        network = build().eval()
+        network = with_assumed_share(build().eval())
         enabled = autocast_dtype is not None
         with (
             StorageTracker() as tracker,

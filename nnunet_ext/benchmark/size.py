@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ext.architectures.deployed import NothingToFuseError, fused
+from nnunet_ext.benchmark.memory import with_assumed_share
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
         patch_size: voxels per axis.
     """
     with FakeTensorMode(), torch.no_grad():
-        network = build().eval()
+        network = with_assumed_share(build().eval())
         parameters = sum(p.numel() for p in network.parameters())
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, input_channels, *patch_size))
@@ -53,7 +54,7 @@ def deployed(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """Return a function that builds the network that predicts: in eval mode, fused and folded where it can be."""
 
     def make() -> nn.Module:
-        network = build().eval()
+        network = with_assumed_share(build().eval())
         try:
             return fused(network)
         except NothingToFuseError:

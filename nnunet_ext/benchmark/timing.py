@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_ext.benchmark.machine import Machine
-from nnunet_ext.benchmark.memory import surrogate_loss
+from nnunet_ext.benchmark.memory import surrogate_loss, training_outputs
 
 Work = Callable[[], None]
 
@@ -33,10 +34,10 @@ class TrainingStep:
             self._parameters, lr=0.0, weight_decay=3e-5, momentum=0.99, nesterov=True
         )
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, x: Tensor) -> Any:
         """(B, C, *patch) -> logits, with deep supervision a list of them."""
         with self._machine.autocast():
-            return self._network(x)
+            return training_outputs(self._network, x)
 
     def finish(self, outputs: Tensor | list[Tensor]) -> None:
         """Loss, backward, clipping and step; leaves no gradients."""

@@ -1,0 +1,294 @@
+"""Implicit U-Net: a convolutional encoder, and a decoder that is asked at points.
+
+Naval Marimont and Tarroni 2022, "Implicit U-Net for Volumetric Medical Image Segmentation" (MIUA),
+https://arxiv.org/abs/2206.15217. Different from the paper: sizes, strides, kernels and norm come from nnU-Net's plans;
+the decoder's input product is split over the feature maps (exact); points are voxels; prediction looks a second time
+where a coarse mesh could miss something. docs/methods/implicit.md holds equations and decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from nnunet_ext.architectures.blocks.implicit_decoder import Maps, PointDecoder
+from nnunet_ext.architectures.blocks.planned_memory import counted_elements
+from nnunet_ext.architectures.blocks.point_sampling import points_per_patch
+from nnunet_ext.architectures.blocks.sparse_inference import Mesh, Refinement, SparsePrediction, dense_logits
+
+CONVS_PER_STAGE = (2, 2, 4, 4, 1)  # of the paper; further stages have one
+
+
+def per_stage(value: Any, n_stages: int, dim: int) -> list[tuple[int, ...]]:
+    """Sizes per stage and axis, from one number, one per stage, or one per stage and axis."""
+    values = [value] * n_stages if isinstance(value, int) else list(value)
+    if len(values) != n_stages:
+        raise ValueError(f"The plans hold {len(values)} values for {n_stages} stages: {value}.")
+    return [(v,) * dim if isinstance(v, int) else tuple(int(n) for n in v) for v in values]
+
+
+class ImplicitUNet(nn.Module):
+    """Implicit U-Net (Naval Marimont, Tarroni 2022): trained on points, predicts sparsely; 0.41x of the parameters.
+
+    `forward(x)` gives dense logits; in eval mode it decodes a coarse mesh and then what the mesh leaves open.
+    `forward(x, points=p)` gives logits at voxels: this is how it is trained. Arguments that are not listed mean what
+    they mean in nnU-Net's plans; depths of the plans (`n_conv_per_stage`, `n_blocks_per_stage`, the decoder's) are
+    not used.
+
+    Args:
+        input_channels: channels of the image.
+        num_classes: channels of the logits.
+        deep_supervision: there is none; accepted because nnU-Net passes it.
+        decoder_width: of the hidden layers (paper: 512).
+        decoder_depth: hidden layers (paper: 8).
+        frequencies: octaves of the positional encoding per axis (paper: 10). None: min(10, floor(log2 size)).
+        mesh_spacing: voxels between mesh points along the finest axes (paper: 4); smaller along axes that the encoder
+            strides later and along axes of fewer than eight cells. Or one number per axis.
+        dropout: probability in the decoder (paper: 0.2).
+        split: split the decoder's input product; False concatenates: same weights, the reference of tests.
+        sparse: predict sparsely in eval mode; False decodes every voxel.
+        n_points: voxels per patch in training (paper: 30,000), at most a quarter of the patch.
+        max_stride: leading stages of the plans are taken while no axis is strided by more, in voxels (paper: 16).
+        convs_per_stage: of the encoder; None: 2, 2, 4, 4, then 1 (paper).
+        smooth: average the logits over 3 voxels per axis (paper); can erase small objects.
+        margin, threshold, second_look, dense_above, chunk_size: see
+            `nnunet_ext.architectures.blocks.sparse_inference.Refinement`.
+
+    Shape: (B, input_channels, *patch) -> (B, num_classes, *patch);
+        with points (B, K, dims), int64 voxels of the patch -> (B, num_classes, K).
+
+    Raises:
+        ValueError: lists that do not fit n_stages, even kernels, options out of their range, points of another shape
+            or type.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[_ConvNd],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+        n_conv_per_stage: int | Sequence[int] | None = None,
+        n_blocks_per_stage: int | Sequence[int] | None = None,
+        n_conv_per_stage_decoder: int | Sequence[int] | None = None,
+        conv_bias: bool = False,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: Mapping[str, Any] | None = None,
+        dropout_op: type[_DropoutNd] | None = None,
+        dropout_op_kwargs: Mapping[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: Mapping[str, Any] | None = None,
+        deep_supervision: bool = False,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        frequencies: int | None = None,
+        mesh_spacing: int | Sequence[int] = 4,
+        dropout: float = 0.2,
+        split: bool = True,
+        sparse: bool = True,
+        n_points: int = 30_000,
+        max_stride: int = 16,
+        convs_per_stage: int | Sequence[int] | None = None,
+        smooth: bool = False,
+        margin: float = 0.5,
+        threshold: float = 0.05,
+        second_look: float = 0.25,
+        dense_above: float = 0.5,
+        chunk_size: int = 16384,
+    ) -> None:
+        super().__init__()
+        _check_options(decoder_width, decoder_depth, frequencies, mesh_spacing, dropout, n_points, max_stride)
+        self.dim = convert_conv_op_to_dim(conv_op)
+        kernels = per_stage(kernel_sizes, n_stages, self.dim)
+        if any(n % 2 == 0 for kernel in kernels for n in kernel):
+            raise ValueError(f"ImplicitUNet needs odd kernels, got {kernel_sizes}: even ones shift the maps.")
+        steps = per_stage(strides, n_stages, self.dim)
+        cumulative = [tuple(int(n) for n in row) for row in np.cumprod(steps, axis=0)]
+        n_used = max(1, sum(max(stride) <= max_stride for stride in cumulative))
+        features = [int(f[0]) for f in per_stage(features_per_stage, n_stages, 1)][:n_used]
+        self.encoder = PlainConvEncoder(
+            input_channels,
+            n_used,
+            features,
+            conv_op,
+            kernels[:n_used],
+            steps[:n_used],
+            _depths(convs_per_stage, n_used),
+            conv_bias,
+            norm_op,
+            dict(norm_op_kwargs or {}),
+            dropout_op,
+            dict(dropout_op_kwargs or {}),
+            nonlin,
+            dict(nonlin_kwargs or {}),
+            return_skips=True,
+        )
+        # Not called `decoder`: there is nothing to switch deep supervision of.
+        self.point_decoder = PointDecoder(
+            features,
+            cumulative[:n_used],
+            num_classes,
+            width=decoder_width,
+            depth=decoder_depth,
+            frequencies=frequencies,
+            dropout=dropout,
+            split=split,
+        )
+        self.input_channels, self.num_classes = input_channels, num_classes
+        self.n_points, self.sparse, self.smooth = n_points, sparse, smooth
+        self.mesh_spacing = _spacing(mesh_spacing, cumulative)
+        self.refinement = Refinement(margin, threshold, second_look, dense_above, chunk_size)
+        self._assumed_share: float | None = None
+        self._refined_cells = self._cells = 0
+
+    def forward(self, x: Tensor, points: Tensor | None = None) -> Tensor:
+        """Return dense logits, or those at points."""
+        return self._decode(self.encoder(x), points, tuple(x.shape[2:]))
+
+    @torch.compiler.disable  # sizes depend on the data; the encoder is compiled
+    def _decode(self, features: list[Tensor], points: Tensor | None, patch: tuple[int, ...]) -> Tensor:
+        if points is not None:
+            self._check_points(points, len(features[0]))
+            return self.point_decoder(features, points, patch)
+        samples = [[f[i : i + 1] for f in features] for i in range(len(features[0]))]
+        logits = torch.stack([self._dense(sample, patch) for sample in samples])
+        if self.smooth:
+            pool = F.avg_pool2d if self.dim == 2 else F.avg_pool3d
+            logits = pool(logits, 3, 1, 1, count_include_pad=False)
+        return logits
+
+    def _dense(self, features: list[Tensor], patch: tuple[int, ...]) -> Tensor:
+        """Logits of all voxels of one sample. Shape: maps (1, C_l, *) -> (num_classes, *patch)."""
+        # Sparse prediction asks for a few voxels in a hundred: larger maps are not worth a whole product.
+        maps: Maps = self.point_decoder.prepare(features, patch, prod(patch) // 32)
+
+        def decode(voxels: Tensor) -> Tensor:
+            return self.point_decoder.decode(maps, voxels[None])[0]
+
+        if self.training or not self.sparse:
+            return dense_logits(decode, patch, self.refinement.chunk_size, features[0].device)
+        mesh = Mesh.fitting(patch, self.mesh_spacing)
+        regions = self.point_decoder.seg_layers.regions or self.num_classes == 1
+        prediction = SparsePrediction(decode, mesh, self.refinement, regions, self._assumed_share)
+        logits = prediction.logits(features[0][0])
+        self._refined_cells += prediction.refined
+        self._cells += prod(mesh.size)
+        return logits
+
+    def _check_points(self, points: Tensor, batch: int) -> None:
+        if points.ndim != 3 or len(points) != batch or points.shape[2] != self.dim or points.shape[1] == 0:
+            raise ValueError(
+                f"points must be ({batch}, K, {self.dim}) with K > 0, got {tuple(points.shape)}: "
+                "give voxel indices of the patch for each sample."
+            )
+        if points.dtype != torch.int64:
+            raise ValueError(
+                f"points must be int64 voxel indices, got {points.dtype}: round and convert them."
+            )
+
+    def refined_share(self, reset: bool = False) -> float | None:
+        """Share of the cells that sparse prediction decoded voxel by voxel since the last reset; None: no prediction.
+
+        Args:
+            reset: start anew.
+        """
+        share = self._refined_cells / self._cells if self._cells else None
+        if reset:
+            self._refined_cells = self._cells = 0
+        return share
+
+    def assume_refined_share(self, share: float | None) -> None:
+        """Refine this share of the cells, whichever they are, for benchmarks and counts. None: what needs it."""
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"The assumed share must lie in 0 to 1, got {share}.")
+        self._assumed_share = share
+
+    def training_inputs(self, x: Tensor) -> dict[str, Tensor]:
+        """Arguments that training gives beside the image, for benchmarks: uniform points."""
+        patch = x.shape[2:]
+        shape = (len(x), points_per_patch(self.n_points, patch))
+        return {"points": torch.stack([torch.randint(n, shape, device=x.device) for n in patch], -1)}
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialise convolutions as nnU-Net does (He et al. 2015); the decoder is so from its construction."""
+        InitWeights_He(1e-2)(module)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
+
+        The encoder is counted as nnU-Net counts it. Of the decoder a point keeps one half-precision value per unit and
+        layer; the products of the input and their gradient are alive beside it.
+
+        Args:
+            input_size: voxels per axis.
+        """
+        encoder = int(self.encoder.compute_conv_feature_map_size(input_size))
+        width, depth = self.point_decoder.width, len(self.point_decoder.layers)
+        per_point = 2 * width * (depth + 4) + 8 * self.num_classes
+        return encoder + counted_elements(points_per_patch(self.n_points, input_size) * per_point, self.dim)
+
+
+def _depths(convs_per_stage: int | Sequence[int] | None, n_stages: int) -> list[int]:
+    """Convolutions of each encoder stage."""
+    if isinstance(convs_per_stage, int):
+        return [convs_per_stage] * n_stages
+    depths = list(CONVS_PER_STAGE if convs_per_stage is None else convs_per_stage)
+    if min(depths) < 1:
+        raise ValueError(f"convs_per_stage must be at least 1, got {convs_per_stage}.")
+    return (depths + [depths[-1]] * n_stages)[:n_stages]
+
+
+def _spacing(mesh_spacing: int | Sequence[int], cumulative: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Mesh spacing per axis: that of the first map coarse enough, so axes of thick slices have a finer mesh."""
+    if not isinstance(mesh_spacing, int):
+        if len(mesh_spacing) != len(cumulative[0]):
+            raise ValueError(
+                f"mesh_spacing needs {len(cumulative[0])} numbers, one per axis, got {mesh_spacing}."
+            )
+        return tuple(mesh_spacing)
+    coarse = next((s for s in cumulative if max(s) >= mesh_spacing), None)
+    if coarse is None:
+        return (mesh_spacing,) * len(cumulative[0])
+    return tuple(min(mesh_spacing, s) for s in coarse)
+
+
+def _check_options(
+    width: int,
+    depth: int,
+    frequencies: int | None,
+    mesh_spacing: int | Sequence[int],
+    dropout: float,
+    n_points: int,
+    max_stride: int,
+) -> None:
+    """Refuse options out of their range."""
+    spacings = [mesh_spacing] if isinstance(mesh_spacing, int) else list(mesh_spacing)
+    lowest = {
+        "decoder_width": (width, 1),
+        "decoder_depth": (depth, 1),
+        "frequencies": (0 if frequencies is None else frequencies, 0),
+        "mesh_spacing": (min(spacings), 1),
+        "n_points": (n_points, 1),
+        "max_stride": (max_stride, 1),
+    }
+    for name, (value, least) in lowest.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in 0 to below 1, got {dropout}.")

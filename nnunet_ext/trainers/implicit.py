@@ -1,0 +1,152 @@
+"""What trainers of the Implicit U-Net share: points for the loss, AdamW, the refined share in the log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_ext.architectures.blocks.point_sampling import PointSampler, at_points
+from nnunet_ext.architectures.implicit_unet import ImplicitUNet
+from nnunet_ext.trainers.from_plans import build_from_plans
+
+# Attributes of the trainer that are arguments of the network.
+NETWORK_OPTIONS = ("decoder_width", "decoder_depth", "frequencies", "mesh_spacing", "dropout", "n_points")
+
+
+class ImplicitTrainerMixin:
+    """Trains the Implicit U-Net on points of each patch; place it before nnUNetTrainer.
+
+    nnU-Net's own loss takes logits and labels of the points, (B, C, K) each. Validation and prediction use dense
+    logits. All hyper-parameters are attributes. Those of the network (`NETWORK_OPTIONS`) give way to the plans where
+    these hold an option of the same name, in training and prediction alike.
+
+    Attributes:
+        network_class: network that is trained.
+        n_points: points per patch (paper: k = 30,000), at most a quarter of the voxels.
+        boundary_share: share of them at label boundaries (paper: alpha = 0.5).
+        boundary_sigma: standard deviation of their displacement from the boundary, in voxels of the finest axis
+            (paper: sigma = 5); the same length in mm along the other axes.
+        class_balanced: give every label the same number of boundary points (not in the paper).
+        decoder_width: units of a hidden layer of the decoder (paper: 512).
+        decoder_depth: hidden layers of the decoder (paper: 8).
+        frequencies: octaves of the positional encoding per axis (paper: L = 10); None: as many as differ on the patch.
+        mesh_spacing: voxels between the mesh points of prediction (paper: 4).
+        dropout: probability in the decoder (paper: 0.2).
+        learning_rate: of AdamW, at the start of nnU-Net's polynomial decay (paper: 1e-4, AdamW).
+        adamw_weight_decay: decoupled, per unit of learning rate (not in the paper; PyTorch's default).
+    """
+
+    network_class: type[ImplicitUNet]
+    n_points: int = 30_000
+    boundary_share: float = 0.5
+    boundary_sigma: float = 5.0
+    class_balanced: bool = False
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    frequencies: int | None = None
+    mesh_spacing: int = 4
+    dropout: float = 0.2
+    learning_rate: float = 1e-4
+    adamw_weight_decay: float = 1e-2
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build the network from the plans, for training and prediction."""
+        planned = configuration_manager.network_arch_init_kwargs
+        options = {name: getattr(cls, name) for name in NETWORK_OPTIONS if name not in planned}
+        return build_from_plans(
+            cls.network_class,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+            **options,
+        )
+
+    def initialize(self: Any) -> None:
+        """Switch deep supervision off, set the learning rate, and tell the network how its logits are meant."""
+        self.enable_deep_supervision = False
+        self.initial_lr = self.learning_rate
+        self.weight_decay = self.adamw_weight_decay
+        super().initialize()  # type: ignore[misc]
+        network = implicit_network(self.network)
+        network.point_decoder.seg_layers.regions = self.label_manager.has_regions
+        self.sampler = PointSampler.for_spacing(
+            network.n_points,
+            self.boundary_share,
+            self.boundary_sigma,
+            self.configuration_manager.spacing,
+            self.class_balanced,
+        )
+
+    def configure_optimizers(self: Any) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """AdamW with nnU-Net's schedule."""
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay
+        )
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Do nothing: there is no deep supervision."""
+
+    def train_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """Train as nnU-Net does, on points of the patches: network and loss get these alone."""
+        target = batch["target"].to(self.device, non_blocking=True)
+        manager = self.label_manager
+        points = self.sampler(target, manager.ignore_label, manager.has_regions)
+
+        def with_points(_: nn.Module, images: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return images, {**options, "points": points}
+
+        # On the outermost module, so that the points pass through DDP and torch.compile as an argument.
+        hook = self.network.register_forward_pre_hook(with_points, with_kwargs=True)
+        try:
+            result: dict[str, Any] = super().train_step(  # type: ignore[misc]
+                {**batch, "target": at_points(target, points)}
+            )
+            return result
+        finally:
+            hook.remove()
+
+    def on_validation_epoch_start(self: Any) -> None:
+        """Count what is refined from here on."""
+        super().on_validation_epoch_start()  # type: ignore[misc]
+        implicit_network(self.network).refined_share(reset=True)
+
+    def on_validation_epoch_end(self: Any, val_outputs: list[dict[str, Any]]) -> None:
+        """Log the refined share."""
+        super().on_validation_epoch_end(val_outputs)  # type: ignore[misc]
+        self._log_refined_share("of the validation patches")
+
+    def perform_actual_validation(self: Any, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does and log the refined share."""
+        implicit_network(self.network).refined_share(reset=True)
+        super().perform_actual_validation(save_probabilities)  # type: ignore[misc]
+        self._log_refined_share("of the validation cases")
+
+    def _log_refined_share(self: Any, of_what: str) -> None:
+        share = implicit_network(self.network).refined_share(reset=True)
+        if share is not None:
+            self.print_to_log_file(f"refined share {of_what}: {share:.4f}")
+
+
+def implicit_network(network: nn.Module) -> ImplicitUNet:
+    """Take the network out of DDP and torch.compile."""
+    for wrapper in ("module", "_orig_mod"):
+        network = getattr(network, wrapper, network)
+    if not isinstance(network, ImplicitUNet):
+        raise TypeError(
+            f"The trainer of the Implicit U-Net needs an ImplicitUNet, got {type(network).__name__}."
+        )
+    return network
