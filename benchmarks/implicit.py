@@ -25,13 +25,13 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from reversible import BASELINE, add_ratios, arguments, markdown
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ext.architectures.blocks.implicit_decoder import PointDecoder
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 from nnunet_ext.benchmark.memory import (
     GIB,
-    ShapesOnly,
     measure_inference,
     measure_step,
     surrogate_loss,
@@ -81,7 +81,7 @@ def memory_table() -> list[dict[str, Any]]:
 
 def macs(build: Build, share: float | None, sparse: bool = True) -> float:
     """Multiply-accumulate operations of the prediction of one patch, 1e9."""
-    with ShapesOnly(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad():
         network = build().eval()
         if isinstance(network, ImplicitUNet):
             network.sparse = sparse

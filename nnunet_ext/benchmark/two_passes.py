@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
-from nnunet_ext.benchmark.memory import ShapesOnly, StorageTracker, surrogate_loss
+from nnunet_ext.benchmark.memory import StorageTracker, surrogate_loss
 
 
 def measure_two_passes(
@@ -33,7 +34,7 @@ def measure_two_passes(
     Returns:
         Peak of the expanded pass alone, and peak of the whole step, as `measure_step` counts it.
     """
-    with ShapesOnly():
+    with FakeTensorMode():
         network = build().train()
         expanded_pass = ExpandedPass(network)
         with StorageTracker() as tracker:
