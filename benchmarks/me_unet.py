@@ -112,14 +112,14 @@ def memory_row(
     }
 
 
-def step_seconds(repeats: int) -> list[Row]:
+def step_seconds(repeats: int, names: list[str], ks: list[float]) -> list[Row]:
     """CPU time of forward and backward passes, four stages, batch 2."""
     features, p = FEATURES[:4], 32
     rows = []
-    for name, build in networks(features).items():
-        network = build().train()
+    for name in names:
+        network = networks(features)[name]().train()
         expanded = ExpandedPass(network)
-        for k in KS[1:]:
+        for k in ks:
             data = torch.randn(2, 1, *[int(k * p)] * 3)
             small = centre_crop(data, [p] * 3)
             steps = {
@@ -241,11 +241,17 @@ def main() -> None:
         "--parts", nargs="+", default=["memory", "time"], choices=["memory", "time", "volume"]
     )
     parser.add_argument("--repeats", type=int, default=5, help="of each time")
+    parser.add_argument("--networks", nargs="+", default=list(networks(FEATURES)), help="that are timed")
+    parser.add_argument("--ks", nargs="+", type=float, default=list(KS[1:]), help="that are timed")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
-    measure = {"memory": memory, "time": lambda: step_seconds(options.repeats), "volume": volume}
+    measure = {
+        "memory": memory,
+        "time": lambda: step_seconds(options.repeats, options.networks, options.ks),
+        "volume": volume,
+    }
     for part in options.parts:
         rows = measure[part]()
         machine = {"torch": torch.__version__, "processor": platform.machine(), "threads": 1}
