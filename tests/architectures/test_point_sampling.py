@@ -54,7 +54,7 @@ def test_boundary_of_regions_is_that_of_any() -> None:
 @pytest.mark.parametrize("regions", [False, True])
 def test_voxels_to_be_ignored_make_no_boundary(regions: bool) -> None:
     labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.long)
-    labels[..., 4:] = 3
+    labels[..., 2:4] = labels[..., 6:] = 3  # on both sides of valid voxels
     target = torch.cat([torch.zeros_like(labels), labels == 3], 1) if regions else labels
     assert not boundary_voxels(target, ignore_label=3, regions=regions).any()
     assert boundary_voxels(labels).any()

@@ -129,6 +129,17 @@ def test_where_most_cells_need_refinement_everything_is_decoded() -> None:
     assert prediction.refined == 512
 
 
+def test_many_touching_organs_cost_at_most_the_mesh_and_the_second_look_more_than_dense() -> None:
+    torch.manual_seed(0)
+    centres = torch.rand(13, 3) * 32
+    voxels = torch.cartesian_prod(*[torch.arange(32.0)] * 3)
+    known = Known(torch.cdist(voxels, centres).argmin(1).view(PATCH), classes=13)
+    logits, prediction = sparse(known, featureless())
+    assert torch.equal(logits.argmax(0), known.dense.argmax(0))
+    assert prediction.refined > 256
+    assert known.asked <= 32**3 + 512 + 128
+
+
 def test_chunks_bound_what_is_decoded_at_a_time_and_change_nothing() -> None:
     labels = balls(([15, 15, 15], 9))
     whole, small = Known(labels), Known(labels)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext.benchmark.memory import measure_inference, measure_step, surrogate_loss
+from nnunet_ext.benchmark.memory import (
+    ASSUMED_SHARE,
+    measure_inference,
+    measure_step,
+    surrogate_loss,
+    training_outputs,
+    with_assumed_share,
+)
 from nnunet_ext.benchmark.setting import Setting
 from tests.benchmark.conftest import tiny
 
@@ -83,3 +90,32 @@ def test_loss_is_the_sum_over_the_scales() -> None:
     expected = sum(output.exp().sum(1).log().mean() for output in outputs)
     torch.testing.assert_close(surrogate_loss(outputs), expected)
     torch.testing.assert_close(surrogate_loss(outputs[0]), outputs[0].exp().sum(1).log().mean())
+
+
+class OnPoints(nn.Module):
+    """A network that training gives points, and whose prediction refines a share."""
+
+    share: float | None = None
+
+    def forward(self, x: Tensor, points: Tensor | None = None) -> Tensor:
+        return x[..., :2] if points is not None else x
+
+    def training_inputs(self, x: Tensor) -> dict[str, Tensor]:
+        return {"points": torch.zeros(len(x), 2, 3)}
+
+    def assume_refined_share(self, share: float | None) -> None:
+        self.share = share
+
+
+def test_training_gives_what_the_network_asks_for_beside_the_image() -> None:
+    x = torch.randn(1, 1, 8, 8, 8)
+    assert training_outputs(OnPoints(), x).shape[-1] == 2
+    assert training_outputs(nn.Identity(), x) is x
+
+
+def test_prediction_is_counted_with_the_assumed_share() -> None:
+    network = OnPoints()
+    assert with_assumed_share(network) is network
+    assert network.share == ASSUMED_SHARE
+    plain = nn.Identity()
+    assert with_assumed_share(plain) is plain

@@ -110,9 +110,14 @@ def test_deep_planner_writes_its_depth_into_plans_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("planner", "gain"), [("InvertibleUNetPlanner", 1.5), ("PartiallyInvertibleUNetPlanner", 1.15)]
+    ("planner", "gain"),
+    [
+        ("ImplicitUNetPlanner", 1.5),
+        ("InvertibleUNetPlanner", 1.5),
+        ("PartiallyInvertibleUNetPlanner", 1.15),
+    ],
 )
-def test_invertible_planners_spend_the_memory_on_a_larger_patch(
+def test_other_planners_spend_the_memory_on_a_larger_patch(
     planner: str, gain: float, dataset: Callable[[str], int]
 ) -> None:
     identifier = dataset("labels")

@@ -150,9 +150,9 @@ class Maps:
     Args:
         fine: feature maps that are looked up as they are.
         product: sum of products of the others with the weights, on the finest grid among them.
-        tables: per axis (size, width): encoding, or its product with the weights.
+        tables: per axis (size, 2 octaves): encoding.
         weights: effective weights of all layers.
-        fine_weight, bias: of the product with the looked-up features; None where nothing is split.
+        fine_weight, bias: of the product with looked-up features and encoding; None where nothing is split.
     """
 
     fine: list[Level]
@@ -169,9 +169,10 @@ class PointDecoder(nn.Module):
     z(p) = [F_0(p // s_0), ..., F_n(p // s_n), g(p)]: each feature map at the voxel that holds p, and the positional
     encoding. a: ReLU and dropout.
 
-    Split (exact): ``W z = sum_l (W_l F_l)(p // s_l) + sum_axis (W_axis g_axis)(p_axis)``. Floor divisions nest, so the
-    maps of few voxels are multiplied once and summed from the coarsest up, ``S_l = W_l F_l + up(S_(l+1))``: one
-    lookup for all of them. The same product serves both layers that see z.
+    Split (exact): ``W z = sum_l (W_l F_l)(p // s_l) + W_g g(p)``. Floor divisions nest, so the maps of few voxels are
+    multiplied once and summed from the coarsest up, ``S_l = W_l F_l + up(S_(l+1))``: one lookup for all of them. The
+    other maps and the encoding are looked up and multiplied together: their products, for every voxel or per axis,
+    would be wider than they are. The same product serves both layers that see z.
 
     Args:
         channels: of the feature maps, finest first.
@@ -241,17 +242,17 @@ class PointDecoder(nn.Module):
         n_fine = self._first_multiplied(levels, n_points)
         per_level = weight[:, : sum(self.channels)].split(self.channels, 1)
         product = _telescope(levels[n_fine:], per_level[n_fine:])
-        columns = weight[:, sum(self.channels) :].split(self.encoded, 1) if self.encoded else []
-        tables = [F.linear(e, c[:, : e.shape[1]]) for e, c in zip(encodings, columns, strict=False)]
-        fine_weight = torch.cat(per_level[:n_fine], 1) if n_fine else None
-        return Maps(levels[:n_fine], product, tables, weights, fine_weight, bias)
+        columns = weight[:, sum(self.channels) :].split(self.encoded, 1) if self.encoded else ()
+        parts = [*per_level[:n_fine], *(c[:, : 2 * k] for c, k in zip(columns, used, strict=False))]
+        fine_weight = torch.cat(parts, 1) if parts else None
+        return Maps(levels[:n_fine], product, encodings, weights, fine_weight, bias)
 
     def decode(self, maps: Maps, points: Tensor) -> Tensor:
         """Return logits at points.
 
         Shape: (B, K, dims) -> (B, num_classes, K).
         """
-        z = self._products(maps, points) if self.split else _concatenated(maps, points)
+        z = self._products(maps, points) if self.split else _looked_up(maps, points)
         h = z[..., : self.width] if self.split else F.linear(z, maps.weights[0], self._layers()[0].bias)
         h = self.activation(h)
         for i, (layer, weight) in enumerate(zip(self._layers(), maps.weights, strict=True)):
@@ -284,7 +285,7 @@ class PointDecoder(nn.Module):
         first = len(levels)
         for i in reversed(range(len(levels))):
             voxels = prod(levels[i].size)
-            if voxels > 1.25 * n_points or voxels * width > _LARGEST_PRODUCT:
+            if voxels > n_points or voxels * width > _LARGEST_PRODUCT:
                 break
             first = i
         return first
@@ -293,12 +294,11 @@ class PointDecoder(nn.Module):
         """W z + b for both layers that see z. Shape: (B, K, dims) -> (B, K, width or 2 width)."""
         terms: list[Tensor] = []
         if maps.fine_weight is not None:
-            terms.append(F.linear(_looked_up(maps.fine, points), maps.fine_weight, maps.bias))
+            terms.append(F.linear(_looked_up(maps, points), maps.fine_weight, maps.bias))
         if maps.product is not None:
             rows = flat_index(points, maps.product.size, maps.product.stride)
             offsets = torch.arange(len(rows), device=rows.device)[:, None] * maps.product.values.shape[1]
             terms.append(_rows(maps.product.values.flatten(0, 1), rows + offsets))
-        terms += [_rows(table, points[..., axis]) for axis, table in enumerate(maps.tables)]
         if maps.fine_weight is None and maps.bias is not None:
             terms[0] = terms[0] + maps.bias.to(terms[0].dtype)
         return _sum(terms)
@@ -317,19 +317,15 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.flatten()).view(*index.shape, -1)
 
 
-def _looked_up(levels: Sequence[Level], points: Tensor) -> Tensor:
-    """Features of all maps at the points. Shape: (B, K, dims) -> (B, K, sum of C)."""
+def _looked_up(maps: Maps, points: Tensor) -> Tensor:
+    """Features of the maps at the points, and their encoding. Shape: (B, K, dims) -> (B, K, sum of C)."""
     found = []
-    for level in levels:
+    for level in maps.fine:
         index = flat_index(points, level.size, level.stride)[:, None]
-        found.append(level.values.gather(2, index.expand(-1, level.values.shape[1], -1)))
-    return torch.cat(found, 1).transpose(1, 2)
-
-
-def _concatenated(maps: Maps, points: Tensor) -> Tensor:
-    """The input z of the decoder, as the paper writes it."""
+        index = index.expand(-1, level.values.shape[1], -1)
+        found.append(level.values.gather(2, index).transpose(1, 2))
     encoded = [_rows(table, points[..., axis]) for axis, table in enumerate(maps.tables)]
-    return torch.cat([_looked_up(maps.fine, points), *encoded], -1)
+    return torch.cat([*found, *encoded], -1)
 
 
 def _telescope(levels: Sequence[Level], weights: Sequence[Tensor]) -> Level | None:
