@@ -31,7 +31,7 @@ class Builders:
         Raises:
             UsageError: it can't be loaded.
         """
-        build = request.setting.builder(trainer)
+        build = request.setting.training_builder(trainer)
         return cls(
             lambda: build().train(), deployed(request.setting.builder(trainer, deep_supervision=False))
         )
@@ -55,7 +55,7 @@ def count(request: Request, trainer: str) -> Method:
 
 def _network(request: Request, builders: Builders) -> dict[str, Any]:
     with FakeTensorMode():
-        name = type(builders.train()).__name__
+        name = network_name(builders.train())
     return {"network": name, "parameters": count_parameters(builders.train)}
 
 
@@ -77,6 +77,11 @@ def _inference(request: Request, builders: Builders) -> dict[str, Any]:
     setting, dtype = request.setting, request.machine.counting_dtype
     peak = measure_inference(builders.deploy, setting.input_channels, setting.patch_size, dtype)
     return {"inference_peak_bytes": peak}
+
+
+def network_name(network: nn.Module) -> str:
+    """Class of a network, also where it is wrapped for its training step."""
+    return type(getattr(network, "trained_network", network)).__name__
 
 
 def step_needs(request: Request, builders: Builders) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nnunet_ext.benchmark.counting import network_name
 from nnunet_ext.benchmark.memory import measure_step
 from nnunet_ext.benchmark.records import DepthPoint
 from nnunet_ext.benchmark.setting import Setting
@@ -68,9 +69,9 @@ def measure_depth(
         depth, key: as for `at_depth`.
         autocast_dtype: as for `measure_step`.
     """
-    build: Callable[[], nn.Module] = at_depth(setting, depth, key).builder(trainer)
+    build: Callable[[], nn.Module] = at_depth(setting, depth, key).training_builder(trainer)
     patch, batch = setting.patch_size, setting.batch_size
     memory = measure_step(build, setting.input_channels, patch, batch, autocast_dtype)
     with FakeTensorMode():
-        network = type(build()).__name__
+        network = network_name(build())
     return DepthPoint(trainer, network, depth, count_parameters(build), memory.held, memory.peak)

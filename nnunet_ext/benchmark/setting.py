@@ -101,3 +101,15 @@ class Setting:
             return network
 
         return build
+
+    def training_builder(self, trainer: str) -> Callable[[], nn.Module]:
+        """Return a function that builds what a training step of the trainer runs, as a module.
+
+        That is the network, or what the trainer's `training_form(network, configuration_manager)` makes of it.
+
+        Raises:
+            UsageError: no trainer has this name.
+        """
+        build = self.builder(trainer)
+        form = getattr(trainer_class(trainer), "training_form", None)
+        return build if form is None else lambda: form(build(), self.configuration_manager)

@@ -6,11 +6,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.benchmark.memory import StorageTracker, surrogate_loss
+
+
+class TwoPasses(nn.Module):
+    """meU-net's training step as a module, for benchmarks: the expanded pass in both directions, then the standard one.
+
+    Args:
+        trained_network: takes both passes.
+        standard_patch: voxels per axis of the expanded patch -> of the standard patch.
+
+    Shape: (B, C, *kP) -> logits of P.
+    """
+
+    def __init__(
+        self, trained_network: nn.Module, standard_patch: Callable[[Sequence[int]], Sequence[int]]
+    ) -> None:
+        super().__init__()
+        self.trained_network = trained_network
+        self.expanded_pass = ExpandedPass(trained_network)
+        self.standard_patch = standard_patch
+
+    def forward(self, x: Tensor) -> Any:
+        """Run what precedes the backward pass of the standard patch."""
+        surrogate_loss(self.expanded_pass(x)).backward()
+        return self.trained_network(centre_crop(x, self.standard_patch(x.shape[2:])))
 
 
 def measure_two_passes(

@@ -20,6 +20,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_ext.architectures.blocks.expanded_patch import Size, divisors, standard_patch
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop, downsample_labels
+from nnunet_ext.benchmark.two_passes import TwoPasses
 
 
 class MeUNetTrainerMixin:
@@ -41,6 +42,16 @@ class MeUNetTrainerMixin:
     k: float | Sequence[float] = 1.5
     expanded_weight = 0.5
     expanded_deep_supervision = False
+
+    @classmethod
+    def training_form(cls, network: nn.Module, configuration: ConfigurationManager) -> nn.Module:
+        """Both passes as one module, for `nnunet-ext benchmark`."""
+        patch = tuple(configuration.patch_size)
+        if plan_standard_patch(configuration, cls.k) == patch:
+            return network
+        divisor = divisors(configuration.pool_op_kernel_sizes, len(patch))
+        k = configuration.configuration.get("me_unet", {}).get("k", cls.k)
+        return TwoPasses(network, lambda size: standard_patch(tuple(size), k, divisor))
 
     def initialize(self: Any) -> None:
         """Initialise as nnU-Net does; check the patches before."""

@@ -1,0 +1,64 @@
+"""Trainers whose step is more than one pass of the network are measured by their own step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nnunet_ext.benchmark.counting import Builders, count
+from nnunet_ext.benchmark.machine import Machine
+from nnunet_ext.benchmark.memory import measure_step
+from nnunet_ext.benchmark.request import Request
+from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.benchmark.source import Source
+from nnunet_ext.benchmark.timing import TrainingStep
+from nnunet_ext.benchmark.two_passes import TwoPasses, measure_two_passes
+
+NAMES = ("nnUNetTrainerMeUNet", "nnUNetTrainerMeReversible")
+
+
+def request_of(machine: Machine, setting: Setting) -> Request:
+    return Request(setting, machine, NAMES, repeats=0)
+
+
+@pytest.fixture(scope="module")
+def full() -> Setting:
+    """Default network at 96x96x96, counted on shapes only."""
+    return Source(patch=(96, 96, 96)).setting()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_peak_is_that_of_both_passes(name: str, machine: Machine, full: Setting) -> None:
+    method = count(request_of(machine, full), name)
+    build = full.builder(name)
+    _, peak = measure_two_passes(build, 1, full.patch_size, (64, 64, 64), full.batch_size)
+    assert method.status == "ok"
+    assert method.peak_bytes == pytest.approx(peak, rel=0.05)  # the image itself stays alive in one of them
+    assert method.peak_bytes < 0.6 * measure_step(build, 1, full.patch_size, full.batch_size).peak
+    assert method.network in ("PlainConvUNet", "ReversibleUNet")
+
+
+def test_weights_of_both_passes_are_counted_once(machine: Machine, setting: Setting) -> None:
+    ours, default = (count(request_of(machine, setting), name) for name in (NAMES[0], "nnUNetTrainer"))
+    assert ours.parameters == default.parameters is not None
+
+
+def test_a_timed_step_runs_both_passes_on_any_patch(machine: Machine, setting: Setting) -> None:
+    network = Builders.of(request_of(machine, setting), NAMES[0]).train()
+    assert isinstance(network, TwoPasses)
+    shapes: list[tuple[int, ...]] = []
+    network.expanded_pass.deep.register_forward_hook(lambda m, x, y: shapes.append(tuple(x[0].shape[2:])))
+    network.trained_network.register_forward_hook(lambda m, x, y: shapes.append(tuple(x[0].shape[2:])))
+    step = TrainingStep(network, machine)
+    outputs = step.forward(torch.randn(2, 1, 24, 24, 24))
+    assert shapes == [(12, 12, 12), (16, 16, 16)]  # level 2 of kP, and P
+    assert any(p.grad is not None and p.grad.any() for p in network.expanded_pass.deep.parameters())
+    step.finish(outputs)
+
+
+def test_where_nothing_is_expanded_the_step_is_the_networks(machine: Machine, setting: Setting) -> None:
+    setting.plans["configurations"]["3d_fullres"]["me_unet"] = {"k": 1}
+    built = Builders.of(request_of(machine, setting), NAMES[0]).train()
+    assert isinstance(built, nn.Module)
+    assert not isinstance(built, TwoPasses)
