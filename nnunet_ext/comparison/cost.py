@@ -106,7 +106,10 @@ def count(run: Run) -> dict[str, int]:
         setting = Setting(run.plans, run.dataset, run.configuration)
         size = measure_size(setting.builder(run.trainer, False), setting.input_channels, setting.patch_size)
         step = measure_step(
-            setting.builder(run.trainer), setting.input_channels, setting.patch_size, setting.batch_size
+            setting.training_builder(run.trainer),
+            setting.input_channels,
+            setting.patch_size,
+            setting.batch_size,
         )
     except UsageError:
         raise
