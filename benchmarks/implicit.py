@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -157,8 +158,14 @@ def prediction_times(device: str, patch: tuple[int, ...], repeats: int) -> list[
     return rows
 
 
-def decoder_times(device: str, patch: tuple[int, ...], n_points: int, repeats: int) -> list[dict[str, Any]]:
-    """Forward and backward of the decoder alone, on given maps: split against concatenation."""
+def decoder_times(
+    device: str, patch: tuple[int, ...], n_points: int, repeats: int, training: bool
+) -> list[dict[str, Any]]:
+    """The decoder alone, on given maps: split against concatenation.
+
+    Args:
+        training: forward and backward with dropout, and not prediction.
+    """
     strides = [(2**i,) * 3 for i in range(5)]
     channels = [32, 64, 128, 256, 320]
     maps = [
@@ -168,7 +175,10 @@ def decoder_times(device: str, patch: tuple[int, ...], n_points: int, repeats: i
     points = torch.stack([torch.randint(n, (2, n_points), device=device) for n in patch], -1)
 
     def work(decoder: PointDecoder) -> None:
-        decoder(maps, points, patch).logsumexp(1).mean().backward()
+        with torch.set_grad_enabled(training):
+            logits = decoder(maps, points, patch)
+        if training:
+            logits.logsumexp(1).mean().backward()
 
     works = {}
     for width in (512, 256):
@@ -176,7 +186,8 @@ def decoder_times(device: str, patch: tuple[int, ...], n_points: int, repeats: i
             decoder = PointDecoder(
                 channels, strides, 3, width=width, depth=8, frequencies=None, dropout=0.2, split=split
             )
-            works[f"{width}, {'split' if split else 'concatenated'}"] = partial(work, decoder.to(device))
+            name = f"{width}, {'split' if split else 'concatenated'}"
+            works[name] = partial(work, decoder.to(device).train(training))
     rows = timed(works, repeats, device == "cuda")
     for concat, split in zip(rows[::2], rows[1::2], strict=True):
         concat["faster"], split["faster"] = 1.0, concat["seconds"] / split["seconds"]
@@ -203,7 +214,10 @@ def main() -> None:
         sections |= {
             f"Training step, batch 2, {where}": step_times(options.device, patch, n_points, options.repeats),
             f"Decoder alone, forward and backward, batch 2, {where}": decoder_times(
-                options.device, patch, n_points, options.repeats
+                options.device, patch, n_points, 3 * options.repeats, training=True
+            ),
+            f"Decoder alone, prediction of a tenth of {size}, batch 2 (seconds)": decoder_times(
+                options.device, patch, prod(patch) // 10, options.repeats, training=False
             ),
             f"Prediction of a patch of {size} (seconds)": prediction_times(
                 options.device, patch, options.repeats

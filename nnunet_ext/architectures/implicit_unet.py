@@ -174,13 +174,14 @@ class ImplicitUNet(nn.Module):
 
     def _dense(self, features: list[Tensor], patch: tuple[int, ...]) -> Tensor:
         """Logits of all voxels of one sample. Shape: maps (1, C_l, *) -> (num_classes, *patch)."""
+        sparsely = self.sparse and not self.training
         # Sparse prediction asks for a few voxels in a hundred: larger maps are not worth a whole product.
-        maps: Maps = self.point_decoder.prepare(features, patch, prod(patch) // 32)
+        maps: Maps = self.point_decoder.prepare(features, patch, prod(patch) // (32 if sparsely else 2))
 
         def decode(voxels: Tensor) -> Tensor:
             return self.point_decoder.decode(maps, voxels[None])[0]
 
-        if self.training or not self.sparse:
+        if not sparsely:
             return dense_logits(decode, patch, self.refinement.chunk_size, features[0].device)
         mesh = Mesh.fitting(patch, self.mesh_spacing)
         regions = self.point_decoder.seg_layers.regions or self.num_classes == 1

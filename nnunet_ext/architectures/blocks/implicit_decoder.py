@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 MAX_FREQUENCIES = 10  # octaves of the paper
 # A product of weights and a whole map is computed for all its voxels only up to this many elements (float32: 256 MiB).
 _LARGEST_PRODUCT = 2**26
+_LEVELS = 2**16  # of a random number of 16 bits
 
 
 class _ReLUDropout(torch.autograd.Function):
@@ -32,7 +33,11 @@ class _ReLUDropout(torch.autograd.Function):
         """Draw the mask from torch's generator; keep the output."""
         y = x.clamp_min(0)
         if p > 0:
-            y.mul_(torch.empty_like(y, dtype=torch.bool).bernoulli_(1 - p)).mul_(1 / (1 - p))
+            # Four values from each random number of 64 bits: nine times faster on a CPU than `bernoulli_`.
+            bits = torch.empty(-(-y.numel() // 4), dtype=torch.int64, device=y.device).random_(-(2**63), None)
+            dropped = min(round(p * _LEVELS), _LEVELS - 1)
+            kept = bits.view(torch.int16)[: y.numel()].view(y.shape) >= dropped - _LEVELS // 2
+            y.mul_(kept).mul_(1 / (1 - p))
         ctx.save_for_backward(y)
         ctx.scale = 1 / (1 - p)
         return y
@@ -42,14 +47,14 @@ class _ReLUDropout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Where y is zero, the value was negative or dropped: no gradient either way."""
         (y,) = ctx.saved_tensors
-        return grad * (y > 0) * ctx.scale, None
+        return torch.ops.aten.threshold_backward(grad, y, 0).mul_(ctx.scale), None
 
 
 class ReLUDropout(_DropoutNd):
     """ReLU, then dropout in training, keeping only the output for backward, which the next layer keeps anyway.
 
     Args:
-        p: probability of a value to be dropped, below 1.
+        p: probability of a value to be dropped, below 1; drawn with 16 bits.
 
     Shape: any, of the same shape.
     """
