@@ -21,6 +21,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_ext.architectures.blocks.expanded_patch import Size, divisors, standard_patch
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop, downsample_labels
 from nnunet_ext.benchmark.two_passes import TwoPasses
+from nnunet_ext.trainers.softmax_weighted_ce import weight_classes
 
 
 class MeUNetTrainerMixin:
@@ -37,11 +38,13 @@ class MeUNetTrainerMixin:
         expanded_weight: w.
         expanded_deep_supervision: whether the expanded patch supervises all levels from the second on, with
             nnU-Net's weights, and not the second alone.
+        softmax_weighted: weight rare classes up in the cross-entropy of all passes, see `SoftmaxWeightedCrossEntropy`.
     """
 
     k: float | Sequence[float] = 1.5
     expanded_weight = 0.5
     expanded_deep_supervision = False
+    softmax_weighted = False
 
     @classmethod
     def training_form(cls, network: nn.Module, configuration: ConfigurationManager) -> nn.Module:
@@ -64,6 +67,13 @@ class MeUNetTrainerMixin:
             f"{list(self.standard_patch)}"
             + ("." if self.is_expanded else ": nothing is expanded, so this is nnU-Net's own training step.")
         )
+
+    def _build_loss(self: Any) -> nn.Module:
+        """nnU-Net's loss, its classes weighted where asked for."""
+        loss: nn.Module = super()._build_loss()  # type: ignore[misc]
+        if self.softmax_weighted:
+            weight_classes(loss)
+        return loss
 
     def make_expanded_pass(self: Any, network: nn.Module) -> ExpandedPass:
         """Make the expanded pass of a network, compiled where nnU-Net compiles."""
@@ -96,7 +106,7 @@ class MeUNetTrainerMixin:
         """
         weight = self.expanded_weight
         # Not through DDP's wrapper: like a pass under `no_sync`, it adds to the gradients of this rank, which DDP
-        # averages in the standard pass (tests/trainers/test_me_unet.py).
+        # averages in the standard pass (tests/trainers/test_me_unet_ddp.py).
         expanded = self.backward(self.expanded_pass, self.expanded_loss, data, target, weight)
         data, target = (centre_crop(x, self.standard_patch) for x in (data, target))
         return expanded + self.backward(self.network, self.standard_loss, data, target, 1 - weight)

@@ -20,6 +20,7 @@ from nnunet_ext.benchmark.memory import StorageTracker
 from nnunet_ext.trainers.nnUNetTrainerMeReversible import nnUNetTrainerMeReversible
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
 from nnunet_ext.trainers.nnUNetTrainerReversible import nnUNetTrainerReversible
+from nnunet_ext.trainers.softmax_weighted_ce import SoftmaxWeightedCrossEntropy
 
 CPU = torch.device("cpu")
 Dataset = Callable[[str], int]
@@ -100,6 +101,25 @@ def joint_gradients(trainer: Any, batch: dict[str, Any], all_levels: bool) -> li
     standard = trainer.loss(network(batch["data"][centre]), targets(trainer, batch["target"][0][centre]))
     parameters = list(network.parameters())
     return list(torch.autograd.grad(0.5 * expanded + 0.5 * standard, parameters, allow_unused=True))
+
+
+class nnUNetTrainerMeUNetWeighted(nnUNetTrainerMeUNet):
+    softmax_weighted = True
+
+
+def test_classes_are_weighted_in_both_passes(trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(nnUNetTrainerMeUNetWeighted, "ignore")
+    batch = batch_of(trainer)
+    wanted = joint_gradients(trainer, batch, all_levels=False)
+    trainer.accumulate_gradients(batch["data"], batch["target"][0])
+    assert isinstance(trainer.loss.loss.ce, SoftmaxWeightedCrossEntropy)
+    for parameter, gradient in zip(trainer.network.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_weighted_classes_need_labels_that_exclude_each_other(trainer_of: Callable[..., Any]) -> None:
+    with pytest.raises(NotImplementedError, match="regions"):
+        trainer_of(nnUNetTrainerMeUNetWeighted, "regions")
 
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerMeUNet, nnUNetTrainerMeReversible])
