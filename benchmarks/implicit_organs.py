@@ -84,7 +84,7 @@ def train(network: ImplicitUNet, steps: int, random: np.random.Generator) -> Non
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            print(step, float(loss), flush=True)
+            print(step, loss.item(), flush=True)
 
 
 def timed(work: Callable[[], Tensor]) -> tuple[Any, float]:
