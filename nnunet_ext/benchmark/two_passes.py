@@ -37,6 +37,28 @@ class TwoPasses(nn.Module):
         return self.trained_network(centre_crop(x, self.standard_patch(x.shape[2:])))
 
 
+class InTurn(nn.Module):
+    """The training step of networks that take turns on centres of one patch, as a module, for benchmarks.
+
+    Args:
+        parts: voxels per axis of what a part sees, and the part.
+
+    Shape: (B, C, *patch) -> output of the last part; the others run in both directions before.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[int], nn.Module]]) -> None:
+        super().__init__()
+        self.sizes = [size for size, _ in parts]
+        self.parts = nn.ModuleList(part for _, part in parts)
+
+    def forward(self, x: Tensor) -> Any:
+        """Run what precedes the backward pass of the last part."""
+        *earlier, (size, last) = zip(self.sizes, self.parts, strict=True)
+        for earlier_size, part in earlier:
+            surrogate_loss(part(centre_crop(x, earlier_size))).backward()
+        return last(centre_crop(x, size))
+
+
 def measure_two_passes(
     build: Callable[[], nn.Module],
     input_channels: int,

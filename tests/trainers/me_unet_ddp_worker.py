@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, _bare
+from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, bare
 from tests.contract.plans import arguments
 
 NETWORKS = {"PlainConvUNet": PlainConvUNet, "ReversibleUNet": ReversibleUNet}
@@ -26,7 +26,7 @@ class Step(MeUNetTrainerMixin):
 
     def __init__(self, network: nn.Module) -> None:
         self.device, self.grad_scaler = torch.device("cpu"), None
-        self.network, self.expanded_pass = network, ExpandedPass(_bare(network))
+        self.network, self.expanded_pass = network, ExpandedPass(bare(network))
         self.standard_patch = (8, 8, 8)
         self.configuration_manager = SimpleNamespace(pool_op_kernel_sizes=arguments("3d")["strides"])
 
