@@ -47,8 +47,8 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
     """Both stages of meU-net's cascade for trainers; place it before nnUNetTrainer.
 
     Stage 1, a configuration without ``previous_stage``: `DualMeUNet`. The plans' patch is the larger expanded patch;
-    each branch takes meU-net's two passes on its own centre of it, one branch after the other, so that memory is that of
-    the larger branch. Gradients are clipped branch by branch: two trainings in one.
+    each branch takes meU-net's two passes on its own centre of it, one branch after the other, so that memory is
+    that of the larger branch. Gradients are clipped branch by branch: two trainings in one.
 
     Stage 2, a configuration with ``previous_stage``: `PostConcatUNet`, nnU-Net's own step at the plans' patch.
 
@@ -114,8 +114,8 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
     def get_tr_and_val_datasets(self: Any) -> tuple[Any, Any]:
         """Make nnU-Net's data sets; stage 2 checks the prior of each of their cases."""
         datasets = super().get_tr_and_val_datasets()  # type: ignore[misc]
-        for dataset in datasets if self.is_cascaded else ():
-            self._check_priors(dataset)
+        if self.is_cascaded:
+            self._check_priors(*datasets)
         return datasets
 
     def perform_actual_validation(self: Any, save_probabilities: bool = False) -> None:
@@ -129,10 +129,10 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
             )
         super().perform_actual_validation(save_probabilities)  # type: ignore[misc]
 
-    def _check_priors(self: Any, dataset: Any) -> None:
+    def _check_priors(self: Any, *datasets: Any) -> None:
         stage = first_stage(self)
         stage.check_labels(self.dataset_json)
-        stage.check(dataset, self.label_manager.foreground_labels, read=self.local_rank == 0)
+        stage.check(datasets, self.label_manager.foreground_labels, read=self.local_rank == 0)
 
     def prepare_passes(self: Any, network: DualMeUNet) -> None:
         """Tell the network of regions, and prepare its branches."""

@@ -37,24 +37,25 @@ class FirstStage:
     priors: Path
     splits: Sequence[Sequence[str]]
 
-    def check(self, dataset: Any, labels: Sequence[int], read: bool = True) -> None:
-        """Check the prior of every case of `dataset`.
+    def check(self, datasets: Sequence[Any], labels: Sequence[int], read: bool = True) -> None:
+        """Check the prior of every case.
 
         Args:
-            dataset: of nnU-Net, with these priors.
+            datasets: of nnU-Net, with these priors.
             labels: that a prior may hold beside the background.
             read: also read them all: shape, labels, whether they are whole.
 
         Raises:
             ValueError: a prior is missing, unreadable, or belongs to another image or label set.
         """
-        missing = [case for case in dataset.identifiers if not self._has(case)]
+        holders = {case: dataset for dataset in datasets for case in dataset.identifiers}
+        missing = sorted(case for case in holders if not self._has(case))
         if missing:
             raise ValueError(
-                f"Stage 2 needs stage 1's prediction of every case, {len(missing)} of {len(dataset.identifiers)} have "
-                f"none in {self.priors}{self._cure(missing)}"
+                f"Stage 2 needs stage 1's prediction of every case, {len(missing)} of {len(holders)} have none in "
+                f"{self.priors}{self._cure(missing)}"
             )
-        for case in dataset.identifiers if read else ():
+        for case, dataset in holders.items() if read else ():
             self._check_case(dataset, case, labels)
 
     def check_labels(self, dataset_json: Mapping[str, Any]) -> None:
