@@ -131,7 +131,8 @@ class DualMeUNet(nn.Module):
         Args:
             input_size: voxels per axis.
         """
-        return int(self.branches[0].compute_conv_feature_map_size(input_size))
+        first: Any = self.branches[0]
+        return int(first.compute_conv_feature_map_size(input_size))
 
 
 class Decoders:
@@ -160,7 +161,7 @@ def mean_of_softmaxes(logits: Sequence[Tensor]) -> Tensor:
 
     Shape: several (B, C, *spatial) -> (B, C, *spatial).
     """
-    logs = [functional.log_softmax(z.float(), dim=1) for z in logits]
+    logs = [functional.log_softmax(_precise(z), dim=1) for z in logits]
     return (reduce(torch.logaddexp, logs) - log(len(logs))).to(logits[0].dtype)
 
 
@@ -169,6 +170,11 @@ def mean_of_sigmoids(logits: Sequence[Tensor]) -> Tensor:
 
     Shape: several (B, C, *spatial) -> (B, C, *spatial).
     """
-    inside = reduce(torch.logaddexp, [functional.logsigmoid(z.float()) for z in logits])
-    outside = reduce(torch.logaddexp, [functional.logsigmoid(-z.float()) for z in logits])
+    inside = reduce(torch.logaddexp, [functional.logsigmoid(_precise(z)) for z in logits])
+    outside = reduce(torch.logaddexp, [functional.logsigmoid(-_precise(z)) for z in logits])
     return (inside - outside).to(logits[0].dtype)  # the number of branches cancels out
+
+
+def _precise(z: Tensor) -> Tensor:
+    """In float32 at least."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))

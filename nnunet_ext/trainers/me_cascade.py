@@ -6,7 +6,7 @@ Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Branch:
     """
 
     network: nn.Module
-    whole: nn.Module
+    whole: Callable[[Tensor], Any]
     expanded: ExpandedPass
     patch: Size
 
@@ -82,7 +82,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         return build_from_plans(PostConcatUNet, *arguments, prior_channels=prior)
 
     @classmethod
-    def training_form(cls, network: nn.Module, configuration: ConfigurationManager) -> nn.Module:
+    def training_form(cls, network: Any, configuration: ConfigurationManager) -> nn.Module:
         """What a training step runs as one module, for `nnunet-ext benchmark`."""
         if configuration.previous_stage_name is not None:
             return network
@@ -134,7 +134,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         stage.check_labels(self.dataset_json)
         stage.check(datasets, self.label_manager.foreground_labels, read=self.local_rank == 0)
 
-    def prepare_passes(self: Any, network: DualMeUNet) -> None:
+    def prepare_passes(self: Any, network: Any) -> None:
         """Tell the network of regions, and prepare its branches."""
         network.regions = self.label_manager.has_regions
         sizes = self.branch_patches(self.configuration_manager, self.standard_patch)

@@ -96,7 +96,7 @@ class FirstStage:
             )
         if prior.max(initial=0) > max(labels) or not set(np.unique(prior)) <= {0, *labels}:
             raise ValueError(
-                f"Stage 1's prediction of {case} must hold labels of {sorted(labels)}, got "
+                f"Stage 1's prediction of {case} must hold labels of {sorted(map(int, labels))}, got "
                 f"{sorted(set(np.unique(prior).tolist()) - {0, *labels})}: it belongs to another label set"
                 f"{self._cure([case])}"
             )
