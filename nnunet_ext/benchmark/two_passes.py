@@ -38,25 +38,43 @@ class TwoPasses(nn.Module):
 
 
 class InTurn(nn.Module):
-    """The training step of networks that take turns on centres of one patch, as a module, for benchmarks.
+    """meU-net's training step of several networks on centres of one patch, one after the other, as a module.
 
     Args:
-        parts: voxels per axis of what a part sees, and the part.
+        trained_networks: each takes both passes.
+        standard_patch: voxels per axis of the whole patch -> of the standard patch that all share.
+        expanded_patches: for each network, voxels per axis of the whole patch -> of its expanded patch.
 
-    Shape: (B, C, *patch) -> output of the last part; the others run in both directions before.
+    Shape: (B, C, *patch) -> logits of P by the last network.
     """
 
-    def __init__(self, parts: Sequence[tuple[Sequence[int], nn.Module]]) -> None:
+    def __init__(
+        self,
+        trained_networks: Sequence[nn.Module],
+        standard_patch: Callable[[Sequence[int]], Sequence[int]],
+        expanded_patches: Sequence[Callable[[Sequence[int]], Sequence[int]]],
+    ) -> None:
         super().__init__()
-        self.sizes = [size for size, _ in parts]
-        self.parts = nn.ModuleList(part for _, part in parts)
+        self.trained_networks = nn.ModuleList(trained_networks)
+        self.expanded_passes = [ExpandedPass(network) for network in trained_networks]
+        self.standard_patch, self.expanded_patches = standard_patch, expanded_patches
 
     def forward(self, x: Tensor) -> Any:
-        """Run what precedes the backward pass of the last part."""
-        *earlier, (size, last) = zip(self.sizes, self.parts, strict=True)
-        for earlier_size, part in earlier:
-            surrogate_loss(part(centre_crop(x, earlier_size))).backward()
-        return last(centre_crop(x, size))
+        """Run what precedes the backward pass of the last standard patch."""
+        whole = tuple(x.shape[2:])
+        standard = self.standard_patch(whole)
+        output: Any = None
+        for network, expanded_pass, expanded_patch in zip(
+            self.trained_networks, self.expanded_passes, self.expanded_patches, strict=True
+        ):
+            if output is not None:
+                surrogate_loss(output).backward()
+                del output
+            size = expanded_patch(whole)
+            if tuple(size) != tuple(standard):
+                surrogate_loss(expanded_pass(centre_crop(x, size))).backward()
+            output = network(centre_crop(x, standard))
+        return output
 
 
 def measure_two_passes(

@@ -12,18 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.expanded_patch import Size, divisors, expanded_patch
+from nnunet_ext.architectures.blocks.expanded_patch import Size, divisors, expanded_patch, standard_patch
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
-from nnunet_ext.architectures.me_unet import DualMeUNet
-from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
-from nnunet_ext.benchmark.two_passes import InTurn, TwoPasses
-from nnunet_ext.trainers.from_plans import build_from_plans
+from nnunet_ext.benchmark.two_passes import InTurn
 from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, bare, plan_standard_patch
 from nnunet_ext.trainers.priors import first_stage
-from nnunet_ext.trainers.vae import image_channels
 
 
 @dataclass(frozen=True)
@@ -60,40 +56,22 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
     k: float | Sequence[float] = 1.75
     branch_ks: Sequence[float] = (1.5, 1.75)
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Build the network of the configuration's stage, for training and prediction."""
-        arguments = (configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
-        if configuration_manager.previous_stage_name is None:
-            return build_from_plans(DualMeUNet, *arguments)
-        prior = num_input_channels - image_channels(configuration_manager)
-        planned = configuration_manager.network_arch_init_kwargs.get("prior_channels", prior)
-        if planned != prior:
-            raise ValueError(
-                f"The plans' prior_channels are one for each foreground label, got {planned}, but dataset.json has "
-                f"{prior} of them: plan again (-pl MeCascadePlanner) and train both stages anew."
-            )
-        return build_from_plans(PostConcatUNet, *arguments, prior_channels=prior)
-
     @classmethod
     def training_form(cls, network: Any, configuration: ConfigurationManager) -> nn.Module:
         """What a training step runs as one module, for `nnunet-ext benchmark`."""
         if configuration.previous_stage_name is not None:
             return network
-        standard = plan_standard_patch(configuration, cls.k)
-        sizes = cls.branch_patches(configuration, standard)
-        return InTurn(
-            [
-                (size, branch if size == standard else TwoPasses(branch, lambda _: standard))
-                for branch, size in zip(network.branches, sizes, strict=True)
-            ]
-        )
+        plan_standard_patch(configuration, cls.k)  # says what does not fit
+        divisor = divisors(configuration.pool_op_kernel_sizes, len(configuration.patch_size))
+        k = configuration.configuration.get("me_unet", {}).get("k", cls.k)
+
+        def standard(patch: Sequence[int]) -> Size:
+            return standard_patch(patch, k, divisor)
+
+        def expanded(branch_k: float) -> Callable[[Sequence[int]], Size]:
+            return lambda patch: expanded_patch(standard(patch), branch_k, divisor, patch)
+
+        return InTurn(network.branches, standard, [expanded(branch_k) for branch_k in cls.branch_ks])
 
     @classmethod
     def branch_patches(cls, configuration: ConfigurationManager, standard: Size) -> list[Size]:
