@@ -89,6 +89,19 @@ class Options:
     export: int = 3
     keep_going: bool = False
 
+    def check(self) -> None:
+        """See that the numbers make sense.
+
+        Raises:
+            UsageError: they do not.
+        """
+        if not 0 < self.step_size <= 1:
+            raise UsageError(f"-step_size is a share of the patch, got {self.step_size}: use 0.5.")
+        if min(self.preprocessing, self.export) < 1:
+            raise UsageError(
+                f"-npp and -nps must be at least 1, got {self.preprocessing} and {self.export}: use 1."
+            )
+
 
 def find_stages(
     dataset: str,
@@ -159,6 +172,7 @@ def predict(
     output = output.resolve()
     keep = (output.with_name(f"{output.name}_{configuration}") if keep is None else keep).resolve()
     _check_folders(images.resolve(), output, keep)
+    options.check()
     files = _input_files(images, first.dataset)
     with writing(keep):
         keep.mkdir(parents=True, exist_ok=True)
@@ -306,6 +320,13 @@ def _run(stage: Stage, images: Path, output: Path, prior: Path | None, options: 
             num_processes_segmentation_export=options.export,
             folder_with_segs_from_prev_stage=None if prior is None else str(prior),
         )
+    except RuntimeError as error:
+        if "workers died" not in str(error):
+            raise
+        raise UsageError(
+            f"a process that reads or writes scans of {images} ended, its message is above: repair the scan, or use "
+            "-npp 1 -nps 1 where memory is short, then call again with --continue_prediction."
+        ) from error
     except OSError as error:
         free = shutil.disk_usage(output).free // 2**20
         raise UsageError(

@@ -194,6 +194,19 @@ def test_folders_that_are_one_are_refused(
     assert len(list(Path("in").iterdir())) == 4
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["-step_size", "0"], "share of the patch, got 0.0"),
+        (["-nps", "0"], "must be at least 1, got 3 and 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    option: list[str], message: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused([*COMMAND, *option], capsys, runs)
+
+
 def test_a_stage_that_leaves_cases_out_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
