@@ -38,25 +38,25 @@ class TwoPasses(nn.Module):
 
 
 class InTurn(nn.Module):
-    """meU-net's training step of several networks on centres of one patch, one after the other, as a module.
+    """meU-net's training step of a network's branches on centres of one patch, one after the other, as a module.
 
     Args:
-        trained_networks: each takes both passes.
+        trained_network: has ``branches``, of which each takes both passes.
         standard_patch: voxels per axis of the whole patch -> of the standard patch that all share.
-        expanded_patches: for each network, voxels per axis of the whole patch -> of its expanded patch.
+        expanded_patches: for each branch, voxels per axis of the whole patch -> of its expanded patch.
 
-    Shape: (B, C, *patch) -> logits of P by the last network.
+    Shape: (B, C, *patch) -> logits of P by the last branch.
     """
 
     def __init__(
         self,
-        trained_networks: Sequence[nn.Module],
+        trained_network: Any,
         standard_patch: Callable[[Sequence[int]], Sequence[int]],
         expanded_patches: Sequence[Callable[[Sequence[int]], Sequence[int]]],
     ) -> None:
         super().__init__()
-        self.trained_networks = nn.ModuleList(trained_networks)
-        self.expanded_passes = [ExpandedPass(network) for network in trained_networks]
+        self.trained_network = trained_network
+        self.expanded_passes = [ExpandedPass(branch) for branch in trained_network.branches]
         self.standard_patch, self.expanded_patches = standard_patch, expanded_patches
 
     def forward(self, x: Tensor) -> Any:
@@ -64,8 +64,8 @@ class InTurn(nn.Module):
         whole = tuple(x.shape[2:])
         standard = self.standard_patch(whole)
         output: Any = None
-        for network, expanded_pass, expanded_patch in zip(
-            self.trained_networks, self.expanded_passes, self.expanded_patches, strict=True
+        for branch, expanded_pass, expanded_patch in zip(
+            self.trained_network.branches, self.expanded_passes, self.expanded_patches, strict=True
         ):
             if output is not None:
                 surrogate_loss(output).backward()
@@ -73,7 +73,7 @@ class InTurn(nn.Module):
             size = expanded_patch(whole)
             if tuple(size) != tuple(standard):
                 surrogate_loss(expanded_pass(centre_crop(x, size))).backward()
-            output = network(centre_crop(x, standard))
+            output = branch(centre_crop(x, standard))
         return output
 
 

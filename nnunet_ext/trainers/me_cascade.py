@@ -71,7 +71,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         def expanded(branch_k: float) -> Callable[[Sequence[int]], Size]:
             return lambda patch: expanded_patch(standard(patch), branch_k, divisor, patch)
 
-        return InTurn(network.branches, standard, [expanded(branch_k) for branch_k in cls.branch_ks])
+        return InTurn(network, standard, [expanded(branch_k) for branch_k in cls.branch_ks])
 
     @classmethod
     def branch_patches(cls, configuration: ConfigurationManager, standard: Size) -> list[Size]:
@@ -88,6 +88,12 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
             return
         super().initialize()
         self.is_expanded = True  # also where no patch is: the branches train apart
+
+    def on_train_start(self: Any) -> None:
+        """Start as nnU-Net does; pretrained weights may come from a network without regions, or with them."""
+        super().on_train_start()  # type: ignore[misc]
+        if not self.is_cascaded:
+            bare(self.network).regions = self.label_manager.has_regions
 
     def get_tr_and_val_datasets(self: Any) -> tuple[Any, Any]:
         """Make nnU-Net's data sets; stage 2 checks the prior of each of their cases."""
@@ -114,7 +120,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
 
     def prepare_passes(self: Any, network: Any) -> None:
         """Tell the network of regions, and prepare its branches."""
-        network.regions = self.label_manager.has_regions
+        network.regions = self.label_manager.has_regions  # --val starts without on_train_start
         sizes = self.branch_patches(self.configuration_manager, self.standard_patch)
         self.branches = [
             Branch(

@@ -198,7 +198,10 @@ def test_both_stages_train_validate_and_predict(kind: str, trainer_of: Callable[
         return trainer
 
     first = short(CONTEXT)
+    first.initialize()
+    first.network.regions = kind != "regions"  # as weights pretrained on another kind of labels leave it
     first.run_training()
+    assert first.network.regions is (kind == "regions")
     first.perform_actual_validation()
     priors = Path(first.output_folder_base) / "predicted_next_stage" / POST
     _, validated = first.do_split()
