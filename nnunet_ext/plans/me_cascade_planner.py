@@ -62,7 +62,7 @@ class MeCascadePlanner(MeUNetPlanner):
                 "next_stage": post,
                 "patch_size": configuration["patch_size"],
                 "me_unet": noted,
-                "architecture": _architecture(configuration, DualMeUNet),
+                "architecture": _architecture(configuration, DualMeUNet, regions=labels.has_regions),
             }
             planned[post] = {
                 "inherits_from": name,

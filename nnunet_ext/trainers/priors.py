@@ -115,8 +115,8 @@ class FirstStage:
         if others:
             named = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
             parts.append(
-                f"{len(others)} cases that no fold of splits_final.json validates ({named}), take them out of its "
-                "training cases"
+                f"no fold of splits_final.json validates {named} ({len(others)} in all), add them to a fold or take "
+                "them out of the training cases"
             )
         return f": {'; '.join(parts)}."
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from nnunet_ext.benchmark.memory import StorageTracker
 from nnunet_ext.plans.me_cascade_planner import MeCascadePlanner
 from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
+from nnunet_ext.trainers.priors import FirstStage
 from tests.contract.test_me_unet import batch_of
 
 CPU = torch.device("cpu")
@@ -92,6 +94,7 @@ def test_each_branch_gets_the_gradients_of_a_meunet_of_its_own(
         alone.plans_manager.plans["configurations"][CONTEXT]["architecture"]["network_class_name"] = (
             "dynamic_network_architectures.architectures.unet.PlainConvUNet"
         )
+        alone.plans_manager.plans["configurations"][CONTEXT]["architecture"]["arch_kwargs"].pop("regions")
         alone.configuration_manager = alone.plans_manager.get_configuration.__wrapped__(
             alone.plans_manager, CONTEXT
         )
@@ -154,6 +157,7 @@ def test_regions_reach_the_network_that_predicts_through_the_checkpoint(
 ) -> None:
     trainer = ready(trainer_of(CONTEXT, "regions"))
     trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    del trainer.configuration_manager.network_arch_init_kwargs["regions"]  # as nnU-Net's own plans
     network = nnUNetTrainerMeCascade.build_network_architecture(
         trainer.plans_manager, trainer.configuration_manager, 2, 2, enable_deep_supervision=False
     )
@@ -277,6 +281,17 @@ def test_missing_folds_are_named_with_their_commands(stage_two: Any) -> None:
     assert f"{command % 1} -device cpu;" in str(error.value)
     assert f"{command % 3} -device cpu --val." in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_cases_that_no_fold_validates_are_named(tmp_path: Path) -> None:
+    splits = [["a"], ["b"]]
+    stage = FirstStage("nnUNetv2_train D C", "-p P", tmp_path, "C", tmp_path, splits)
+    with pytest.raises(ValueError, match="3 of 3 have none") as error:
+        stage.check([SimpleNamespace(identifiers=["a", "z", "y"])], [1])
+    assert (
+        "fold 0, run first: nnUNetv2_train D C 0 -p P; no fold of splits_final.json validates y, z (2 in"
+        in str(error.value)
+    )
 
 
 def test_validation_alone_checks_its_priors_too(stage_two: Any) -> None:

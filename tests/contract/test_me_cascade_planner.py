@@ -59,6 +59,9 @@ def test_plans_alone_build_the_networks_that_the_trainer_builds(dim: str, plans:
         )
         built = nnUNetTrainerMeCascade.build_network_architecture(plans, configuration, channels, 3)
         built.load_state_dict(planned.state_dict(), strict=True)
+        if name.endswith("context"):
+            (labels,) = {bool(planned.regions), bool(configuration.network_arch_init_kwargs["regions"])}
+            assert labels == (plans.dataset_name == "Dataset902_regions")
 
 
 def test_a_large_image_gets_its_context_and_the_memory_of_the_larger_stage(
