@@ -7,9 +7,11 @@ from nnunet_ext import registry
 # Networks by dotted path, as plans hold them; trainers and planners by class name, as checkpoints and plans do.
 ARCHITECTURES = {
     "nnunet_ext.architectures.faster_fusion_unet.FasterFusionUNet",
+    "nnunet_ext.architectures.me_unet.DualMeUNet",
     "nnunet_ext.architectures.implicit_unet.ImplicitUNet",
     "nnunet_ext.architectures.invertible_unet.InvertibleUNet",
     "nnunet_ext.architectures.partially_invertible_unet.PartiallyInvertibleUNet",
+    "nnunet_ext.architectures.post_concat_unet.PostConcatUNet",
     "nnunet_ext.architectures.reversible_unet.ReversibleUNet",
 }
 TRAINERS = {
@@ -23,6 +25,7 @@ TRAINERS = {
     "nnUNetTrainerImplicitLite",
     "nnUNetTrainerInvertible",
     "nnUNetTrainerInvertibleNoVAE",
+    "nnUNetTrainerMeCascade",
     "nnUNetTrainerMeReversible",
     "nnUNetTrainerMeUNet",
     "nnUNetTrainerPartiallyInvertible",
@@ -33,6 +36,7 @@ PLANNERS = {
     "FasterFusionUNetPlanner",
     "ImplicitUNetPlanner",
     "InvertibleUNetPlanner",
+    "MeCascadePlanner",
     "MeResEncUNetPlanner",
     "MeReversibleUNetPlanner",
     "MeUNetPlanner",

@@ -37,6 +37,46 @@ class TwoPasses(nn.Module):
         return self.trained_network(centre_crop(x, self.standard_patch(x.shape[2:])))
 
 
+class InTurn(nn.Module):
+    """meU-net's training step of a network's branches on centres of one patch, one after the other, as a module.
+
+    Args:
+        trained_network: has ``branches``, of which each takes both passes.
+        standard_patch: voxels per axis of the whole patch -> of the standard patch that all share.
+        expanded_patches: for each branch, voxels per axis of the whole patch -> of its expanded patch.
+
+    Shape: (B, C, *patch) -> logits of P by the last branch.
+    """
+
+    def __init__(
+        self,
+        trained_network: Any,
+        standard_patch: Callable[[Sequence[int]], Sequence[int]],
+        expanded_patches: Sequence[Callable[[Sequence[int]], Sequence[int]]],
+    ) -> None:
+        super().__init__()
+        self.trained_network = trained_network
+        self.expanded_passes = [ExpandedPass(branch) for branch in trained_network.branches]
+        self.standard_patch, self.expanded_patches = standard_patch, expanded_patches
+
+    def forward(self, x: Tensor) -> Any:
+        """Run what precedes the backward pass of the last standard patch."""
+        whole = tuple(x.shape[2:])
+        standard = self.standard_patch(whole)
+        output: Any = None
+        for branch, expanded_pass, expanded_patch in zip(
+            self.trained_network.branches, self.expanded_passes, self.expanded_patches, strict=True
+        ):
+            if output is not None:
+                surrogate_loss(output).backward()
+                del output
+            size = expanded_patch(whole)
+            if tuple(size) != tuple(standard):
+                surrogate_loss(expanded_pass(centre_crop(x, size))).backward()
+            output = branch(centre_crop(x, standard))
+        return output
+
+
 def measure_two_passes(
     build: Callable[[], nn.Module],
     input_channels: int,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from nnunet_ext import __version__
 from nnunet_ext.errors import UsageError
 
-# command -> one line of help; nnunet_ext.cli.<command> has add_arguments(parser) and run(args) -> exit status
+# command -> one line of help; nnunet_ext.cli.<command> (- is _) has add_arguments(parser) and run(args) -> exit status
 COMMANDS = {
     "list": "show every registered trainer, planner and architecture",
     "doctor": "prove that nnU-Net's commands find them, and say what to repair",
@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "train, predict and compare on a small phantom or on your data",
     "compare": "accuracy and cost of trained models beside default nnU-Net, as a report",
     "deploy": "a trained model fused, small and fast, for prediction elsewhere",
+    "cascade-predict": "both predictions of a trained cascade, the first one kept",
     "benchmark": "parameters, operations, memory and time of networks beside default nnU-Net",
 }
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         # Only the command that was asked for is imported.
         asked = bool(arguments) and arguments[0] == name
-        module = importlib.import_module(f"nnunet_ext.cli.{name}") if asked else None
+        module = importlib.import_module(f"nnunet_ext.cli.{name.replace('-', '_')}") if asked else None
         command = commands.add_parser(
             name,
             help=text,

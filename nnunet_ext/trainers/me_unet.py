@@ -61,7 +61,7 @@ class MeUNetTrainerMixin:
         self.standard_patch = plan_standard_patch(self.configuration_manager, self.k)
         super().initialize()  # type: ignore[misc]
         self.is_expanded = self.standard_patch != tuple(self.configuration_manager.patch_size)
-        self.expanded_pass = self.make_expanded_pass(_bare(self.network))
+        self.prepare_passes(bare(self.network))
         self.print_to_log_file(
             f"meU-net: expanded patch {list(self.configuration_manager.patch_size)}, standard patch "
             f"{list(self.standard_patch)}"
@@ -74,6 +74,14 @@ class MeUNetTrainerMixin:
         if self.softmax_weighted:
             weight_classes(loss)
         return loss
+
+    def prepare_passes(self: Any, network: nn.Module) -> None:
+        """Keep what the training step runs beside the network itself.
+
+        Args:
+            network: without the wrappers of DDP and torch.compile.
+        """
+        self.expanded_pass = self.make_expanded_pass(network)
 
     def make_expanded_pass(self: Any, network: nn.Module) -> ExpandedPass:
         """Make the expanded pass of a network, compiled where nnU-Net compiles."""
@@ -148,12 +156,16 @@ class MeUNetTrainerMixin:
         """Clip the gradients and step, as nnU-Net does."""
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        self.clip_gradients()
         if self.grad_scaler is None:
             self.optimizer.step()
         else:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+
+    def clip_gradients(self: Any) -> None:
+        """Clip as nnU-Net does."""
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
 
     def validation_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
         """Validate at kP sample by sample: a whole batch could need more memory than the training step."""
@@ -192,7 +204,7 @@ def plan_standard_patch(configuration: ConfigurationManager, default_k: float | 
     return size
 
 
-def _bare(network: nn.Module) -> nn.Module:
+def bare(network: nn.Module) -> nn.Module:
     """The network without the wrappers of DDP and torch.compile."""
     inner = getattr(network, "module", network)
     return inner._orig_mod if isinstance(inner, OptimizedModule) else inner

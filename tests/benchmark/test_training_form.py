@@ -8,12 +8,12 @@ from torch import nn
 
 from nnunet_ext.benchmark.counting import Builders, count
 from nnunet_ext.benchmark.machine import Machine
-from nnunet_ext.benchmark.memory import measure_step
+from nnunet_ext.benchmark.memory import measure_step, surrogate_loss
 from nnunet_ext.benchmark.request import Request
 from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.benchmark.source import Source
 from nnunet_ext.benchmark.timing import TrainingStep
-from nnunet_ext.benchmark.two_passes import TwoPasses, measure_two_passes
+from nnunet_ext.benchmark.two_passes import InTurn, TwoPasses, measure_two_passes
 
 NAMES = ("nnUNetTrainerMeUNet", "nnUNetTrainerMeReversible")
 
@@ -62,3 +62,27 @@ def test_where_nothing_is_expanded_the_step_is_the_networks(machine: Machine, se
     built = Builders.of(request_of(machine, setting), NAMES[0]).train()
     assert isinstance(built, nn.Module)
     assert not isinstance(built, TwoPasses)
+
+
+def test_the_cascades_first_stage_peaks_like_its_larger_branch(machine: Machine, full: Setting) -> None:
+    full.plans["configurations"]["3d_fullres"]["me_unet"] = {"k": 1.5}
+    cascade, alone = (
+        count(Request(full, machine, (name,), repeats=0), name)
+        for name in ("nnUNetTrainerMeCascade", "nnUNetTrainerMeUNet")
+    )
+    assert cascade.network == "DualMeUNet"
+    assert cascade.peak_bytes == pytest.approx(
+        alone.peak_bytes, rel=0.15
+    )  # gradients of two networks' weights
+
+
+def test_a_timed_step_of_the_cascade_trains_both_branches_on_any_patch(
+    machine: Machine, setting: Setting
+) -> None:
+    network = Builders.of(
+        Request(setting, machine, ("nnUNetTrainerMeCascade",), repeats=0), "nnUNetTrainerMeCascade"
+    )
+    form = network.train()
+    assert isinstance(form, InTurn)
+    surrogate_loss(form(torch.randn(2, 1, 32, 32, 32))).backward()
+    assert all(parameter.grad is not None for parameter in form.parameters())

@@ -43,7 +43,7 @@ def test_help_of_every_command_has_an_example(command: str, capsys: pytest.Captu
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_is_a_module(command: str) -> None:
-    module = importlib.import_module(f"nnunet_ext.cli.{command}")
+    module = importlib.import_module(f"nnunet_ext.cli.{command.replace('-', '_')}")
     assert callable(module.add_arguments)
     assert callable(module.run)
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass
+from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, _bare
+from nnunet_ext.trainers.me_cascade import Branch, MeCascadeTrainerMixin
+from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, bare
 from tests.contract.plans import arguments
 
-NETWORKS = {"PlainConvUNet": PlainConvUNet, "ReversibleUNet": ReversibleUNet}
+NETWORKS = {"PlainConvUNet": PlainConvUNet, "ReversibleUNet": ReversibleUNet, "DualMeUNet": DualMeUNet}
 STEPS = 3
 
 
@@ -26,13 +28,27 @@ class Step(MeUNetTrainerMixin):
 
     def __init__(self, network: nn.Module) -> None:
         self.device, self.grad_scaler = torch.device("cpu"), None
-        self.network, self.expanded_pass = network, ExpandedPass(_bare(network))
+        self.network, self.is_ddp = network, isinstance(network, DistributedDataParallel)
         self.standard_patch = (8, 8, 8)
         self.configuration_manager = SimpleNamespace(pool_op_kernel_sizes=arguments("3d")["strides"])
+        self.prepare_passes(bare(network))
+
+    def make_expanded_pass(self, network: nn.Module) -> ExpandedPass:
+        return ExpandedPass(network)
 
     def loss(self, output: Any, target: Any) -> Tensor:
         pairs = zip(output, target, strict=True) if isinstance(output, list) else [(output, target)]
         return sum((a - b).square().mean() for a, b in pairs)
+
+
+class CascadeStep(MeCascadeTrainerMixin, Step):
+    """The step of stage 1 alone."""
+
+    def prepare_passes(self, network: Any) -> None:
+        self.branches = [
+            Branch(branch, branch, ExpandedPass(branch), size)
+            for branch, size in zip(network.branches, ((12, 12, 12), (16, 16, 16)), strict=True)
+        ]
 
 
 def build(name: str) -> nn.Module:
@@ -48,11 +64,12 @@ def run(rank: int, world_size: int, name: str, port: int, compiled: bool, option
     try:
         torch.manual_seed(1)
         data, target = torch.randn(2 * world_size, 2, 16, 16, 16), torch.randn(2 * world_size, 1, 16, 16, 16)
-        alone = Step(build(name))
+        step = CascadeStep if name == "DualMeUNet" else Step
+        alone = step(build(name))
         alone.accumulate_gradients(data, target)
         network = build(name)
         inner = torch.compile(network, backend="aot_eager") if compiled else network
-        ours = Step(DistributedDataParallel(inner, **options))
+        ours = step(DistributedDataParallel(inner, **options))
         mine = slice(2 * rank, 2 * rank + 2)
         for _ in range(STEPS):  # DDP builds its buckets anew after the first
             network.zero_grad(set_to_none=True)

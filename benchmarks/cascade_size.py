@@ -1,0 +1,119 @@
+"""Parameters and training memory of both stages of meU-net's cascade beside default nnU-Net, without a GPU.
+
+Default network (32-64-128-256-320-320), P = 128, kP = 224, batch 2; peak of a training step without the weights.
+
+example: python benchmarks/cascade_size.py --output docs/benchmarks/2026-11-21-cascade
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
+
+from nnunet_ext.architectures.me_unet import DualMeUNet
+from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
+from nnunet_ext.benchmark.memory import measure_step
+from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
+from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
+
+P, CONTEXT, LABELS = 128, 224, (1, 2, 14)
+NETWORK: dict[str, Any] = {
+    "n_stages": 6,
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "conv_op": nn.Conv3d,
+    "kernel_sizes": [[3, 3, 3]] * 6,
+    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    "n_conv_per_stage": [2] * 6,
+    "n_conv_per_stage_decoder": [2] * 5,
+    "conv_bias": True,
+    "norm_op": nn.InstanceNorm3d,
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "nonlin": nn.LeakyReLU,
+    "nonlin_kwargs": {"inplace": True},
+    "deep_supervision": True,
+}
+PLAN: Any = SimpleNamespace(
+    patch_size=[CONTEXT] * 3,
+    pool_op_kernel_sizes=NETWORK["strides"],
+    configuration={"me_unet": {"k": CONTEXT / P}},
+    previous_stage_name=None,
+)
+
+
+def default(labels: int) -> nn.Module:
+    return PlainConvUNet(input_channels=1, num_classes=labels + 1, **NETWORK)
+
+
+def stage_one(labels: int) -> nn.Module:
+    return nnUNetTrainerMeCascade.training_form(DualMeUNet(1, labels + 1, **NETWORK), PLAN)
+
+
+def one_branch(labels: int) -> nn.Module:
+    return nnUNetTrainerMeUNet.training_form(default(labels), PLAN)
+
+
+def stage_two(labels: int, fusion: Any = "post") -> nn.Module:
+    return PostConcatUNet(1 + labels, labels + 1, prior_channels=labels, fusion=fusion, **NETWORK)
+
+
+def parameters(build: Callable[[], nn.Module]) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build().parameters())
+
+
+def peaks(build: Callable[[], nn.Module], channels: int, patch: int) -> list[float]:
+    """GiB at the peak of a step, in float32 and mixed precision."""
+    return [
+        measure_step(build, channels, [patch] * 3, 2, autocast_dtype=dtype).peak / 2**30
+        for dtype in (None, torch.bfloat16)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of size.md and size.json")
+    options = parser.parse_args()
+    lines = ["# Size of meU-net's cascade", "", "`python benchmarks/cascade_size.py --output FOLDER`", ""]
+    lines += ["| labels | default nnU-Net | post-concatenation | pre-concatenation |", "|---|---|---|---|"]
+    found: dict[str, Any] = {"parameters": {}, "peak_gib": {}}
+    for labels in LABELS:
+        host = parameters(lambda labels=labels: default(labels))
+        ours = [parameters(lambda f=f, labels=labels: stage_two(labels, f)) for f in ("post", "pre")]
+        found["parameters"][labels] = {"default": host, "post": ours[0], "pre": ours[1]}
+        lines.append(
+            f"| {labels} | {host:,} | " + " | ".join(f"{n:,} ({n / host - 1:+.3%})" for n in ours) + " |"
+        )
+    rows = {
+        f"default nnU-Net at {P}": (lambda: default(2), 1, P),
+        f"stage 1, both branches, {CONTEXT}": (lambda: stage_one(2), 1, CONTEXT),
+        f"one meU-net, {CONTEXT}": (lambda: one_branch(2), 1, CONTEXT),
+        f"stage 2 at {P}, 2 labels": (lambda: stage_two(2), 3, P),
+        f"default nnU-Net at {P}, 14 labels": (lambda: default(14), 1, P),
+        f"stage 2 at {P}, 14 labels": (lambda: stage_two(14), 15, P),
+    }
+    lines += ["", "| peak of a training step | float32 | mixed precision |", "|---|---|---|"]
+    for name, (build, channels, patch) in rows.items():
+        found["peak_gib"][name] = peaks(build, channels, patch)
+        base = found["peak_gib"][f"default nnU-Net at {P}{', 14 labels' if '14' in name else ''}"]
+        cells = [
+            f"{gib:.2f} GiB ({gib / to:.2f}x)" for gib, to in zip(found["peak_gib"][name], base, strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "size.md").write_text("\n".join(lines) + "\n")
+    (options.output / "size.json").write_text(json.dumps(found, indent=2) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

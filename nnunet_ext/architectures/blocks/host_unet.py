@@ -1,0 +1,45 @@
+"""nnU-Net's own U-Nets from the arguments of default or ResEnc plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
+from dynamic_network_architectures.initialization.weight_init import (
+    InitWeights_He,
+    init_last_bn_before_add_to_0,
+)
+from torch import nn
+
+
+def host_unet(
+    n_conv_per_stage: Any, n_blocks_per_stage: Any, **arguments: Any
+) -> PlainConvUNet | ResidualEncoderUNet:
+    """Build the network that the plans describe.
+
+    Args:
+        n_conv_per_stage: convolutions per encoder stage, from default plans.
+        n_blocks_per_stage: residual blocks per encoder stage, from ResEnc plans; one of both is given.
+        arguments: of nnU-Net's networks.
+
+    Raises:
+        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage.
+    """
+    if (n_conv_per_stage is None) == (n_blocks_per_stage is None):
+        raise ValueError(
+            "A U-Net needs either n_conv_per_stage (default plans) or n_blocks_per_stage (ResEnc plans), got "
+            f"{n_conv_per_stage} and {n_blocks_per_stage}: use plans of nnU-Net's planners."
+        )
+    if n_blocks_per_stage is None:
+        return PlainConvUNet(n_conv_per_stage=n_conv_per_stage, **arguments)
+    return ResidualEncoderUNet(n_blocks_per_stage=n_blocks_per_stage, **arguments)
+
+
+def initialize_as_host(module: nn.Module) -> None:
+    """Initialise a module as nnU-Net's networks do (He et al. 2015); meant for `Module.apply`."""
+    InitWeights_He(1e-2)(module)
+    if isinstance(module, (BasicBlockD, BottleneckD)):  # residual blocks start as identity
+        last = module.conv3 if isinstance(module, BottleneckD) else module.conv2
+        if hasattr(last, "norm"):
+            init_last_bn_before_add_to_0(module)

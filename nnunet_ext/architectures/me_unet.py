@@ -1,0 +1,180 @@
+"""Dual meU-net: two U-Nets of different context, averaged; stage 1 of meU-net's cascade.
+
+Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-resolution Volumetric MicroCT Images"
+(MIDL). Different from the paper: the branches are nnU-Net's own networks, plain or ResEnc, trained one after the other
+within a step (`nnunet_ext.trainers.me_cascade`), so that only one keeps its feature maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
+
+BRANCHES = 2
+
+
+class DualMeUNet(nn.Module):
+    """Dual meU-net (Wang et al. 2022): two U-Nets of different context, averaged.
+
+    The logits say what the mean of the branches' probabilities says:
+
+        labels:   z = log(mean_i softmax(z_i))
+        regions:  z = logit(mean_i sigmoid(z_i))
+
+    so that softmax or sigmoid of z, nnU-Net's loss and its argmax are those of the mean. Arguments that are not listed
+    mean what they mean in nnU-Net's plans.
+
+    Args:
+        input_channels: channels of the image.
+        num_classes: channels of the logits.
+        n_conv_per_stage: convolutions per encoder stage, from default plans.
+        n_blocks_per_stage: residual blocks per encoder stage, from ResEnc plans; one of both is given.
+        deep_supervision: return a list of logits, largest first.
+        regions: whether the classes are nnU-Net's regions, each with a sigmoid of its own. Part of the state_dict, so
+            that a network built from plans alone learns it from the checkpoint.
+
+    Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);
+        patch divisible by the cumulative strides.
+
+    Raises:
+        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[_ConvNd],
+        kernel_sizes: int | Sequence[int | Sequence[int]],
+        strides: int | Sequence[int | Sequence[int]],
+        n_conv_per_stage: int | Sequence[int] | None = None,
+        n_blocks_per_stage: int | Sequence[int] | None = None,
+        n_conv_per_stage_decoder: int | Sequence[int],
+        conv_bias: bool = False,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: Mapping[str, Any] | None = None,
+        dropout_op: type[_DropoutNd] | None = None,
+        dropout_op_kwargs: Mapping[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: Mapping[str, Any] | None = None,
+        deep_supervision: bool = False,
+        regions: bool = False,
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            host_unet(
+                n_conv_per_stage,
+                n_blocks_per_stage,
+                input_channels=input_channels,
+                num_classes=num_classes,
+                n_stages=n_stages,
+                features_per_stage=features_per_stage,
+                conv_op=conv_op,
+                kernel_sizes=kernel_sizes,
+                strides=strides,
+                n_conv_per_stage_decoder=n_conv_per_stage_decoder,
+                conv_bias=conv_bias,
+                norm_op=norm_op,
+                norm_op_kwargs=dict(norm_op_kwargs or {}),
+                dropout_op=dropout_op,
+                dropout_op_kwargs=dropout_op_kwargs,
+                nonlin=nonlin,
+                nonlin_kwargs=nonlin_kwargs,
+                deep_supervision=deep_supervision,
+            )
+            for _ in range(BRANCHES)
+        )
+        self.regions = regions
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return logits; in training with deep supervision a list, largest first."""
+        outputs = [branch(x) for branch in self.branches]
+        mean = mean_of_sigmoids if self.regions else mean_of_softmaxes
+        if isinstance(outputs[0], Tensor):
+            return mean(outputs)
+        return [mean(level) for level in zip(*outputs, strict=True)]
+
+    @property
+    def decoder(self) -> Decoders:
+        """The decoders of the branches, for nnU-Net's switch of deep supervision."""
+        return Decoders([branch.decoder for branch in self.branches])
+
+    def get_extra_state(self) -> Tensor:
+        """What the state_dict holds beside the weights: `regions`."""
+        return torch.tensor(self.regions)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take `regions` from a state_dict."""
+        self.regions = bool(state)
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialise a module as nnU-Net's own networks do; meant for `Module.apply`."""
+        initialize_as_host(module)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Elements that training keeps per sample, in nnU-Net's unit: those of one branch, they train in turn.
+
+        Args:
+            input_size: voxels per axis.
+        """
+        first: Any = self.branches[0]
+        return int(first.compute_conv_feature_map_size(input_size))
+
+
+class Decoders:
+    """Several decoders with one switch of deep supervision.
+
+    Args:
+        decoders: of the branches.
+    """
+
+    def __init__(self, decoders: Sequence[Any]) -> None:
+        self._decoders = decoders
+
+    @property
+    def deep_supervision(self) -> bool:
+        """Whether they return a list of logits."""
+        return bool(self._decoders[0].deep_supervision)
+
+    @deep_supervision.setter
+    def deep_supervision(self, enabled: bool) -> None:
+        for decoder in self._decoders:
+            decoder.deep_supervision = enabled
+
+
+def mean_of_softmaxes(logits: Sequence[Tensor]) -> Tensor:
+    """Logarithm of the mean of softmaxes over channels.
+
+    Shape: several (B, C, *spatial) -> (B, C, *spatial).
+    """
+    logs = [functional.log_softmax(_precise(z), dim=1) for z in logits]
+    return (reduce(torch.logaddexp, logs) - log(len(logs))).to(logits[0].dtype)
+
+
+def mean_of_sigmoids(logits: Sequence[Tensor]) -> Tensor:
+    """Logit of the mean of sigmoids.
+
+    Shape: several (B, C, *spatial) -> (B, C, *spatial).
+    """
+    inside = reduce(torch.logaddexp, [functional.logsigmoid(_precise(z)) for z in logits])
+    outside = reduce(torch.logaddexp, [functional.logsigmoid(-_precise(z)) for z in logits])
+    return (inside - outside).to(logits[0].dtype)  # the number of branches cancels out
+
+
+def _precise(z: Tensor) -> Tensor:
+    """In float32 at least."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))

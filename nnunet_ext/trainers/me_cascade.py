@@ -1,0 +1,170 @@
+"""Training of meU-net's cascade: two meU-nets in turn in stage 1, an ordinary step in stage 2.
+
+Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-resolution Volumetric MicroCT Images"
+(MIDL). Different from the paper: one trainer for both stages, told apart by the plans, as nnU-Net's cascade wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import Tensor, nn
+
+from nnunet_ext.architectures.blocks.expanded_patch import Size, divisors, expanded_patch, standard_patch
+from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
+from nnunet_ext.benchmark.two_passes import InTurn
+from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, bare, plan_standard_patch
+from nnunet_ext.trainers.priors import first_stage
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One meU-net of the dual network.
+
+    Args:
+        network: the branch itself.
+        whole: what the standard pass calls, compiled where nnU-Net compiles.
+        expanded: its expanded pass.
+        patch: its expanded patch.
+    """
+
+    network: nn.Module
+    whole: Callable[[Tensor], Any]
+    expanded: ExpandedPass
+    patch: Size
+
+
+class MeCascadeTrainerMixin(MeUNetTrainerMixin):
+    """Both stages of meU-net's cascade for trainers; place it before nnUNetTrainer.
+
+    Stage 1, a configuration without ``previous_stage``: `DualMeUNet`. The plans' patch is the larger expanded patch;
+    each branch takes meU-net's two passes on its own centre of it, one branch after the other, so that memory is
+    that of the larger branch. Gradients are clipped branch by branch: two trainings in one.
+
+    Stage 2, a configuration with ``previous_stage``: `PostConcatUNet`, nnU-Net's own step at the plans' patch.
+
+    Attributes:
+        k: of the plans' patch over the standard patch, where the plans do not say it: that of the larger branch.
+        branch_ks: size of each branch's expanded patch over the standard patch they share.
+    """
+
+    k: float | Sequence[float] = 1.75
+    branch_ks: Sequence[float] = (1.5, 1.75)
+
+    @classmethod
+    def training_form(cls, network: Any, configuration: ConfigurationManager) -> nn.Module:
+        """What a training step runs as one module, for `nnunet-ext benchmark`."""
+        if configuration.previous_stage_name is not None:
+            return network
+        plan_standard_patch(configuration, cls.k)  # says what does not fit
+        divisor = divisors(configuration.pool_op_kernel_sizes, len(configuration.patch_size))
+        k = configuration.configuration.get("me_unet", {}).get("k", cls.k)
+
+        def standard(patch: Sequence[int]) -> Size:
+            return standard_patch(patch, k, divisor)
+
+        def expanded(branch_k: float) -> Callable[[Sequence[int]], Size]:
+            return lambda patch: expanded_patch(standard(patch), branch_k, divisor, patch)
+
+        return InTurn(network, standard, [expanded(branch_k) for branch_k in cls.branch_ks])
+
+    @classmethod
+    def branch_patches(cls, configuration: ConfigurationManager, standard: Size) -> list[Size]:
+        """Expanded patch of each branch: k P, at most the plans' patch, in steps of what the strides divide."""
+        patch = tuple(configuration.patch_size)
+        divisor = divisors(configuration.pool_op_kernel_sizes, len(patch))
+        return [expanded_patch(standard, k, divisor, patch) for k in cls.branch_ks]
+
+    def initialize(self: Any) -> None:
+        """Initialise as nnU-Net does; stage 1 prepares its branches."""
+        if self.is_cascaded:
+            self.is_expanded = False
+            super(MeUNetTrainerMixin, self).initialize()  # type: ignore[misc]
+            return
+        super().initialize()
+        self.is_expanded = True  # also where no patch is: the branches train apart
+
+    def on_train_start(self: Any) -> None:
+        """Start as nnU-Net does; pretrained weights may come from a network without regions, or with them."""
+        super().on_train_start()  # type: ignore[misc]
+        if not self.is_cascaded:
+            bare(self.network).regions = self.label_manager.has_regions
+
+    def get_tr_and_val_datasets(self: Any) -> tuple[Any, Any]:
+        """Make nnU-Net's data sets; stage 2 checks the prior of each of their cases."""
+        datasets = super().get_tr_and_val_datasets()  # type: ignore[misc]
+        if self.is_cascaded:
+            self._check_priors(*datasets)
+        return datasets
+
+    def perform_actual_validation(self: Any, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does; stage 2 without a training before (``--val``) checks its priors."""
+        if self.is_cascaded and self.dataloader_val is None:
+            _, keys = self.do_split()
+            self._check_priors(
+                self.dataset_class(
+                    self.preprocessed_dataset_folder, keys, self.folder_with_segs_from_previous_stage
+                )
+            )
+        super().perform_actual_validation(save_probabilities)  # type: ignore[misc]
+
+    def _check_priors(self: Any, *datasets: Any) -> None:
+        stage = first_stage(self)
+        stage.check_labels(self.dataset_json)
+        stage.check(datasets, self.label_manager.foreground_labels, read=self.local_rank == 0)
+
+    def prepare_passes(self: Any, network: Any) -> None:
+        """Tell the network of regions, and prepare its branches."""
+        network.regions = self.label_manager.has_regions  # --val starts without on_train_start
+        sizes = self.branch_patches(self.configuration_manager, self.standard_patch)
+        self.branches = [
+            Branch(
+                branch,
+                torch.compile(branch) if self._do_i_compile() else branch,
+                self.make_expanded_pass(branch),
+                size,
+            )
+            for branch, size in zip(network.branches, sizes, strict=True)
+        ]
+        self.print_to_log_file(f"Dual meU-net: expanded patches {[list(size) for size in sizes]}.")
+
+    def accumulate_gradients(self: Any, data: Tensor, target: Tensor) -> Tensor:
+        """Add up the gradients of both patches, branch by branch; return the mean loss.
+
+        Args:
+            data: the larger expanded patch, (B, C, *kP).
+            target: its labels at full resolution.
+        """
+        losses = [
+            self._accumulate_branch(branch, *(centre_crop(x, branch.patch) for x in (data, target)))
+            for branch in self.branches
+        ]
+        if self.is_ddp:
+            self._average_over_ranks()
+        return torch.stack(losses).mean()
+
+    def _accumulate_branch(self: Any, branch: Branch, data: Tensor, target: Tensor) -> Tensor:
+        """meU-net's two passes of one branch, not through DDP's wrapper, which waits for both branches."""
+        if branch.patch == self.standard_patch:
+            return self.backward(branch.whole, self.standard_loss, data, target, 1.0)
+        weight = self.expanded_weight
+        expanded = self.backward(branch.expanded, self.expanded_loss, data, target, weight)
+        data, target = (centre_crop(x, self.standard_patch) for x in (data, target))
+        return expanded + self.backward(branch.whole, self.standard_loss, data, target, 1 - weight)
+
+    def _average_over_ranks(self: Any) -> None:
+        """What DDP does with gradients, once they are whole."""
+        for parameter in bare(self.network).parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+    def clip_gradients(self: Any) -> None:
+        """Clip as nnU-Net does, each branch by itself."""
+        for branch in self.branches:
+            torch.nn.utils.clip_grad_norm_(branch.network.parameters(), 12)

@@ -1,0 +1,96 @@
+"""What the planner of meU-net's cascade writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ext.plans.me_cascade_planner import MeCascadePlanner
+from nnunet_ext.trainers.me_unet import plan_standard_patch
+from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
+
+LABELS = {"labels": 2, "regions": 2, "ignore": 2}
+
+
+@pytest.fixture(params=LABELS)
+def plans(request: pytest.FixtureRequest, dataset: Callable[[str], int], workspace: Path) -> Any:
+    """The plans that `nnUNetv2_plan_experiment -pl MeCascadePlanner` writes."""
+    identifier = dataset(request.param)
+    name = plan_experiments([identifier], "MeCascadePlanner")
+    (folder,) = (workspace / "preprocessed").glob(f"Dataset{identifier}_*")
+    return PlansManager(json.loads((folder / f"{name}.json").read_text()))
+
+
+@pytest.mark.parametrize("dim", ["2d", "3d"])
+def test_the_stages_know_each_other_and_share_their_data(dim: str, plans: Any) -> None:
+    base = plans.get_configuration("2d" if dim == "2d" else "3d_fullres")
+    context, post = (plans.get_configuration(f"{dim}_{name}") for name in ("me_context", "post_concat"))
+    assert context.next_stage_names == [f"{dim}_post_concat"]
+    assert context.previous_stage_name is None
+    assert post.previous_stage_name == f"{dim}_me_context"
+    assert context.data_identifier == post.data_identifier == base.data_identifier
+    assert context.spacing == post.spacing == base.spacing
+    assert post.patch_size == base.patch_size == context.configuration["me_unet"]["standard_patch_size"]
+    assert plan_standard_patch(context, 99.0) == tuple(base.patch_size)
+    assert "me_unet" not in base.configuration
+    assert "me_unet" not in post.configuration
+
+
+@pytest.mark.parametrize("dim", ["2d", "3d"])
+def test_plans_alone_build_the_networks_that_the_trainer_builds(dim: str, plans: Any) -> None:
+    for name, channels in ((f"{dim}_me_context", 2), (f"{dim}_post_concat", 4)):
+        configuration = plans.get_configuration(name)
+        planned = get_network_from_plans(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            channels,
+            3,
+            deep_supervision=True,
+        )
+        built = nnUNetTrainerMeCascade.build_network_architecture(plans, configuration, channels, 3)
+        built.load_state_dict(planned.state_dict(), strict=True)
+        if name.endswith("context"):
+            (labels,) = {bool(planned.regions), bool(configuration.network_arch_init_kwargs["regions"])}
+            assert labels == (plans.dataset_name == "Dataset902_regions")
+
+
+def test_a_large_image_gets_its_context_and_the_memory_of_the_larger_stage(
+    dataset: Callable[[str], int],
+) -> None:
+    planner = MeCascadePlanner(dataset("labels"), gpu_memory_target_in_gb=8)
+    shape = [600.0] * 3
+    with torch.device("meta"):
+        planned = planner.get_plans_for_configuration([1.0] * 3, shape, "data", prod(shape) * 300, {})
+    stages = MeCascadePlanner.with_stages({"3d_fullres": planned}, planner.dataset_json)
+    standard = stages["3d_fullres"]["patch_size"]
+    assert stages["3d_me_context"]["me_unet"]["k"] == pytest.approx([1.75] * 3, rel=0.15)
+    assert stages["3d_me_context"]["patch_size"] == planned["patch_size"]
+    assert prod(standard) <= 128**3  # the expanded pass of k = 1.75 is the larger one, so P shrinks
+    assert "patch_size" not in stages["3d_post_concat"]
+
+
+def test_plans_given_to_it_are_not_changed(dataset: Callable[[str], int]) -> None:
+    configuration = {
+        "patch_size": [28, 28],
+        "me_unet": {"k": [1.75, 1.75], "standard_patch_size": [16, 16]},
+        "architecture": {"network_class_name": "x", "arch_kwargs": {}},
+    }
+    before = json.dumps(configuration)
+    MeCascadePlanner.with_stages({"2d": configuration}, {"labels": {"background": 0, "a": 1}})
+    assert json.dumps(configuration) == before
+
+
+def test_too_shallow_a_network_gets_no_cascade_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="at least 3 stages, 2d has fewer: it gets no cascade"):
+        found = MeCascadePlanner.with_stages({"2d": {"patch_size": [8, 8]}}, {"labels": {"background": 0}})
+    assert found == {"2d": {"patch_size": [8, 8]}}
