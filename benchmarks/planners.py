@@ -1,7 +1,7 @@
 """Patch, batch and memory that every planner chooses for synthetic data sets and several GPUs, beside default nnU-Net.
 
-Each plan's step is counted again, sample by sample, and must lie under the target, and within 10 % of it unless image or
-data set are the limit. No GPU and no images are needed.
+Each plan's step is counted again, sample by sample, and must lie under the target, and within 10 % of it unless
+image or data set are the limit. No GPU and no images are needed.
 
 usage: python benchmarks/planners.py -o docs/benchmarks/2026-11-21-planners    # the whole grid
        python benchmarks/planners.py --table                                   # the table of the README
@@ -138,7 +138,7 @@ def row(planner: str, key: str, number: int, target: float) -> Row:
     start = time.perf_counter()
     found, plan = planned(planner, number, fingerprint, target)
     seconds = time.perf_counter() - start
-    setting = found._setting(plan)
+    setting = found.setting_of(plan)
     # Sample by sample, unless that takes minutes; tests compare both.
     counting = count_memory if plan["batch_size"] <= 16 else lambda s, t, _: training_memory(s, t)
     counted = counting(setting, found.trainer, plan["batch_size"]).total / GIB
@@ -167,7 +167,7 @@ def default_row(planner: Any, key: str, target: float) -> Row:
     fingerprint = FINGERPRINTS[key]
     voxels = float(prod(fingerprint.shape) * fingerprint.cases)
     plan = default_choice(planner, list(fingerprint.spacing), list(map(float, fingerprint.shape)), voxels)
-    counted = round(training_memory(planner._setting(plan), "nnUNetTrainer").total / GIB, 3)
+    counted = round(training_memory(planner.setting_of(plan), "nnUNetTrainer").total / GIB, 3)
     patch, batch = tuple(plan["patch_size"]), int(plan["batch_size"])
     return Row(DEFAULT, key, target, patch, batch, counted, counted, "", None, 0.0)
 
@@ -229,8 +229,8 @@ def document(rows: Sequence[Row], command: str) -> str:
         mark = "" if found.planner == DEFAULT or found.is_true else " (not as promised)"
         share = found.counted / found.target
         lines.append(
-            f"| {found.fingerprint} | {found.target:g} | {found.planner}{mark} | {size(found)} | {found.expected:.2f} | "
-            f"{found.counted:.2f} | {share:.2f} | {found.limit} | {found.seconds:.1f} |"
+            f"| {found.fingerprint} | {found.target:g} | {found.planner}{mark} | {size(found)} | {found.expected:.2f} "
+            f"| {found.counted:.2f} | {share:.2f} | {found.limit} | {found.seconds:.1f} |"
         )
     return "\n".join([*lines, ""])
 

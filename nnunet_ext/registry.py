@@ -235,7 +235,7 @@ def _scheduled(name: str, base: Any, schedule: Schedule) -> Any:
     if schedule.no_mirroring:
         hook = configure_rotation_dummyDA_mirroring_and_inital_patch_size
         body[hook.__name__] = hook
-    scheduled = type(name, (base,), body)
+    scheduled: type[Any] = type(name, (base,), body)
     return scheduled
 
 

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _NORMALISED = {"softmax": torch.ops.aten._softmax, "log_softmax": torch.ops.aten._log_softmax}
@@ -52,7 +51,7 @@ def _run(name: str, func: Callable[..., Any], args: tuple[Any, ...], options: di
     if name in _NORMALISED and "dtype" not in options:
         return _NORMALISED[name](x, others[0] if others else options["dim"], True)
     if name == "cross_entropy" and not options.get("label_smoothing"):
-        return F.nll_loss(
+        return nn.functional.nll_loss(
             torch.ops.aten._log_softmax(x, 1, True),
             *others,
             **{k: v for k, v in options.items() if k != "label_smoothing"},

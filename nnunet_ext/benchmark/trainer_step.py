@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.lookup import trainer_class
 
 
-class _WithoutFolders(nnUNetTrainer):  # type: ignore[misc]
+class _WithoutFolders(nnUNetTrainer):
     """What nnU-Net's trainer sets in `__init__`, without folders and log files: the last base of `_quiet`."""
 
     def __init__(

@@ -128,8 +128,9 @@ def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
 
 def _group(setting: Setting) -> int:
     """Samples that are recomputed at a time on the finest level."""
-    features = setting.configuration_manager.network_arch_init_kwargs.get("features_per_stage", [32])
-    return max(1, GROUP_ELEMENTS // (int(features[0]) * prod(setting.patch_size)))
+    features = setting.configuration_manager.network_arch_init_kwargs.get("features_per_stage", 32)
+    finest = features if isinstance(features, int) else features[0]
+    return max(1, GROUP_ELEMENTS // (finest * prod(setting.patch_size)))
 
 
 def count_memory(setting: Setting, trainer: str, batch_size: int) -> TrainingMemory:

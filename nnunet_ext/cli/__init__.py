@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "train, predict and compare on a small phantom or on your data",
     "compare": "accuracy and cost of trained models beside default nnU-Net, as a report",
     "deploy": "a trained model fused, small and fast, for prediction elsewhere",
+    "estimate": "memory that a training will need, before it is started",
     "benchmark": "parameters, operations, memory and time of networks beside default nnU-Net",
 }
 

@@ -22,16 +22,16 @@ from nnunet_ext.plans.planned_report import memory_entry, report
 
 # Voxels of a batch that default nnU-Net trains in 8 GB.
 _VOXELS_PER_GB = {2: 12 * 512**2 / 8, 3: 2 * 128**3 / 8}
-_LOWRES = "3d_lowres"
+_LOWRES, _CASCADE = "3d_lowres", "3d_cascade_fullres"
 
 
 class FreedMemoryPlanner(ExperimentPlanner):
     """Plans the largest patch, up to the whole image, then the largest batch, that train in the GPU memory target.
 
-    Everything but patch, batch and topology is nnU-Net's own planning. Memory is that of the step of `trainer`, counted
-    by `nnunet_ext.benchmark.training_memory`, whose allowance for the GPU is included; 1 GB of the target is 2**30
-    bytes. A batch holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration of the plans notes under
-    ``memory`` what is expected and what limits it. Preprocessed data of `nnUNetPlans` is reused.
+    Everything but patch, batch and topology is nnU-Net's own planning. Memory is that of the step of `trainer`,
+    counted by `benchmark.training_memory`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch
+    holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration notes under ``memory`` what is expected
+    and what limits it. Preprocessed data of `nnUNetPlans` is reused.
 
     Attributes:
         network_class: network that is planned.
@@ -110,10 +110,8 @@ class FreedMemoryPlanner(ExperimentPlanner):
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Fit the cascade too, whose input has more channels; print what was chosen and why; write as nnU-Net does."""
         configurations = plans["configurations"]
-        for name, entry in configurations.items():
-            host = configurations.get(entry.get("inherits_from"))
-            if host is not None and "previous_stage" in entry:
-                entry.update(self._cascade(host))
+        if _CASCADE in configurations:
+            configurations[_CASCADE].update(self._cascade(configurations["3d_fullres"]))
         print(report(self, plans, self._asked))
         super().save_plans(plans)
 
@@ -151,6 +149,24 @@ class FreedMemoryPlanner(ExperimentPlanner):
         """The patch that is to be as large as possible and decides on the memory."""
         patch: Sequence[int] = plan["patch_size"]
         return patch
+
+    def step_memory(self, plan: dict[str, Any]) -> TrainingMemory:
+        """Memory of the training that a configuration is planned for; of several trainings the largest."""
+        return training_memory(self.setting_of(plan), self.trainer)
+
+    def setting_of(self, plan: dict[str, Any]) -> Setting:
+        """What a training of a configuration reads."""
+        used = ("patch_size", "batch_size", "spacing", "normalization_schemes", "architecture", "me_unet")
+        configuration = {key: plan[key] for key in (*used, "previous_stage") if key in plan}
+        configuration["spacing"] = [float(s) for s in plan["spacing"]]
+        configuration["batch_dice"] = False
+        plans = {
+            "dataset_name": "planned",
+            "plans_name": self.plans_identifier,
+            "label_manager": "LabelManager",
+            "configurations": {"planned": configuration},
+        }
+        return Setting(plans, self.dataset_json, "planned")
 
     def _fitted(
         self, plan: dict[str, Any], asked: tuple[Any, Any, float], draft: bool = False
@@ -214,27 +230,13 @@ class FreedMemoryPlanner(ExperimentPlanner):
         return list(found.values())
 
     def _measured(self, candidate: Candidate, batch: int) -> TrainingMemory:
-        return training_memory(self._setting({**candidate.plan, "batch_size": batch}), self.trainer)
-
-    def _setting(self, plan: dict[str, Any]) -> Setting:
-        """What a training of this configuration would read."""
-        used = ("patch_size", "batch_size", "spacing", "normalization_schemes", "architecture", "me_unet")
-        configuration = {key: plan[key] for key in (*used, "previous_stage") if key in plan}
-        configuration["spacing"] = [float(s) for s in plan["spacing"]]
-        configuration["batch_dice"] = False
-        plans = {
-            "dataset_name": "planned",
-            "plans_name": self.plans_identifier,
-            "label_manager": "LabelManager",
-            "configurations": {"planned": configuration},
-        }
-        return Setting(plans, self.dataset_json, "planned")
+        return self.step_memory({**candidate.plan, "batch_size": batch})
 
     def _cascade(self, host: dict[str, Any]) -> dict[str, Any]:
         """Patch, batch and topology of a cascade's second stage, where it does not fit with those of its host."""
         plan = {**host, "previous_stage": _LOWRES}
         target = round(self.UNet_vram_target_GB * GIB)
-        if training_memory(self._setting(plan), self.trainer).total <= target:
+        if self.step_memory(plan).total <= target:
             return {}
         fitted = self._fitted(plan, self._asked[host["data_identifier"]])
         return {

@@ -133,7 +133,7 @@ class MemorySearch:
         return _fixed(near.memory, weights) + _growing(near) + added
 
     def _slope(self, near: Choice, voxels: int) -> float:
-        """Bytes per voxel between two measurements of the same batch or patch; through the origin where one is alone."""
+        """Bytes per voxel between two measurements of the same batch or patch; of one alone in proportion."""
         proportional = _growing(near) / near.voxels
         others = [
             choice

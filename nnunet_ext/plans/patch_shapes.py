@@ -1,8 +1,8 @@
 """Patches that may be planned for an image: shapes that nnU-Net's heuristic passes through, and their neighbours.
 
 nnU-Net starts from a patch of equal size in mm per axis, of about 256^3 or 2048^2 voxels, clipped to the image, and
-shortens the axis that covers the largest share of the image. Steps of its divisors change the volume by up to a quarter,
-so every axis may also take one of the next sizes; beyond the first patch it grows up to the image.
+shortens the axis that covers the largest share of the image. Steps of its divisors change the volume by up to a
+quarter, so every axis may also take one of the next sizes; beyond the first patch it grows up to the image.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _shortened(start: Sequence[float], whole: Size, share: float) -> tuple[float
 
 
 def _sizes_near(n: float) -> set[int]:
-    """Two smaller and two larger sizes: multiples of what leaves 4 to 8 voxels, as pooling down to 4 voxels needs it."""
+    """Two smaller and two larger sizes: multiples of the power of two that leaves 4 to 8 voxels when pooled away."""
     below = _rounded(n, floor)
     above = _rounded(n, ceil)
     return {_rounded(below - 1, floor), below, above, _rounded(above + 1, ceil)}

@@ -58,7 +58,7 @@ def report(planner: Any, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any
         )
         if plan.get("data_identifier") in asked:
             default = default_choice(planner, *asked[plan["data_identifier"]])
-            expected = training_memory(planner._setting(default), registry.CORE_TRAINER).total
+            expected = training_memory(planner.setting_of(default), registry.CORE_TRAINER).total
             lines.append(f"    default: {_sizes(default)}: {expected / GIB:.2f} GB expected")
     lines.append("  1 GB is 2**30 bytes; expected is the step's peak with an allowance for CUDA.\n")
     return "\n".join(lines)
