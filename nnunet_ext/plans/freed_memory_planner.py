@@ -30,8 +30,8 @@ class FreedMemoryPlanner(ExperimentPlanner):
 
     Everything but patch, batch and topology is nnU-Net's own planning. Memory is that of the step of `trainer`,
     counted by `benchmark.training_memory`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch
-    holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration notes under ``memory`` what is expected
-    and what limits it. Preprocessed data of `nnUNetPlans` is reused.
+    holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration notes under ``memory`` what is
+    expected and what limits it. Preprocessed data of `nnUNetPlans` is reused.
 
     Attributes:
         network_class: network that is planned.
