@@ -129,7 +129,7 @@ def planned(planner: str, number: int, fingerprint: Fingerprint, target: float) 
     )
 
 
-def row(planner: str, key: str, number: int, target: float) -> Row:
+def grid_row(planner: str, key: str, number: int, target: float) -> Row:
     """Plan, and count the plan's step again."""
     from nnunet_ext.benchmark.memory import GIB
     from nnunet_ext.benchmark.training_memory import count_memory, training_memory
@@ -182,7 +182,7 @@ def grid(planners: Sequence[str], keys: Sequence[str], targets: Sequence[float])
             for target in targets:
                 yield default_row(registry.resolve("planners", "MeUNetPlanner")(number, target), key, target)
                 for planner in planners:
-                    yield row(planner, key, number, target)
+                    yield grid_row(planner, key, number, target)
 
 
 def size(found: Row) -> str:

@@ -152,7 +152,7 @@ def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_s
     content = json.loads(plans)
     content["configurations"][configuration]["batch_size"] = batch_size
     setting = Setting(content, json.loads(dataset), configuration)
-    with FakeTensorMode(), CudaAutocast(), _StepTracker() as tracker:
+    with torch.device("cpu"), FakeTensorMode(), CudaAutocast(), _StepTracker() as tracker:
         step = TrainerStep(setting, trainer)
         parameters = tracker.current
         step.make_state()
