@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from nnunet_ext.architectures.blocks.expanded_patch import MIN_STAGES, divisors, expanded_patch
 from nnunet_ext.plans.patch_shapes import image_size
+
+# Memory of the expanded pass over that of a whole pass of the same patch, about; it only steers the search.
+EXPANDED_SHARE = {2: 0.5, 3: 0.3}
 
 
 class ExpandedPatchMixin:
@@ -37,6 +41,11 @@ class ExpandedPatchMixin:
             "patch_size": list(expanded),
             "me_unet": {"k": k, "standard_patch_size": standard},
         }
+
+    def memory_voxels(self: Any, plan: dict[str, Any]) -> float:
+        """Of the pass that needs more."""
+        patch = plan["patch_size"]
+        return max(prod(self.decisive_patch(plan)), EXPANDED_SHARE[len(patch)] * prod(patch))
 
     def decisive_patch(self, plan: dict[str, Any]) -> Sequence[int]:
         """P, where there is one."""

@@ -22,6 +22,8 @@ from nnunet_ext.plans.planned_report import memory_entry, report
 
 # Voxels of a batch that default nnU-Net trains in 8 GB.
 _VOXELS_PER_GB = {2: 12 * 512**2 / 8, 3: 2 * 128**3 / 8}
+# With two, nnU-Net's weights of deep supervision add up to nothing.
+_FEWEST_STAGES = 3
 _LOWRES, _CASCADE = "3d_lowres", "3d_cascade_fullres"
 
 
@@ -129,7 +131,7 @@ class FreedMemoryPlanner(ExperimentPlanner):
             plan["spacing"], patch, self.UNet_featuremap_min_edge_length, 999999
         )
         stages, dim = len(strides), len(padded)
-        if stages < 2:
+        if stages < _FEWEST_STAGES:
             return None
         most = self.UNet_max_features_2d if dim == 2 else self.UNet_max_features_3d
         arguments = plan["architecture"]["arch_kwargs"]
@@ -146,9 +148,13 @@ class FreedMemoryPlanner(ExperimentPlanner):
         return {**plan, "patch_size": [int(n) for n in padded], "architecture": architecture}
 
     def decisive_patch(self, plan: dict[str, Any]) -> Sequence[int]:
-        """The patch that is to be as large as possible and decides on the memory."""
+        """The patch that is to be as large as possible."""
         patch: Sequence[int] = plan["patch_size"]
         return patch
+
+    def memory_voxels(self, plan: dict[str, Any]) -> float:
+        """What the memory of plans near each other is about proportional to; it only steers the search."""
+        return prod(plan["patch_size"])
 
     def step_memory(self, plan: dict[str, Any]) -> TrainingMemory:
         """Memory of the training that a configuration is planned for; of several trainings the largest."""
@@ -173,6 +179,11 @@ class FreedMemoryPlanner(ExperimentPlanner):
     ) -> dict[str, Any]:
         """The plan with the patch and the batch that fit; a draft may be a prediction that nnU-Net will discard."""
         candidates = self._candidates(plan, asked)
+        if not candidates:
+            raise ValueError(
+                f"{type(self).__name__} needs images that a network of {_FEWEST_STAGES} stages can halve twice, got a "
+                f"typical size of {list(asked[1])} voxels: use a finer target spacing."
+            )
         dim, target = len(plan["patch_size"]), round(self.UNet_vram_target_GB * GIB)
         search = MemorySearch(
             target,
@@ -220,7 +231,7 @@ class FreedMemoryPlanner(ExperimentPlanner):
                 planned,
                 key,
                 worth=prod(decisive) / sqrt(distortion),
-                voxels=prod(decisive),
+                voxels=self.memory_voxels(planned),
                 weights=_weights(arguments),
                 covers_image=all(n >= size for n, size in zip(decisive, image, strict=True)),
                 most=max(self.UNet_min_batch_size, allowed),

@@ -27,7 +27,7 @@ class Candidate:
         plan: the configuration, without batch size.
         key: what tells it from others.
         worth: what is to be as large as possible.
-        voxels: of the patch that decides on the memory.
+        voxels: what memory is about proportional to.
         weights: number of weights, relative to other candidates.
         covers_image: whether the patch covers a typical image.
         most: largest batch that the data set allows.
@@ -36,7 +36,7 @@ class Candidate:
     plan: dict[str, Any]
     key: str
     worth: float
-    voxels: int
+    voxels: float
     weights: float
     covers_image: bool
     most: int
@@ -51,7 +51,7 @@ class Choice:
     memory: TrainingMemory
 
     @property
-    def voxels(self) -> int:
+    def voxels(self) -> float:
         """Of a batch."""
         return self.batch * self.candidate.voxels
 
@@ -132,7 +132,7 @@ class MemorySearch:
         added = (voxels - near.voxels) * self._slope(near, voxels)
         return _fixed(near.memory, weights) + _growing(near) + added
 
-    def _slope(self, near: Choice, voxels: int) -> float:
+    def _slope(self, near: Choice, voxels: float) -> float:
         """Bytes per voxel between two measurements of the same batch or patch; of one alone in proportion."""
         proportional = _growing(near) / near.voxels
         others = [
