@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.planners import FINGERPRINTS, grid_row, write_dataset
+from benchmarks.planners import FINGERPRINTS, TABLE_BEGIN, TABLE_END, grid_row, size, write_dataset
 from nnunet_ext import registry
 from nnunet_ext.benchmark.memory import GIB, measure_step
 from nnunet_ext.benchmark.setting import Setting
@@ -83,7 +83,7 @@ def test_planning_prints_what_the_plans_hold_and_default_beside_it(
         expected = entry["memory"]["expected_GB"]
         assert f"{name}: patch {patch}, batch {entry['batch_size']}: {expected:.2f} GB expected" in printed
         assert entry["memory"]["limit"] == "memory"
-    assert "default: patch 128x128x128, batch 2:" in printed
+    assert printed.count("    default: patch ") == 3
     content = json.loads((workspace / "raw" / "Dataset960_planned" / "dataset.json").read_text())
     for name, entry in configurations.items():
         total = training_memory(Setting(plans, content, name), "nnUNetTrainerFasterFusionBN").total / GIB
@@ -119,3 +119,11 @@ def test_a_missing_fingerprint_is_said(workspace: Path) -> None:
     (workspace / "preprocessed" / "Dataset961_planned" / "dataset_fingerprint.json").unlink()
     with pytest.raises(RuntimeError, match="Fingerprint missing"):
         registry.resolve("planners", "ReversibleUNetPlanner")(961, 8)
+
+
+def test_readmes_table_is_the_commands(number: Callable[[str], int]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index(TABLE_BEGIN) : readme.index(TABLE_END)]
+    row = grid_row("FasterFusionUNetPlanner", "ct", number("ct"), 8)
+    (line,) = (line for line in table.splitlines() if "FasterFusionUNetPlanner" in line)
+    assert f"| {size(row)}: {row.counted:.1f} GB |" in line
