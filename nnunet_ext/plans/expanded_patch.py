@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 from nnunet_ext.architectures.blocks.expanded_patch import MIN_STAGES, divisors, expanded_patch
 from nnunet_ext.plans.patch_shapes import image_size
-
-# Memory of the expanded pass over that of a whole pass of the same patch, about; it only steers the search.
-EXPANDED_SHARE = {2: 0.5, 3: 0.3}
 
 
 class ExpandedPatchMixin:
@@ -22,9 +19,12 @@ class ExpandedPatchMixin:
 
     Attributes:
         k: size of kP over that of P, one number for all axes.
+        expanded_share: memory of the expanded pass over that of a whole pass of the same patch, in 2D and 3D, about
+            (docs/methods/me_unet.md); it only steers the search.
     """
 
     k: float = 1.5
+    expanded_share: Mapping[int, float] = {2: 0.47, 3: 0.24}
 
     def with_patch(self: Any, plan: dict[str, Any], patch: Sequence[int]) -> dict[str, Any] | None:
         """Take the patch as P and expand it."""
@@ -45,7 +45,7 @@ class ExpandedPatchMixin:
     def memory_voxels(self: Any, plan: dict[str, Any]) -> float:
         """Of the pass that needs more."""
         patch = plan["patch_size"]
-        return max(prod(self.decisive_patch(plan)), EXPANDED_SHARE[len(patch)] * prod(patch))
+        return max(prod(self.decisive_patch(plan)), self.expanded_share[len(patch)] * prod(patch))
 
     def decisive_patch(self, plan: dict[str, Any]) -> Sequence[int]:
         """P, where there is one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
@@ -17,3 +19,4 @@ class MeResEncUNetPlanner(ExpandedPatchMixin, FreedMemoryPlanner, nnUNetPlannerR
     network_class = ResidualEncoderUNet
     trainer = "nnUNetTrainerMeUNet"
     default_plans_name = "nnUNetMeResEncUNetMPlans"
+    expanded_share: Mapping[int, float] = {2: 0.58, 3: 0.30}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nnunet_ext.plans.expanded_patch import ExpandedPatchMixin
 from nnunet_ext.plans.reversible_unet_planner import ReversibleUNetPlanner
 
@@ -14,3 +16,4 @@ class MeReversibleUNetPlanner(ExpandedPatchMixin, ReversibleUNetPlanner):
 
     trainer = "nnUNetTrainerMeReversible"
     default_plans_name = "nnUNetMeReversiblePlans"
+    expanded_share: Mapping[int, float] = {2: 0.5, 3: 0.33}
