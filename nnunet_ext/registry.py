@@ -209,7 +209,7 @@ def _scheduled(name: str, base: Any, schedule: Schedule) -> Any:
     """Make the subclass of `base` that trains by `schedule`; the same class for the same name."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        base.__init__(self, *args, **kwargs)
+        super(scheduled, self).__init__(*args, **kwargs)
         if schedule.epochs is not None:
             self.num_epochs = schedule.epochs
             self.save_every = max(1, min(self.save_every, schedule.epochs // 10))
@@ -235,7 +235,8 @@ def _scheduled(name: str, base: Any, schedule: Schedule) -> Any:
     if schedule.no_mirroring:
         hook = configure_rotation_dummyDA_mirroring_and_inital_patch_size
         body[hook.__name__] = hook
-    return type(name, (base,), body)
+    scheduled: type[Any] = type(name, (base,), body)
+    return scheduled
 
 
 def __getattr__(name: str) -> Any:

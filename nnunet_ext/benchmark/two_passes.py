@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,16 @@ class TwoPasses(nn.Module):
         self.expanded_pass = ExpandedPass(trained_network)
         self.standard_patch = standard_patch
 
+    def passes(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Yield what has a backward pass of its own, one after the other, with its input."""
+        yield self.expanded_pass, x
+        yield self.trained_network, centre_crop(x, self.standard_patch(x.shape[2:]))
+
     def forward(self, x: Tensor) -> Any:
         """Run what precedes the backward pass of the standard patch."""
-        surrogate_loss(self.expanded_pass(x)).backward()
-        return self.trained_network(centre_crop(x, self.standard_patch(x.shape[2:])))
+        (expanded, whole), (network, centre) = self.passes(x)
+        surrogate_loss(expanded(whole)).backward()
+        return network(centre)
 
 
 class InTurn(nn.Module):

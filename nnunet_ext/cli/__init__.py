@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "accuracy and cost of trained models beside default nnU-Net, as a report",
     "deploy": "a trained model fused, small and fast, for prediction elsewhere",
     "cascade-predict": "both predictions of a trained cascade, the first one kept",
+    "estimate": "memory that a training will need, before it is started",
     "benchmark": "parameters, operations, memory and time of networks beside default nnU-Net",
 }
 

@@ -17,4 +17,5 @@ class FasterFusionUNetPlanner(FreedMemoryPlanner):
 
     network_class = FasterFusionUNet
     network_options: Mapping[str, Any] = {"threshold": 128, "batch_norm": True}
+    trainer = "nnUNetTrainerFasterFusionBN"
     default_plans_name = "nnUNetFasterFusionPlans"

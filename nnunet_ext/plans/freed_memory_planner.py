@@ -1,28 +1,50 @@
-"""What the planners of memory-saving networks share."""
+"""What the planners of this package share: they plan by the memory that a training step really needs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from math import prod, sqrt
 from typing import Any
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from torch import nn
+
+from nnunet_ext import registry
+from nnunet_ext.benchmark.memory import GIB
+from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.benchmark.training_memory import TrainingMemory, training_memory
+from nnunet_ext.plans.memory_search import Candidate, Choice, MemorySearch
+from nnunet_ext.plans.patch_shapes import image_size, patch_shapes
+from nnunet_ext.plans.planned_report import memory_entry, report
+
+# Voxels of a batch that default nnU-Net trains in 8 GB.
+_VOXELS_PER_GB = {2: 12 * 512**2 / 8, 3: 2 * 128**3 / 8}
+# With two, nnU-Net's weights of deep supervision add up to nothing.
+_FEWEST_STAGES = 3
+_LOWRES, _CASCADE = "3d_lowres", "3d_cascade_fullres"
 
 
 class FreedMemoryPlanner(ExperimentPlanner):
-    """Plans a larger patch, up to the whole image, then a larger batch, in the same GPU memory target.
+    """Plans the largest patch, up to the whole image, then the largest batch, that train in the GPU memory target.
 
-    nnU-Net's own planning with the memory of `network_class` in place of the default network's. Preprocessed data of
-    `nnUNetPlans` is reused.
+    Everything but patch, batch and topology is nnU-Net's own planning. Memory is that of the step of `trainer`,
+    counted by `benchmark.training_memory`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch
+    holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration notes under ``memory`` what is
+    expected and what limits it. Preprocessed data of `nnUNetPlans` is reused.
 
     Attributes:
         network_class: network that is planned.
         network_options: options of the network, written into the plans.
+        trainer: name of the trainer whose step is planned for.
         default_plans_name: name of the plans where none is asked for.
     """
 
     network_class: type[nn.Module]
     network_options: Mapping[str, Any] = {}
+    trainer: str = registry.CORE_TRAINER
     default_plans_name: str
 
     def __init__(
@@ -34,40 +56,212 @@ class FreedMemoryPlanner(ExperimentPlanner):
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name or self.default_plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
+        if not gpu_memory_target_in_gb > 0:
+            raise ValueError(
+                f"The GPU memory target must be a positive number of GB, got {gpu_memory_target_in_gb}: use for "
+                "example -gpu_memory_target 8."
+            )
+        with warnings.catch_warnings():
+            # nnU-Net's ResEnc presets are made for one target, ours plan for any.
+            warnings.filterwarnings("ignore", message=".*non-standard gpu_memory_target_in_gb")
+            super().__init__(
+                dataset_name_or_id,
+                gpu_memory_target_in_gb,
+                preprocessor_name,
+                plans_name or self.default_plans_name,
+                overwrite_target_spacing,
+                suppress_transpose,
+            )
         self.UNet_class = self.network_class
+        # Of each configuration: what nnU-Net asked for, by the identifier of its data.
+        self._asked: dict[str, tuple[Any, Any, float]] = {}
+        self._known: dict[tuple[int, bool], dict[tuple[str, int], Choice]] = {}
 
     def generate_data_identifier(self, configuration_name: str) -> str:
         """Reuse the data of nnU-Net's default plans where spacing and normalisation are the same."""
         same_data = self.overwrite_target_spacing is None and self.preprocessor_name == "DefaultPreprocessor"
         if configuration_name in ("2d", "3d_fullres") and same_data:
             return f"nnUNetPlans_{configuration_name}"
-        return super().generate_data_identifier(configuration_name)
+        return ExperimentPlanner.generate_data_identifier(self, configuration_name)
 
-    def static_estimate_VRAM_usage(  # noqa: N802
+    def static_estimate_VRAM_usage(self, *args: Any, **kwargs: Any) -> float:  # noqa: N802
+        """Next to nothing, so that nnU-Net's own search ends at once: this one follows."""
+        return 1.0
+
+    def get_plans_for_configuration(
         self,
-        patch_size: Any,
-        input_channels: int,
-        output_channels: int,
-        name: str,
-        arguments: Any,
-        imported: Any,
-    ) -> Any:
-        """Ask the network that is trained, with its options, for its memory."""
-        options = {**arguments, **self.network_options}
-        return ExperimentPlanner.static_estimate_VRAM_usage(
-            patch_size, input_channels, output_channels, name, options, imported
-        )
+        spacing: Any,
+        median_shape: Sequence[float],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Plan as nnU-Net does, then choose patch and batch by memory.
 
-    def get_plans_for_configuration(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Plan as nnU-Net does and note the options of the network."""
-        plan: dict[str, Any] = super().get_plans_for_configuration(*args, **kwargs)
+        Raises:
+            ValueError: not even the smallest patch fits the target.
+        """
+        asked = (spacing, median_shape, approximate_n_voxels_dataset)
+        self._asked[data_identifier] = asked
+        plan = super().get_plans_for_configuration(
+            spacing, median_shape, data_identifier, approximate_n_voxels_dataset, {}
+        )
         plan["architecture"]["arch_kwargs"].update(self.network_options)
-        return plan
+        return self._fitted(plan, asked, draft=data_identifier.endswith(_LOWRES))
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        """Fit the cascade too, whose input has more channels; print what was chosen and why; write as nnU-Net does."""
+        configurations = plans["configurations"]
+        if _CASCADE in configurations:
+            configurations[_CASCADE].update(self._cascade(configurations["3d_fullres"]))
+        print(report(self, plans, self._asked))
+        super().save_plans(plans)
+
+    def with_patch(self, plan: dict[str, Any], patch: Sequence[int]) -> dict[str, Any] | None:
+        """The plan with a patch, padded to what its strides divide, and the topology that nnU-Net gives it.
+
+        Args:
+            plan: a configuration; it is not changed.
+            patch: voxels per axis.
+
+        Returns:
+            None where there is no such network.
+        """
+        _, strides, kernels, padded, _ = get_pool_and_conv_props(
+            plan["spacing"], patch, self.UNet_featuremap_min_edge_length, 999999
+        )
+        stages, dim = len(strides), len(padded)
+        if stages < _FEWEST_STAGES:
+            return None
+        most = self.UNet_max_features_2d if dim == 2 else self.UNet_max_features_3d
+        arguments = plan["architecture"]["arch_kwargs"]
+        depth = "n_blocks_per_stage" if "n_blocks_per_stage" in arguments else "n_conv_per_stage"
+        topology = {
+            "n_stages": stages,
+            "features_per_stage": tuple(min(most, self.UNet_base_num_features * 2**i) for i in range(stages)),
+            "kernel_sizes": kernels,
+            "strides": strides,
+            depth: self.UNet_blocks_per_stage_encoder[:stages],
+            "n_conv_per_stage_decoder": self.UNet_blocks_per_stage_decoder[: stages - 1],
+        }
+        architecture = {**plan["architecture"], "arch_kwargs": {**arguments, **topology}}
+        return {**plan, "patch_size": [int(n) for n in padded], "architecture": architecture}
+
+    def decisive_patch(self, plan: dict[str, Any]) -> Sequence[int]:
+        """The patch that is to be as large as possible."""
+        patch: Sequence[int] = plan["patch_size"]
+        return patch
+
+    def memory_voxels(self, plan: dict[str, Any]) -> float:
+        """What the memory of plans near each other is about proportional to; it only steers the search."""
+        return prod(plan["patch_size"])
+
+    def step_memory(self, plan: dict[str, Any]) -> TrainingMemory:
+        """Memory of the training that a configuration is planned for; of several trainings the largest."""
+        return training_memory(self.setting_of(plan), self.trainer)
+
+    def setting_of(self, plan: dict[str, Any]) -> Setting:
+        """What a training of a configuration reads."""
+        used = ("patch_size", "batch_size", "spacing", "normalization_schemes", "architecture", "me_unet")
+        configuration = {key: plan[key] for key in (*used, "previous_stage") if key in plan}
+        configuration["spacing"] = [float(s) for s in plan["spacing"]]
+        configuration["batch_dice"] = False
+        plans = {
+            "dataset_name": "planned",
+            "plans_name": self.plans_identifier,
+            "label_manager": "LabelManager",
+            "configurations": {"planned": configuration},
+        }
+        return Setting(plans, self.dataset_json, "planned")
+
+    def _fitted(
+        self, plan: dict[str, Any], asked: tuple[Any, Any, float], draft: bool = False
+    ) -> dict[str, Any]:
+        """The plan with the patch and the batch that fit; a draft may be a prediction that nnU-Net will discard."""
+        candidates = self._candidates(plan, asked)
+        if not candidates:
+            raise ValueError(
+                f"{type(self).__name__} needs images that a network of {_FEWEST_STAGES} stages can halve twice, got a "
+                f"typical size of {list(asked[1])} voxels: use a finer target spacing."
+            )
+        dim, target = len(plan["patch_size"]), round(self.UNet_vram_target_GB * GIB)
+        search = MemorySearch(
+            target,
+            self.UNet_min_batch_size,
+            _VOXELS_PER_GB[dim] * self.UNet_vram_target_GB,
+            self._measured,
+            self._known.setdefault((dim, "previous_stage" in plan), {}),
+        )
+        if draft and search.known:
+            ordered = sorted(candidates, key=lambda c: c.worth, reverse=True)
+            found = search.predicted(ordered)
+            # nnU-Net goes on to a larger spacing until the patch covers so much of the image.
+            if found and prod(found[0].plan["patch_size"]) < 0.9 * self.lowres_creation_threshold * prod(
+                asked[1]
+            ):
+                return {**found[0].plan, "batch_size": found[1]}
+        choice = search.run(candidates)
+        if choice is None:
+            smallest = min(candidates, key=lambda c: c.worth)
+            least = self._measured(smallest, self.UNet_min_batch_size).total
+            raise ValueError(
+                f"{type(self).__name__} finds no patch that trains in {self.UNet_vram_target_GB:g} GB: the smallest, "
+                f"{'x'.join(map(str, smallest.plan['patch_size']))} with batch {self.UNet_min_batch_size}, needs "
+                f"{least / GIB:.2f} GB; enlarge -gpu_memory_target."
+            )
+        return {
+            **choice.candidate.plan,
+            "batch_size": choice.batch,
+            "memory": memory_entry(choice, target, self.trainer),
+        }
+
+    def _candidates(self, plan: dict[str, Any], asked: tuple[Any, Any, float]) -> list[Candidate]:
+        spacing, median_shape, n_voxels = asked
+        image = image_size(list(median_shape)[: len(spacing)])
+        found: dict[str, Candidate] = {}
+        for shape, distortion in patch_shapes([float(s) for s in spacing], image).items():
+            planned = self.with_patch(plan, shape)
+            if planned is None:
+                continue
+            patch, arguments = planned["patch_size"], planned["architecture"]["arch_kwargs"]
+            key = json.dumps([patch, arguments["strides"], arguments["kernel_sizes"], planned.get("me_unet")])
+            allowed = round(n_voxels * self.max_dataset_covered / prod(patch))
+            decisive = self.decisive_patch(planned)
+            candidate = Candidate(
+                planned,
+                key,
+                worth=prod(decisive) / sqrt(distortion),
+                voxels=self.memory_voxels(planned),
+                weights=_weights(arguments),
+                covers_image=all(n >= size for n, size in zip(decisive, image, strict=True)),
+                most=max(self.UNet_min_batch_size, allowed),
+            )
+            if key not in found or candidate.worth > found[key].worth:
+                found[key] = candidate
+        return list(found.values())
+
+    def _measured(self, candidate: Candidate, batch: int) -> TrainingMemory:
+        return self.step_memory({**candidate.plan, "batch_size": batch})
+
+    def _cascade(self, host: dict[str, Any]) -> dict[str, Any]:
+        """Patch, batch and topology of a cascade's second stage, where it does not fit with those of its host."""
+        plan = {**host, "previous_stage": _LOWRES}
+        target = round(self.UNet_vram_target_GB * GIB)
+        if self.step_memory(plan).total <= target:
+            return {}
+        fitted = self._fitted(plan, self._asked[host["data_identifier"]])
+        return {
+            key: fitted[key]
+            for key in ("patch_size", "batch_size", "architecture", "memory", "me_unet")
+            if key in fitted
+        }
+
+
+def _weights(arguments: Mapping[str, Any]) -> float:
+    """Number of weights of a U-Net of these stages, up to a factor."""
+    features = arguments["features_per_stage"]
+    kernels = arguments["kernel_sizes"]
+    return sum(
+        prod(kernel) * n * (n + below)
+        for n, below, kernel in zip(features, (1, *features[:-1]), kernels, strict=True)
+    )

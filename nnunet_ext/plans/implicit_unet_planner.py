@@ -13,4 +13,5 @@ class ImplicitUNetPlanner(FreedMemoryPlanner):
     """
 
     network_class = ImplicitUNet
+    trainer = "nnUNetTrainerImplicit"
     default_plans_name = "nnUNetImplicitPlans"

@@ -10,4 +10,5 @@ class InvertibleUNetPlanner(FreedMemoryPlanner):
     """Spends the memory that `InvertibleUNet` frees on a larger patch, then on a larger batch."""
 
     network_class = InvertibleUNet
+    trainer = "nnUNetTrainerInvertible"
     default_plans_name = "nnUNetInvertiblePlans"

@@ -17,5 +17,6 @@ class MeResEncUNetPlanner(ExpandedPatchMixin, FreedMemoryPlanner, nnUNetPlannerR
     """Plans like nnU-Net's ResEnc M, and half as much more context around the patch for `nnUNetTrainerMeUNet`."""
 
     network_class = ResidualEncoderUNet
+    trainer = "nnUNetTrainerMeUNet"
     default_plans_name = "nnUNetMeResEncUNetMPlans"
     expanded_share: Mapping[int, float] = {2: 0.58, 3: 0.30}

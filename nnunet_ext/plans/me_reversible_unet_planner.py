@@ -14,5 +14,6 @@ class MeReversibleUNetPlanner(ExpandedPatchMixin, ReversibleUNetPlanner):
     For `nnUNetTrainerMeReversible`.
     """
 
+    trainer = "nnUNetTrainerMeReversible"
     default_plans_name = "nnUNetMeReversiblePlans"
-    expanded_share: Mapping[int, float] = {2: 0.5, 3: 0.33}
+    expanded_share: Mapping[int, float] = {2: 0.5, 3: 0.30}

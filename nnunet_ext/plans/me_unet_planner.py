@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from nnunet_ext.plans.expanded_patch import ExpandedPatchMixin
@@ -14,5 +12,5 @@ class MeUNetPlanner(ExpandedPatchMixin, FreedMemoryPlanner):
     """Plans nnU-Net's own network and patch, and half as much more context around it for `nnUNetTrainerMeUNet`."""
 
     network_class = PlainConvUNet
+    trainer = "nnUNetTrainerMeUNet"
     default_plans_name = "nnUNetMePlans"
-    expanded_share: Mapping[int, float] = {2: 0.47, 3: 0.24}

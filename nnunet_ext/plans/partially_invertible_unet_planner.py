@@ -10,4 +10,5 @@ class PartiallyInvertibleUNetPlanner(FreedMemoryPlanner):
     """Spends the memory that `PartiallyInvertibleUNet` frees on a larger patch, then on a larger batch."""
 
     network_class = PartiallyInvertibleUNet
+    trainer = "nnUNetTrainerPartiallyInvertible"
     default_plans_name = "nnUNetPartiallyInvertiblePlans"

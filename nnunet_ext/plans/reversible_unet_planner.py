@@ -10,4 +10,5 @@ class ReversibleUNetPlanner(FreedMemoryPlanner):
     """Spends the memory that `ReversibleUNet` frees on a larger patch, then on a larger batch."""
 
     network_class = ReversibleUNet
+    trainer = "nnUNetTrainerReversible"
     default_plans_name = "nnUNetReversiblePlans"

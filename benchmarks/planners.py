@@ -1,0 +1,269 @@
+"""Patch, batch and memory that every planner chooses for synthetic data sets and several GPUs, beside default nnU-Net.
+
+Each plan's step is counted again, sample by sample, and must lie under the target, and within 10 % of it unless
+image or data set are the limit. No GPU and no images are needed.
+
+usage: python benchmarks/planners.py -o docs/benchmarks/2026-11-21-planners    # the whole grid
+       python benchmarks/planners.py --table                                   # the table of the README
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+TARGETS = (4.0, 8.0, 11.0, 24.0, 80.0)
+DEFAULT = "ExperimentPlanner"
+TABLE_BEGIN, TABLE_END = "<!-- planners:begin -->", "<!-- planners:end -->"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A data set of equal images.
+
+    Args:
+        title: for tables.
+        spacing: mm.
+        shape: voxels.
+        channels, classes: of images, and of labels with background.
+        cases: number of images.
+    """
+
+    title: str
+    spacing: tuple[float, ...]
+    shape: tuple[int, ...]
+    channels: int = 1
+    classes: int = 3
+    cases: int = 100
+
+
+FINGERPRINTS = {
+    "ct": Fingerprint("isotropic CT", (1.0, 1.0, 1.0), (400, 400, 400)),
+    "mri": Fingerprint("anisotropic MRI", (5.0, 0.8, 0.8), (40, 512, 512), 1, 4),
+    "tiny": Fingerprint("tiny", (1.0, 1.0, 1.0), (36, 50, 35), cases=260),
+    "microct": Fingerprint("micro-CT", (0.01, 0.01, 0.01), (1072, 470, 470), 1, 3, 20),
+    "2d": Fingerprint("2D", (1.0, 1.0), (512, 512), 3, 2, 2000),
+    "4 channels": Fingerprint("4 channels", (1.0, 1.0, 1.0), (140, 170, 137), 4, 4, 400),
+}
+IN_TABLE = ("ct", "mri", "4 channels")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan; GB are 2**30 bytes."""
+
+    planner: str
+    fingerprint: str
+    target: float
+    patch: tuple[int, ...]
+    batch: int
+    expected: float
+    counted: float
+    limit: str
+    standard_patch: tuple[int, ...] | None
+    seconds: float
+
+    @property
+    def is_true(self) -> bool:
+        """Whether the plan keeps what the planner promises."""
+        full = self.counted >= 0.9 * self.target or self.limit in ("image", "data set")
+        return self.counted <= self.target and full and abs(self.expected / self.counted - 1) <= 0.05
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """Folders of nnU-Net that planning reads, in a temporary place."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("raw", "preprocessed", "results"):
+            os.environ[f"nnUNet_{name}"] = str(Path(folder) / name)
+        yield Path(folder)
+
+
+def write_dataset(folder: Path, number: int, fingerprint: Fingerprint) -> None:
+    """Write dataset.json and dataset_fingerprint.json, no images."""
+    name = f"Dataset{number:03d}_planned"
+    raw, preprocessed = folder / "raw" / name, folder / "preprocessed" / name
+    for path in (raw / "imagesTr", raw / "labelsTr", preprocessed):
+        path.mkdir(parents=True, exist_ok=True)
+    cases = range(fingerprint.cases)
+    content = {
+        "channel_names": {str(i): "MRI" for i in range(fingerprint.channels)},
+        "labels": {"background": 0, **{f"class {i}": i for i in range(1, fingerprint.classes)}},
+        "numTraining": fingerprint.cases,
+        "file_ending": ".nii.gz",
+        "overwrite_image_reader_writer": "SimpleITKIO",
+        "dataset": {f"{i}": {"images": [f"{i}_0000.nii.gz"], "label": f"{i}.nii.gz"} for i in cases},
+    }
+    (raw / "dataset.json").write_text(json.dumps(content))
+    shape, spacing = fingerprint.shape, fingerprint.spacing
+    if len(shape) == 2:
+        shape, spacing = (1, *shape), (999.0, *spacing)
+    found = {
+        "spacings": [spacing] * fingerprint.cases,
+        "shapes_after_crop": [shape] * fingerprint.cases,
+        "median_relative_size_after_cropping": 1.0,
+        "foreground_intensity_properties_per_channel": {},
+    }
+    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(found))
+
+
+def planned(planner: str, number: int, fingerprint: Fingerprint, target: float) -> tuple[Any, dict[str, Any]]:
+    """A planner, and its configuration of full resolution."""
+    from nnunet_ext import registry
+
+    found = registry.resolve("planners", planner)(number, target)
+    voxels = float(prod(fingerprint.shape) * fingerprint.cases)
+    return found, found.get_plans_for_configuration(
+        list(fingerprint.spacing), [float(n) for n in fingerprint.shape], "planned", voxels, {}
+    )
+
+
+def grid_row(planner: str, key: str, number: int, target: float) -> Row:
+    """Plan, and count the plan's step again."""
+    from nnunet_ext.benchmark.memory import GIB
+    from nnunet_ext.benchmark.training_memory import count_memory, training_memory
+
+    fingerprint = FINGERPRINTS[key]
+    start = time.perf_counter()
+    found, plan = planned(planner, number, fingerprint, target)
+    seconds = time.perf_counter() - start
+    setting = found.setting_of(plan)
+    # Sample by sample, unless that takes minutes; tests compare both.
+    counting = count_memory if plan["batch_size"] <= 16 else lambda s, t, _: training_memory(s, t)
+    counted = counting(setting, found.trainer, plan["batch_size"]).total / GIB
+    noted = plan["memory"]
+    standard = plan.get("me_unet", {}).get("standard_patch_size")
+    return Row(
+        planner,
+        key,
+        target,
+        tuple(plan["patch_size"]),
+        plan["batch_size"],
+        noted["expected_GB"],
+        round(counted, 3),
+        noted["limit"],
+        tuple(standard) if standard else None,
+        round(seconds, 1),
+    )
+
+
+def default_row(planner: Any, key: str, target: float) -> Row:
+    """What default nnU-Net chooses, and the memory that it needs."""
+    from nnunet_ext.benchmark.memory import GIB
+    from nnunet_ext.benchmark.training_memory import training_memory
+    from nnunet_ext.plans.planned_report import default_choice
+
+    fingerprint = FINGERPRINTS[key]
+    voxels = float(prod(fingerprint.shape) * fingerprint.cases)
+    plan = default_choice(planner, list(fingerprint.spacing), list(map(float, fingerprint.shape)), voxels)
+    counted = round(training_memory(planner.setting_of(plan), "nnUNetTrainer").total / GIB, 3)
+    patch, batch = tuple(plan["patch_size"]), int(plan["batch_size"])
+    return Row(DEFAULT, key, target, patch, batch, counted, counted, "", None, 0.0)
+
+
+def grid(planners: Sequence[str], keys: Sequence[str], targets: Sequence[float]) -> Iterator[Row]:
+    """Default nnU-Net, then every planner, for each data set and target."""
+    from nnunet_ext import registry
+
+    with workspace() as folder:
+        for number, key in enumerate(keys, start=1):
+            write_dataset(folder, number, FINGERPRINTS[key])
+            for target in targets:
+                yield default_row(registry.resolve("planners", "MeUNetPlanner")(number, target), key, target)
+                for planner in planners:
+                    yield grid_row(planner, key, number, target)
+
+
+def size(found: Row) -> str:
+    """Patch and batch as text, for meU-net with the standard patch."""
+    text = f"{'x'.join(map(str, found.patch))}, {found.batch}"
+    inner = found.standard_patch
+    return f"{text} (P {'x'.join(map(str, inner))})" if inner and inner != found.patch else text
+
+
+def comparison(rows: Sequence[Row]) -> str:
+    """Table of patch and batch, default against each planner."""
+    keys = list(dict.fromkeys(found.fingerprint for found in rows))
+    titles = []
+    for key in keys:
+        fingerprint = FINGERPRINTS[key]
+        titles.append(f"{fingerprint.title} {'x'.join(map(str, fingerprint.shape))}")
+    lines = [f"| planner | {' | '.join(titles)} |", "| --- " * (len(keys) + 1) + "|"]
+    for planner in dict.fromkeys(found.planner for found in rows):
+        cells = [
+            f"{size(found)}: {found.counted:.1f} GB"
+            for key in keys
+            for found in rows
+            if (found.planner, found.fingerprint) == (planner, key)
+        ]
+        name = "default nnU-Net" if planner == DEFAULT else f"`{planner}`"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def document(rows: Sequence[Row], command: str) -> str:
+    """All rows, those that break a promise marked."""
+    lines = [
+        "# Planned and counted memory",
+        "",
+        f"`{command}`",
+        "",
+        "GB are 2**30 bytes. *expected* is what the planner prints, *counted* the peak of the planned step with its",
+        "allowance, counted again; default nnU-Net's plans are counted alike. Seconds on one busy core.",
+        "",
+        "| data set | target | planner | patch, batch | expected | counted | share | limit | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for found in rows:
+        mark = "" if found.planner == DEFAULT or found.is_true else " (not as promised)"
+        share = found.counted / found.target
+        lines.append(
+            f"| {found.fingerprint} | {found.target:g} | {found.planner}{mark} | {size(found)} | {found.expected:.2f} "
+            f"| {found.counted:.2f} | {share:.2f} | {found.limit} | {found.seconds:.1f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the grid or print the README's table; return 1 where a plan breaks a promise."""
+    from nnunet_ext import registry
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--planners", nargs="+", default=list(registry.names("planners")))
+    parser.add_argument("--data", nargs="+", choices=FINGERPRINTS, default=list(FINGERPRINTS))
+    parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))
+    parser.add_argument("--table", action="store_true", help="the table of the README: 8 GB")
+    parser.add_argument("-o", type=Path, dest="output", help="folder for planners.json and planners.md")
+    args = parser.parse_args(argv)
+    if args.table:
+        with contextlib.redirect_stdout(io.StringIO()):
+            rows = list(grid(args.planners, IN_TABLE, (8.0,)))
+        print(comparison(rows))
+        return 0
+    rows = []
+    command = " ".join(["python benchmarks/planners.py", *(sys.argv[1:] if argv is None else argv)])
+    for found in grid(args.planners, args.data, args.targets):
+        rows.append(found)
+        print(found, flush=True)
+        if args.output is not None:  # after every row, so that an interruption leaves what is done
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / "planners.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+            (args.output / "planners.md").write_text(document(rows, command))
+    return int(any(found.planner != DEFAULT and not found.is_true for found in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Memory of a training on an NVIDIA GPU, counted on shapes: what `nnunet-ext estimate` says and the planners plan with.
+
+The step of the trainer runs under PyTorch's fake tensors with the dtypes of CUDA's autocast (`cuda_autocast`), not
+compiled. What is not a tensor of PyTorch is an allowance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from nnunet_ext.architectures.blocks.stages import GROUP_ELEMENTS
+from nnunet_ext.benchmark.cuda_autocast import CudaAutocast
+from nnunet_ext.benchmark.memory import GIB, StorageTracker
+from nnunet_ext.benchmark.setting import Setting
+
+# The allowance; assumed, not yet measured on a GPU (docs/how-to/plan-memory.md).
+CONTEXT_BYTES = GIB // 2  # CUDA context, cuDNN and cuBLAS
+FRAGMENTED_SHARE = 0.05  # of the peak: what PyTorch's allocator reserves beyond it
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training.
+
+    Args:
+        parameters: weights and buffers of the network.
+        gradients: of the weights.
+        optimizer: state of the optimiser.
+        activations: alive after the forward pass beside these: images, labels, what is kept for backward, loss. Of
+            several passes the largest.
+        peak: the most that tensors need at any time of a step, all of the above included where alive.
+        workspace: copies of input and output of the largest convolution, which cuDNN makes in the layout of its
+            tensor cores.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int
+    workspace: int
+
+    @property
+    def allowance(self) -> int:
+        """Bytes for what is no tensor: context, workspaces, fragmentation."""
+        return CONTEXT_BYTES + self.workspace + round(FRAGMENTED_SHARE * self.peak)
+
+    @property
+    def total(self) -> int:
+        """What the GPU must have."""
+        return self.peak + self.allowance
+
+    def extended(self, other: TrainingMemory, steps: float) -> TrainingMemory:
+        """On the line through this and another one, `steps` times their distance from this."""
+        return TrainingMemory(
+            *(round(a + steps * (b - a)) for a, b in zip(astuple(self), astuple(other), strict=True))
+        )
+
+    def as_dict(self) -> dict[str, int]:
+        """All figures, for JSON."""
+        return {**asdict(self), "allowance": self.allowance, "total": self.total}
+
+
+class _StepTracker(StorageTracker):
+    """Follows storages, notes the largest convolution, and answers questions for values that shapes can't tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest_convolution = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1
+        result = func(*args, **(kwargs or {}))
+        # Everything was made in this mode, so that views are known by their storage.
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        if func is torch.ops.aten.convolution.default:
+            self.largest_convolution = max(self.largest_convolution, _bytes(args[0]) + _bytes(result))
+        return result
+
+
+def _bytes(x: Tensor) -> int:
+    return prod(x.shape) * x.element_size()
+
+
+def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
+    """Count the memory of a training; asked again for the same, it remembers.
+
+    Networks that recompute do so in groups of samples. Beyond six groups memory is counted for four and for six, from
+    where on it grows by the same for every sample (tests/benchmark/test_training_memory.py).
+
+    Args:
+        setting: plans, data set and configuration.
+        trainer: name, also of nnU-Net's own and with a schedule's suffix.
+
+    Raises:
+        UsageError: no trainer has this name.
+    """
+    batch = setting.batch_size
+    few = 4 * _group(setting)
+    while 1.5 * few < batch:
+        low = count_memory(setting, trainer, few)
+        if low.activations > 3 * low.gradients:  # else the optimiser's step is the peak, not the samples
+            many = few + few // 2
+            return low.extended(count_memory(setting, trainer, many), (batch - few) / (many - few))
+        few *= 2
+    return count_memory(setting, trainer, batch)
+
+
+def _group(setting: Setting) -> int:
+    """Samples that are recomputed at a time on the finest level."""
+    features = setting.configuration_manager.network_arch_init_kwargs.get("features_per_stage", 32)
+    finest = features if isinstance(features, int) else features[0]
+    return max(1, GROUP_ELEMENTS // (finest * prod(setting.patch_size)))
+
+
+def count_memory(setting: Setting, trainer: str, batch_size: int) -> TrainingMemory:
+    """Count the memory of a training at this batch size, whatever the plans say.
+
+    Args:
+        setting, trainer: as for `training_memory`.
+        batch_size: patches per step.
+    """
+    return _counted(
+        json.dumps(setting.plans), json.dumps(setting.dataset), setting.configuration, trainer, batch_size
+    )
+
+
+@lru_cache(maxsize=1024)
+def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_size: int) -> TrainingMemory:
+    from nnunet_ext.benchmark.trainer_step import TrainerStep
+
+    content = json.loads(plans)
+    content["configurations"][configuration]["batch_size"] = batch_size
+    setting = Setting(content, json.loads(dataset), configuration)
+    with torch.device("cpu"), FakeTensorMode(), CudaAutocast(), _StepTracker() as tracker:
+        step = TrainerStep(setting, trainer)
+        parameters = tracker.current
+        step.make_state()
+        always = tracker.peak = tracker.current
+        activations = 0
+        for _ in step.passes():
+            activations = max(activations, tracker.current - always)
+        gradients = sum(_bytes(p) for p in step.parameters if p.requires_grad)
+        return TrainingMemory(
+            parameters, gradients, always - parameters, activations, tracker.peak, tracker.largest_convolution
+        )

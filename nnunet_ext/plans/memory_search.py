@@ -1,0 +1,172 @@
+"""Finds the largest patch, then the largest batch, whose training fits a GPU, with few measurements.
+
+For one topology the memory of a step is nearly proportional to the voxels of a batch, beside a fixed part. So each
+measurement predicts all candidates near it, the best of them is measured next, and only a measured one is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import log
+from typing import Any
+
+from nnunet_ext.benchmark.training_memory import CONTEXT_BYTES, TrainingMemory
+
+FILLED = 0.9  # share of the target that a plan fills, unless image or data set are the limit
+MARGIN = 0.005  # between a prediction and the two limits
+DISTINCT = 0.05  # difference of the logarithms of voxels that a slope needs
+MOST_MEASUREMENTS = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A patch with its topology.
+
+    Args:
+        plan: the configuration, without batch size.
+        key: what tells it from others.
+        worth: what is to be as large as possible.
+        voxels: what memory is about proportional to.
+        weights: number of weights, relative to other candidates.
+        covers_image: whether the patch covers a typical image.
+        most: largest batch that the data set allows.
+    """
+
+    plan: dict[str, Any]
+    key: str
+    worth: float
+    voxels: float
+    weights: float
+    covers_image: bool
+    most: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate, its batch and the memory that was measured."""
+
+    candidate: Candidate
+    batch: int
+    memory: TrainingMemory
+
+    @property
+    def voxels(self) -> float:
+        """Of a batch."""
+        return self.batch * self.candidate.voxels
+
+
+@dataclass
+class MemorySearch:
+    """The search of one configuration; `known` may hold measurements of others with the same network.
+
+    Args:
+        target: bytes of the GPU.
+        least: smallest batch.
+        guess: voxels of a batch that is measured first, where nothing is known.
+        measure: memory of a candidate at a batch.
+        known: measurements, added to.
+    """
+
+    target: int
+    least: int
+    guess: float
+    measure: Callable[[Candidate, int], TrainingMemory]
+    known: dict[tuple[str, int], Choice] = field(default_factory=dict)
+
+    def run(self, candidates: Sequence[Candidate]) -> Choice | None:
+        """Choose; None where no candidate fits."""
+        ordered = sorted(candidates, key=lambda c: c.worth, reverse=True)
+        if not self.known:
+            first = min(ordered, key=lambda c: abs(log(self.least * c.voxels / self.guess)))
+            self._measure(first, self.least)
+        for _ in range(MOST_MEASUREMENTS):
+            candidate, batch = self.predicted(ordered) or (ordered[-1], self.least)
+            known = self.known.get((candidate.key, batch))
+            if known is not None:
+                return replace(known, candidate=candidate) if known.memory.total <= self.target else None
+            self._measure(candidate, batch)
+        return self._best_known(ordered)
+
+    def predicted(self, ordered: Sequence[Candidate]) -> tuple[Candidate, int] | None:
+        """The first candidate that fills the target or covers the image; else the one that fills it most."""
+        fullest: tuple[float, tuple[Candidate, int] | None] = (0.0, None)
+        for candidate in ordered:
+            batch = self._largest_batch(candidate)
+            if batch < self.least:
+                continue
+            share = self._expected(candidate, batch) / self.target
+            if share >= FILLED + self._margin(candidate, batch) or candidate.covers_image:
+                return candidate, batch
+            if share > fullest[0] + MARGIN:
+                fullest = share, (candidate, batch)
+        return fullest[1]
+
+    def _largest_batch(self, candidate: Candidate) -> int:
+        """The largest batch that is expected to fit; less than the smallest where none does."""
+        low, high = self.least - 1, candidate.most
+        if not self._fits(candidate, self.least):
+            return low
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._fits(candidate, middle) else (low, middle - 1)
+        return low
+
+    def _fits(self, candidate: Candidate, batch: int) -> bool:
+        return self._expected(candidate, batch) <= self.target * (1 - self._margin(candidate, batch))
+
+    def _margin(self, candidate: Candidate, batch: int) -> float:
+        return 0.0 if (candidate.key, batch) in self.known else MARGIN
+
+    def _expected(self, candidate: Candidate, batch: int) -> float:
+        known = self.known.get((candidate.key, batch))
+        if known is not None:
+            return known.memory.total
+        voxels = batch * candidate.voxels
+
+        def distance(choice: Choice) -> float:
+            return abs(log(choice.voxels / voxels)) + 0.1 * (choice.candidate.key != candidate.key)
+
+        near = min(self.known.values(), key=distance)
+        weights = candidate.weights / near.candidate.weights
+        added = (voxels - near.voxels) * self._slope(near, voxels)
+        return _fixed(near.memory, weights) + _growing(near) + added
+
+    def _slope(self, near: Choice, voxels: float) -> float:
+        """Bytes per voxel between two measurements of the same batch or patch; of one alone in proportion."""
+        proportional = _growing(near) / near.voxels
+        others = [
+            choice
+            for choice in self.known.values()
+            if (choice.batch == near.batch or choice.candidate.key == near.candidate.key)
+            and abs(log(choice.voxels / near.voxels)) > DISTINCT
+        ]
+        if not others:
+            return proportional
+        other = min(others, key=lambda choice: abs(log(choice.voxels / voxels)))
+        slope = (_growing(near) - _growing(other)) / (near.voxels - other.voxels)
+        return min(max(slope, 0.2 * proportional), 1.5 * proportional)
+
+    def _measure(self, candidate: Candidate, batch: int) -> None:
+        self.known[candidate.key, batch] = Choice(candidate, batch, self.measure(candidate, batch))
+
+    def _best_known(self, ordered: Sequence[Candidate]) -> Choice | None:
+        mine = {c.key: c for c in ordered}
+        fitting = [
+            replace(choice, candidate=mine[key])
+            for (key, batch), choice in self.known.items()
+            if key in mine and choice.memory.total <= self.target and self.least <= batch <= mine[key].most
+        ]
+        filled = [c for c in fitting if c.memory.total >= FILLED * self.target]
+        return max(filled or fitting, key=lambda c: (c.candidate.worth, c.batch), default=None)
+
+
+def _growing(choice: Choice) -> float:
+    """Bytes that grow with the voxels."""
+    return choice.memory.total - _fixed(choice.memory, 1.0)
+
+
+def _fixed(memory: TrainingMemory, weights: float) -> float:
+    """Bytes that don't depend on the voxels: weights, optimiser, context."""
+    always = memory.parameters + memory.optimizer + 0.5 * memory.gradients
+    return min(CONTEXT_BYTES + 1.05 * weights * always, 0.95 * memory.total)

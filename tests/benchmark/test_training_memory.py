@@ -1,0 +1,131 @@
+"""Counted trainings: against parts known by hand, against the benchmark's own count, for every registered trainer."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nnunet_ext import registry
+from nnunet_ext.benchmark.cuda_autocast import CudaAutocast, mixed_precision
+from nnunet_ext.benchmark.memory import measure_step
+from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.benchmark.size import count_parameters
+from nnunet_ext.benchmark.source import Source
+from nnunet_ext.benchmark.training_memory import TrainingMemory, count_memory, training_memory
+from nnunet_ext.lookup import trainer_class
+from tests.benchmark.conftest import tiny
+
+TRAINERS = [
+    name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)
+]
+VOXELS = 2 * 16**3  # of a batch of the tiny setting
+
+
+def with_labels(setting: Setting, **labels: Any) -> Setting:
+    return Setting(setting.plans, {**setting.dataset, **labels}, setting.configuration)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_every_trainers_step_is_counted(trainer: str, setting: Setting) -> None:
+    memory = training_memory(setting, trainer)
+    weights = 4 * count_parameters(setting.builder(trainer))
+    assert memory.gradients == weights
+    assert weights <= memory.parameters < 1.1 * weights + 64  # with statistics of batch norm
+    assert memory.optimizer >= weights
+    assert memory.peak >= memory.parameters + memory.optimizer + memory.activations
+    assert memory.total == memory.peak + memory.allowance
+
+
+@pytest.mark.parametrize(("trainer", "states"), [("nnUNetTrainer", 1), ("nnUNetTrainerImplicit", 2)])
+def test_optimizers_state_is_that_of_the_trainers_own(trainer: str, states: int, setting: Setting) -> None:
+    memory = training_memory(setting, trainer)
+    assert memory.optimizer == pytest.approx(states * memory.gradients, rel=0.01)
+
+
+def test_a_schedule_changes_nothing(setting: Setting) -> None:
+    assert training_memory(setting, "nnUNetTrainer_4epochs_50iters") == training_memory(
+        setting, "nnUNetTrainer"
+    )
+
+
+def test_what_a_trainer_says_in_its_init_counts(setting: Setting) -> None:
+    plain, single = (
+        training_memory(setting, name) for name in ("nnUNetTrainer", "nnUNetTrainerNoDeepSupervision")
+    )
+    assert single.activations < plain.activations
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]},
+        {"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}},
+    ],
+)
+def test_regions_and_ignore_label_are_counted(labels: dict[str, Any], setting: Setting) -> None:
+    assert training_memory(with_labels(setting, **labels), "nnUNetTrainer").peak > 0
+
+
+def test_loss_of_many_classes_counts_in_float32() -> None:
+    few, many = (training_memory(tiny(classes=n), "nnUNetTrainer") for n in (10, 40))
+    # Softmax, one-hot labels and log-softmax are kept; the gradient of the last two comes on top.
+    assert many.activations - few.activations > 12 * 30 * VOXELS
+    assert many.peak - few.peak > 16 * 30 * VOXELS
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerReversible", "nnUNetTrainerMeUNet"])
+def test_agrees_with_the_benchmarks_count_of_the_network(trainer: str) -> None:
+    setting = Source(patch=(96, 96, 96)).setting()
+    counted = measure_step(setting.training_builder(trainer), 1, (96, 96, 96), 2, torch.bfloat16)
+    memory = training_memory(setting, trainer)
+    # There the loss is a stand-in, and weights and momentum are left out.
+    assert memory.peak == pytest.approx(counted.peak + 2 * counted.parameters, rel=0.1)
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerReversible", "nnUNetTrainer"])
+def test_many_samples_are_counted_from_few(trainer: str) -> None:
+    setting = Source(patch=(512, 512), batch=9).setting()  # one sample is a group
+    extended, exact = training_memory(setting, trainer), count_memory(setting, trainer, 9)
+    for found, wanted in zip(astuple(extended), astuple(exact), strict=True):
+        assert found == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_line_goes_through_both_counts() -> None:
+    a, b = TrainingMemory(1, 1, 1, 10, 20, 3), TrainingMemory(1, 1, 1, 14, 30, 5)
+    assert a.extended(b, 0) == a
+    assert a.extended(b, 1) == b
+    assert a.extended(b, 2.5) == TrainingMemory(1, 1, 1, 20, 45, 8)
+
+
+def test_dtypes_are_those_of_cuda() -> None:
+    x = (2, 4, 8, 8)
+    with FakeTensorMode(), CudaAutocast():
+        assert torch.empty(x, dtype=torch.float16).softmax(1).dtype == torch.float16
+        with mixed_precision("cpu"):
+            half = nn.Conv2d(4, 4, 1)(torch.empty(x))
+            kept = [half, nn.functional.max_pool2d(half, 2), nn.InstanceNorm2d(4)(half)]
+            grown = [
+                half.softmax(1),
+                half.log_softmax(1),
+                half.sum(),
+                nn.functional.interpolate(half, scale_factor=2),
+            ]
+            grown.append(nn.functional.cross_entropy(half, torch.zeros(2, 8, 8).long()))
+            targets = torch.zeros(x)
+            grown.append(nn.functional.binary_cross_entropy_with_logits(half, targets))
+    assert {found.dtype for found in kept} == {torch.float16}
+    assert {found.dtype for found in grown} == {torch.float32}
+
+
+def test_dropout_keeps_a_mask_of_bytes() -> None:
+    saved: list[torch.Tensor] = []
+    with FakeTensorMode(), CudaAutocast(), mixed_precision("cpu"):
+        x = torch.empty(4, 4, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            nn.functional.dropout(x, 0.2)
+    assert [t.dtype for t in saved] == [torch.bool]

@@ -1,0 +1,77 @@
+"""``nnunet-ext estimate``: what it prints, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from nnunet_ext import cli
+from nnunet_ext.benchmark.estimate import Estimate
+from nnunet_ext.benchmark.memory import GIB
+from nnunet_ext.benchmark.training_memory import TrainingMemory
+from tests.benchmark.conftest import planned_dataset, tiny
+
+if TYPE_CHECKING:
+    from tests.conftest import RunPython
+
+__all__ = ["planned_dataset"]  # a fixture
+
+
+def test_parts_add_up_and_gpus_are_named(planned_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", "-d", "7", "-c", "3d_half", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trainer"], found["patch_size"], found["batch_size"]) == ("nnUNetTrainer", [16] * 3, 1)
+    size = found["bytes"]
+    assert size["total"] == size["peak"] + size["allowance"]
+    assert found["smallest_common_gpu_GB"] == 4
+    assert cli.main(["estimate", "-d", "7", "-c", "2d", "-tr", "nnUNetTrainerReversible_4epochs"]) == 0
+    out = capsys.readouterr().out
+    for text in ("patch 16x16, batch 12", "activations held", "optimiser", "allowance", "expected"):
+        assert text in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(24, "This GPU has it"), (8, "This GPU does not have it")])
+def test_says_whether_this_gpu_has_it(size: int, verdict: str) -> None:
+    memory = TrainingMemory(0, 0, 0, 0, 10 * GIB, 0)
+    found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", size * GIB), 9 * GIB)
+    text = "\n".join(found.lines())
+    assert verdict in text
+    assert "+11.1%" in text
+    assert found.enough == 11
+    assert Estimate(tiny(), "nnUNetTrainer", TrainingMemory(0, 0, 0, 0, 999 * GIB, 0)).enough is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("-d 7 -c 3d_fulres", "have the configurations 3d_fullres, 2d, 3d_half, got 3d_fulres"),
+        ("-d 7 -c 2d -p Nothing", "Nothing.json is missing"),
+        ("-d 8 -c 2d", "found none"),
+        ("-d 7 -c 2d -tr Nobody", "got Nobody"),
+        ("-d 7 -c 2d -tr nnUNetTrainerDeployed", "only predicts"),
+        ("-d 7 -c 2d --batch 0", "at least 1, got 0"),
+        ("-d 7 -c 2d --measure", "needs an NVIDIA GPU"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: str, text: str, planned_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--measure" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cli.main(["estimate", *arguments.split()]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("nnunet-ext estimate: ")
+    assert text in error
+
+
+def test_help_needs_no_torch(run_python: RunPython) -> None:
+    run_python(
+        "import sys\nfrom nnunet_ext import cli\n"
+        "try:\n    cli.main(['estimate', '--help'])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules"
+    )

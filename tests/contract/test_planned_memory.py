@@ -1,0 +1,129 @@
+"""Planned memory is counted memory, fills the target, and is said: for data sets of fingerprints alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.planners import FINGERPRINTS, TABLE_BEGIN, TABLE_END, grid_row, size, write_dataset
+from nnunet_ext import registry
+from nnunet_ext.benchmark.memory import GIB, measure_step
+from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.benchmark.training_memory import training_memory
+
+NUMBERS = {key: 950 + i for i, key in enumerate(FINGERPRINTS)}
+CASES = [
+    ("ReversibleUNetPlanner", "ct", 8),
+    ("ReversibleUNetPlanner", "tiny", 4),
+    ("ReversibleUNetPlanner", "microct", 24),
+    ("FasterFusionUNetPlanner", "mri", 11),
+    ("FasterFusionUNetPlanner", "2d", 80),
+    ("ImplicitUNetPlanner", "microct", 4),
+    ("MeUNetPlanner", "4 channels", 8),
+    ("MeResEncUNetPlanner", "ct", 24),
+]
+SLOW = [
+    pytest.param(planner, key, target, marks=pytest.mark.slow)
+    for planner in registry.names("planners")
+    for key in FINGERPRINTS
+    for target in (4, 8, 11, 24, 80)
+    if (planner, key, target) not in CASES
+]
+
+
+@pytest.fixture
+def number(workspace: Path) -> Callable[[str], int]:
+    """Data set of a fingerprint."""
+
+    def write(key: str) -> int:
+        write_dataset(workspace, NUMBERS[key], FINGERPRINTS[key])
+        return NUMBERS[key]
+
+    return write
+
+
+@pytest.mark.parametrize(("planner", "key", "target"), [*CASES, *SLOW])
+def test_planned_step_fits_the_target_and_fills_it(
+    planner: str, key: str, target: float, number: Callable[[str], int]
+) -> None:
+    found = grid_row(planner, key, number(key), target)
+    assert 0 < found.counted <= target
+    assert found.expected == pytest.approx(found.counted, rel=0.05)
+    if found.counted < 0.9 * target:
+        inner = found.standard_patch or found.patch
+        assert all(n >= size for n, size in zip(inner, FINGERPRINTS[key].shape, strict=True))
+        assert found.limit in ("image", "data set")
+
+
+def plan_with(planner: str, number: int, target: float, **arguments: Any) -> dict[str, Any]:
+    found = registry.resolve("planners", planner)(number, target, **arguments)
+    plans: dict[str, Any] = found.plan_experiment()
+    return plans
+
+
+def test_planning_prints_what_the_plans_hold_and_default_beside_it(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Large images of 30 classes: a low resolution, and a cascade whose second stage gets 29 channels more.
+    write_dataset(workspace, 960, replace(FINGERPRINTS["ct"], classes=30, shape=(500, 400, 400)))
+    plans = plan_with("FasterFusionUNetPlanner", 960, 8)
+    printed = capsys.readouterr().out
+    configurations = plans["configurations"]
+    assert {"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"} == set(configurations)
+    for name in ("2d", "3d_fullres", "3d_lowres"):
+        entry = configurations[name]
+        patch = "x".join(map(str, entry["patch_size"]))
+        expected = entry["memory"]["expected_GB"]
+        assert f"{name}: patch {patch}, batch {entry['batch_size']}: {expected:.2f} GB expected" in printed
+        assert entry["memory"]["limit"] == "memory"
+    assert printed.count("    default: patch ") == 3
+    content = json.loads((workspace / "raw" / "Dataset960_planned" / "dataset.json").read_text())
+    for name, entry in configurations.items():
+        total = training_memory(Setting(plans, content, name), "nnUNetTrainerFasterFusionBN").total / GIB
+        assert 7.2 <= total <= 8
+        if "memory" in entry:
+            assert entry["memory"]["expected_GB"] == pytest.approx(total, rel=0.05)
+
+
+def test_the_benchmarks_count_of_the_network_agrees(number: Callable[[str], int]) -> None:
+    planner = registry.resolve("planners", "ReversibleUNetPlanner")(number("ct"), 8)
+    plan = planner.get_plans_for_configuration([1.0] * 3, [400.0] * 3, "data", 400.0**3 * 100, {})
+    setting = planner.setting_of(plan)
+    step = measure_step(
+        setting.builder(planner.trainer), 1, plan["patch_size"], plan["batch_size"], torch.bfloat16
+    )
+    parts = plan["memory"]["parts_GB"]
+    assert (step.peak + 2 * step.parameters) / GIB == pytest.approx(parts["peak"], rel=0.08)
+
+
+@pytest.mark.parametrize("target", [0, -1, math.nan])
+def test_a_target_that_is_none_is_refused(target: float, number: Callable[[str], int]) -> None:
+    with pytest.raises(ValueError, match="must be a positive number of GB"):
+        registry.resolve("planners", "ReversibleUNetPlanner")(number("tiny"), target)
+
+
+def test_a_target_too_small_for_any_patch_is_refused(number: Callable[[str], int]) -> None:
+    with pytest.raises(ValueError, match=r"no patch that trains in 0\.5 GB: the smallest, .* enlarge"):
+        plan_with("FasterFusionUNetPlanner", number("tiny"), 0.5)
+
+
+def test_a_missing_fingerprint_is_said(workspace: Path) -> None:
+    write_dataset(workspace, 961, FINGERPRINTS["tiny"])
+    (workspace / "preprocessed" / "Dataset961_planned" / "dataset_fingerprint.json").unlink()
+    with pytest.raises(RuntimeError, match="Fingerprint missing"):
+        registry.resolve("planners", "ReversibleUNetPlanner")(961, 8)
+
+
+def test_readmes_table_is_the_commands(number: Callable[[str], int]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index(TABLE_BEGIN) : readme.index(TABLE_END)]
+    row = grid_row("FasterFusionUNetPlanner", "ct", number("ct"), 8)
+    (line,) = (line for line in table.splitlines() if "FasterFusionUNetPlanner" in line)
+    assert f"| {size(row)}: {row.counted:.1f} GB |" in line
