@@ -13,8 +13,29 @@ from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_cr
 from nnunet_ext.benchmark.memory import StorageTracker, surrogate_loss
 
 
-class TwoPasses(nn.Module):
-    """meU-net's training step as a module, for benchmarks: the expanded pass in both directions, then the standard one.
+class _Passes(nn.Module):
+    """A training step of several backward passes as a module, for benchmarks.
+
+    Shape: (B, C, *patch) -> output of the last pass, whose backward pass is left to the caller.
+    """
+
+    def passes(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Yield what has a backward pass of its own, one after the other, with its input."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Any:
+        """Run what precedes the last backward pass."""
+        output: Any = None
+        for part, data in self.passes(x):
+            if output is not None:
+                surrogate_loss(output).backward()
+                output = None  # freed before the next pass
+            output = part(data)
+        return output
+
+
+class TwoPasses(_Passes):
+    """meU-net's training step: the expanded pass, then the standard one.
 
     Args:
         trained_network: takes both passes.
@@ -32,19 +53,13 @@ class TwoPasses(nn.Module):
         self.standard_patch = standard_patch
 
     def passes(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Yield what has a backward pass of its own, one after the other, with its input."""
+        """Both passes."""
         yield self.expanded_pass, x
         yield self.trained_network, centre_crop(x, self.standard_patch(x.shape[2:]))
 
-    def forward(self, x: Tensor) -> Any:
-        """Run what precedes the backward pass of the standard patch."""
-        (expanded, whole), (network, centre) = self.passes(x)
-        surrogate_loss(expanded(whole)).backward()
-        return network(centre)
 
-
-class InTurn(nn.Module):
-    """meU-net's training step of a network's branches on centres of one patch, one after the other, as a module.
+class InTurn(_Passes):
+    """meU-net's training step of a network's branches on centres of one patch, one after the other.
 
     Args:
         trained_network: has ``branches``, of which each takes both passes.
@@ -65,22 +80,17 @@ class InTurn(nn.Module):
         self.expanded_passes = [ExpandedPass(branch) for branch in trained_network.branches]
         self.standard_patch, self.expanded_patches = standard_patch, expanded_patches
 
-    def forward(self, x: Tensor) -> Any:
-        """Run what precedes the backward pass of the last standard patch."""
+    def passes(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Both passes of each branch; one where nothing is expanded."""
         whole = tuple(x.shape[2:])
-        standard = self.standard_patch(whole)
-        output: Any = None
+        standard = tuple(self.standard_patch(whole))
         for branch, expanded_pass, expanded_patch in zip(
             self.trained_network.branches, self.expanded_passes, self.expanded_patches, strict=True
         ):
-            if output is not None:
-                surrogate_loss(output).backward()
-                del output
-            size = expanded_patch(whole)
-            if tuple(size) != tuple(standard):
-                surrogate_loss(expanded_pass(centre_crop(x, size))).backward()
-            output = branch(centre_crop(x, standard))
-        return output
+            size = tuple(expanded_patch(whole))
+            if size != standard:
+                yield expanded_pass, centre_crop(x, size)
+            yield branch, centre_crop(x, standard)
 
 
 def measure_two_passes(

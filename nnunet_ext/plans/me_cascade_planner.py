@@ -9,7 +9,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
+from nnunet_ext.benchmark.training_memory import TrainingMemory, training_memory
 from nnunet_ext.plans.me_unet_planner import MeUNetPlanner
+from nnunet_ext.plans.planned_report import figures
+
+STAGED = ("2d", "3d_fullres")  # configurations that get a cascade, by dimensions
+STAGES = ("me_context", "post_concat")
 
 
 class MeCascadePlanner(MeUNetPlanner):
@@ -24,13 +29,30 @@ class MeCascadePlanner(MeUNetPlanner):
     """
 
     default_plans_name = "nnUNetMeCascadePlans"
+    trainer = "nnUNetTrainerMeCascade"
     k = 1.75
 
+    def step_memory(self, plan: dict[str, Any]) -> TrainingMemory:
+        """Memory of the larger stage."""
+        if "me_unet" not in plan:
+            return super().step_memory(plan)
+        return max(self._memory_of_stages(plan), key=lambda memory: memory.total)
+
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Add the stages, then save."""
-        super().save_plans(
-            {**plans, "configurations": self.with_stages(plans["configurations"], self.dataset_json)}
-        )
+        """Add the stages, each with its own memory, then save."""
+        configurations = self.with_stages(plans["configurations"], self.dataset_json)
+        for base in STAGED:
+            if f"{base[:2]}_me_context" not in configurations:
+                continue
+            planned = plans["configurations"][base]
+            for stage, memory in zip(STAGES, self._memory_of_stages(planned), strict=True):
+                configurations[f"{base[:2]}_{stage}"]["memory"] = {**planned["memory"], **figures(memory)}
+        super().save_plans({**plans, "configurations": configurations})
+
+    def _memory_of_stages(self, plan: dict[str, Any]) -> list[TrainingMemory]:
+        stages = stages_of(plan, STAGED[len(plan["patch_size"]) - 2], self.dataset_json)
+        base = at_standard_patch(plan)
+        return [training_memory(self.setting_of({**base, **stage}), self.trainer) for stage in stages]
 
     @staticmethod
     def with_stages(
@@ -42,44 +64,56 @@ class MeCascadePlanner(MeUNetPlanner):
             configurations: as planned, with kP as patch.
             dataset_json: of the data set.
         """
-        labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
         planned: dict[str, dict[str, Any]] = {}
         for name, configuration in configurations.items():
-            noted = configuration.get("me_unet")
-            planned[name] = configuration if noted is None else at_standard_patch(configuration)
-            if name not in ("2d", "3d_fullres"):
+            if "me_unet" in configuration:
+                planned[name] = at_standard_patch(configuration)
+                if name in STAGED:
+                    stages = stages_of(configuration, name, dataset_json)
+                    planned |= {
+                        f"{name[:2]}_{stage}": found for stage, found in zip(STAGES, stages, strict=True)
+                    }
                 continue
-            if noted is None:
+            planned[name] = configuration
+            if name in STAGED:
                 warnings.warn(
                     f"meU-net's cascade needs a network of at least 3 stages, {name} has fewer: it gets no cascade.",
                     stacklevel=2,
                 )
-                continue
-            dim = name[:2]
-            context, post = f"{dim}_me_context", f"{dim}_post_concat"
-            planned[context] = {
-                "inherits_from": name,
-                "next_stage": post,
-                "patch_size": configuration["patch_size"],
-                "me_unet": noted,
-                "architecture": _architecture(configuration, DualMeUNet, regions=labels.has_regions),
-            }
-            planned[post] = {
-                "inherits_from": name,
-                "previous_stage": context,
-                "architecture": _architecture(
-                    configuration,
-                    PostConcatUNet,
-                    prior_channels=len(labels.foreground_labels),
-                    fusion="post",
-                ),
-            }
         return planned
+
+
+def stages_of(
+    configuration: dict[str, Any], name: str, dataset_json: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both stages, as configurations that inherit from the one at P.
+
+    Args:
+        configuration: as planned, with kP as patch.
+        name: of the configuration.
+        dataset_json: of the data set.
+    """
+    labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    context, post = (f"{name[:2]}_{stage}" for stage in STAGES)
+    first = {
+        "inherits_from": name,
+        "next_stage": post,
+        "patch_size": configuration["patch_size"],
+        "me_unet": configuration["me_unet"],
+        "architecture": _architecture(configuration, DualMeUNet, regions=labels.has_regions),
+    }
+    options = {"prior_channels": len(labels.foreground_labels), "fusion": "post"}
+    second = {
+        "inherits_from": name,
+        "previous_stage": context,
+        "architecture": _architecture(configuration, PostConcatUNet, **options),
+    }
+    return first, second
 
 
 def at_standard_patch(configuration: dict[str, Any]) -> dict[str, Any]:
     """A configuration of meU-net as an ordinary one at P."""
-    rest = {key: value for key, value in configuration.items() if key != "me_unet"}
+    rest = {key: value for key, value in configuration.items() if key not in ("me_unet", "memory")}
     return {**rest, "patch_size": configuration["me_unet"]["standard_patch_size"]}
 
 

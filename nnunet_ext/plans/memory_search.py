@@ -125,7 +125,9 @@ class MemorySearch:
         voxels = batch * candidate.voxels
 
         def distance(choice: Choice) -> float:
-            return abs(log(choice.voxels / voxels)) + 0.1 * (choice.candidate.key != candidate.key)
+            # Networks that recompute samples in groups need less per voxel in a larger batch of smaller patches.
+            batches = 0.3 * abs(log(choice.batch / batch))
+            return abs(log(choice.voxels / voxels)) + batches + 0.1 * (choice.candidate.key != candidate.key)
 
         near = min(self.known.values(), key=distance)
         weights = candidate.weights / near.candidate.weights

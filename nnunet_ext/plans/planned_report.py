@@ -10,18 +10,23 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 
 from nnunet_ext import registry
 from nnunet_ext.benchmark.memory import GIB
-from nnunet_ext.benchmark.training_memory import training_memory
+from nnunet_ext.benchmark.training_memory import TrainingMemory, training_memory
 from nnunet_ext.plans.memory_search import FILLED, Choice
 
 
+def figures(memory: TrainingMemory) -> dict[str, Any]:
+    """Figures of a memory for the plans; 1 GB is 2**30 bytes."""
+    parts = {name: round(size / GIB, 3) for name, size in memory.as_dict().items()}
+    return {"expected_GB": round(memory.total / GIB, 3), "parts_GB": parts}
+
+
 def memory_entry(choice: Choice, target: int, trainer: str) -> dict[str, Any]:
-    """What the plans note about a choice; 1 GB is 2**30 bytes."""
+    """What the plans note about a choice."""
     return {
         "target_GB": round(target / GIB, 3),
-        "expected_GB": round(choice.memory.total / GIB, 3),
         "trainer": trainer,
         "limit": _limit(choice, target),
-        "parts_GB": {name: round(size / GIB, 3) for name, size in choice.memory.as_dict().items()},
+        **figures(choice.memory),
     }
 
 
@@ -52,6 +57,7 @@ def report(planner: Any, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any
         if "memory" not in plan:
             continue
         memory = plan["memory"]
+        plan = {**plans["configurations"].get(plan.get("inherits_from"), {}), **plan}
         lines.append(
             f"  {name}: {_sizes(plan)}: {memory['expected_GB']:.2f} GB expected; limit is the {memory['limit']}: "
             f"{_REASONS[memory['limit']]}"
