@@ -5,6 +5,7 @@ image or data set are the limit. No GPU and no images are needed.
 
 usage: python benchmarks/planners.py -o docs/benchmarks/2026-11-21-planners    # the whole grid
        python benchmarks/planners.py --table                                   # the table of the README
+       python benchmarks/planners.py --random 40                               # random data sets, planners and GPUs
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -138,10 +140,10 @@ def grid_row(planner: str, key: str, number: int, target: float) -> Row:
     start = time.perf_counter()
     found, plan = planned(planner, number, fingerprint, target)
     seconds = time.perf_counter() - start
-    setting = found.setting_of(plan)
     # Sample by sample, unless that takes minutes; tests compare both.
     counting = count_memory if plan["batch_size"] <= 16 else lambda s, t, _: training_memory(s, t)
-    counted = counting(setting, found.trainer, plan["batch_size"]).total / GIB
+    trainings = found.settings_of(plan)
+    counted = max(counting(s, found.trainer, plan["batch_size"]).total for s in trainings) / GIB
     noted = plan["memory"]
     standard = plan.get("me_unet", {}).get("standard_patch_size")
     return Row(
@@ -183,6 +185,26 @@ def grid(planners: Sequence[str], keys: Sequence[str], targets: Sequence[float])
                 yield default_row(registry.resolve("planners", "MeUNetPlanner")(number, target), key, target)
                 for planner in planners:
                     yield grid_row(planner, key, number, target)
+
+
+def random_rows(planners: Sequence[str], count: int, seed: int) -> Iterator[Row]:
+    """Plans of random data sets, 2D and 3D, for random GPUs; the seed makes them the same again."""
+    chosen = random.Random(seed)
+    with workspace() as folder:
+        for number in range(1, count + 1):
+            dim = chosen.choice((2, 3, 3, 3))
+            thick = chosen.choice((1.0, 1.0, chosen.uniform(1.0, 8.0)))
+            extent = [chosen.uniform(30, 700) * (3 if dim == 2 else 1) for _ in range(dim)]
+            spacing = (thick, 1.0, 1.0)[-dim:]
+            shape = tuple(max(8, round(mm / step)) for mm, step in zip(extent, spacing, strict=True))
+            channels, classes = chosen.choice((1, 1, 2, 4)), chosen.choice((2, 3, 5, 16, 60))
+            key = f"{'x'.join(map(str, shape))}, {thick:.1f} mm, {channels} channels, {classes} classes"
+            FINGERPRINTS[key] = Fingerprint(
+                key, spacing, shape, channels, classes, chosen.choice((20, 100, 1000))
+            )
+            write_dataset(folder, number, FINGERPRINTS[key])
+            target = chosen.choice((4.0, 6.0, 8.0, 11.0, 16.0, 24.0, 40.0, 80.0))
+            yield grid_row(chosen.choice(planners), key, number, target)
 
 
 def size(found: Row) -> str:
@@ -246,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", choices=FINGERPRINTS, default=list(FINGERPRINTS))
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))
     parser.add_argument("--table", action="store_true", help="the table of the README: 8 GB")
+    parser.add_argument("--random", type=int, metavar="N", help="N random data sets instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the random data sets")
     parser.add_argument("-o", type=Path, dest="output", help="folder for planners.json and planners.md")
     args = parser.parse_args(argv)
     if args.table:
@@ -255,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows = []
     command = " ".join(["python benchmarks/planners.py", *(sys.argv[1:] if argv is None else argv)])
-    for found in grid(args.planners, args.data, args.targets):
+    fixed = grid(args.planners, args.data, args.targets)
+    for found in random_rows(args.planners, args.random, args.seed) if args.random else fixed:
         rows.append(found)
         print(found, flush=True)
         if args.output is not None:  # after every row, so that an interruption leaves what is done

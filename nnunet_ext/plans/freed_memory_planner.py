@@ -158,7 +158,12 @@ class FreedMemoryPlanner(ExperimentPlanner):
 
     def step_memory(self, plan: dict[str, Any]) -> TrainingMemory:
         """Memory of the training that a configuration is planned for; of several trainings the largest."""
-        return training_memory(self.setting_of(plan), self.trainer)
+        found = (training_memory(setting, self.trainer) for setting in self.settings_of(plan))
+        return max(found, key=lambda memory: memory.total)
+
+    def settings_of(self, plan: dict[str, Any]) -> list[Setting]:
+        """The trainings that a configuration is planned for."""
+        return [self.setting_of(plan)]
 
     def setting_of(self, plan: dict[str, Any]) -> Setting:
         """What a training of a configuration reads."""

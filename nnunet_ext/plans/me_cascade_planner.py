@@ -9,7 +9,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
-from nnunet_ext.benchmark.training_memory import TrainingMemory, training_memory
+from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.benchmark.training_memory import training_memory
 from nnunet_ext.plans.me_unet_planner import MeUNetPlanner
 from nnunet_ext.plans.planned_report import figures
 
@@ -32,11 +33,12 @@ class MeCascadePlanner(MeUNetPlanner):
     trainer = "nnUNetTrainerMeCascade"
     k = 1.75
 
-    def step_memory(self, plan: dict[str, Any]) -> TrainingMemory:
-        """Memory of the larger stage."""
+    def settings_of(self, plan: dict[str, Any]) -> list[Setting]:
+        """Both stages."""
         if "me_unet" not in plan:
-            return super().step_memory(plan)
-        return max(self._memory_of_stages(plan), key=lambda memory: memory.total)
+            return super().settings_of(plan)
+        base, name = at_standard_patch(plan), STAGED[len(plan["patch_size"]) - 2]
+        return [self.setting_of({**base, **stage}) for stage in stages_of(plan, name, self.dataset_json)]
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Add the stages, each with its own memory, then save."""
@@ -45,14 +47,10 @@ class MeCascadePlanner(MeUNetPlanner):
             if f"{base[:2]}_me_context" not in configurations:
                 continue
             planned = plans["configurations"][base]
-            for stage, memory in zip(STAGES, self._memory_of_stages(planned), strict=True):
-                configurations[f"{base[:2]}_{stage}"]["memory"] = {**planned["memory"], **figures(memory)}
+            for stage, setting in zip(STAGES, self.settings_of(planned), strict=True):
+                memory = figures(training_memory(setting, self.trainer))
+                configurations[f"{base[:2]}_{stage}"]["memory"] = {**planned["memory"], **memory}
         super().save_plans({**plans, "configurations": configurations})
-
-    def _memory_of_stages(self, plan: dict[str, Any]) -> list[TrainingMemory]:
-        stages = stages_of(plan, STAGED[len(plan["patch_size"]) - 2], self.dataset_json)
-        base = at_standard_patch(plan)
-        return [training_memory(self.setting_of({**base, **stage}), self.trainer) for stage in stages]
 
     @staticmethod
     def with_stages(

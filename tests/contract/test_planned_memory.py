@@ -25,6 +25,7 @@ CASES = [
     ("ReversibleUNetPlanner", "microct", 24),
     ("FasterFusionUNetPlanner", "mri", 11),
     ("FasterFusionUNetPlanner", "2d", 80),
+    ("MeCascadePlanner", "ct", 8),
     ("ImplicitUNetPlanner", "microct", 4),
     ("MeUNetPlanner", "4 channels", 8),
     ("MeResEncUNetPlanner", "ct", 24),
