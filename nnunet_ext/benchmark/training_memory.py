@@ -105,8 +105,8 @@ def _bytes(x: Tensor) -> int:
 def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
     """Count the memory of a training; asked again for the same, it remembers.
 
-    Networks that recompute do so in groups of samples. Beyond six groups memory is counted for four and for six, from
-    where on it grows by the same for every sample (tests/benchmark/test_training_memory.py).
+    Networks that recompute do so in groups of samples. Beyond twelve groups memory is counted for eight and for twelve,
+    from where on it grows by the same for every sample (tests/benchmark/test_training_memory.py).
 
     Args:
         setting: plans, data set and configuration.
@@ -116,7 +116,7 @@ def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
         UsageError: no trainer has this name.
     """
     batch = setting.batch_size
-    few = 4 * _group(setting)
+    few = 8 * _group(setting)
     while 1.5 * few < batch:
         low = count_memory(setting, trainer, few)
         if low.activations > 3 * low.gradients:  # else the optimiser's step is the peak, not the samples
