@@ -14,17 +14,12 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from dynamic_network_architectures.building_blocks.helper import (
     convert_conv_op_to_dim,
     get_matching_batchnorm,
 )
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
-from dynamic_network_architectures.initialization.weight_init import (
-    InitWeights_He,
-    init_last_bn_before_add_to_0,
-)
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
@@ -38,6 +33,7 @@ from nnunet_ext.architectures.blocks.faster_fusion import (
     Geometry,
 )
 from nnunet_ext.architectures.blocks.folding import fold_batch_norms
+from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
 from nnunet_ext.architectures.blocks.onednn import is_exporting, is_observed
 
 if TYPE_CHECKING:
@@ -107,20 +103,14 @@ class FasterFusionUNet(nn.Module):
         form: Form | None = None,
     ) -> None:
         super().__init__()
-        if (n_conv_per_stage is None) == (n_blocks_per_stage is None):
-            raise ValueError(
-                "FasterFusionUNet needs either n_conv_per_stage (default plans) or n_blocks_per_stage (ResEnc plans), "
-                f"got {n_conv_per_stage} and {n_blocks_per_stage}."
-            )
         if decoder_split not in ("up", "both"):
             raise ValueError(f'decoder_split must be "up" or "both", got {decoder_split!r}.')
         if batch_norm:
             norm_op = get_matching_batchnorm(dimension=convert_conv_op_to_dim(conv_op))
             norm_op_kwargs = {k: v for k, v in (norm_op_kwargs or {}).items() if k in ("eps", "momentum")}
-        host_class, depth = PlainConvUNet, {"n_conv_per_stage": n_conv_per_stage}
-        if n_conv_per_stage is None:
-            host_class, depth = ResidualEncoderUNet, {"n_blocks_per_stage": n_blocks_per_stage}
-        host = host_class(
+        host = host_unet(
+            n_conv_per_stage,
+            n_blocks_per_stage,
             input_channels=input_channels,
             num_classes=num_classes,
             n_stages=n_stages,
@@ -128,7 +118,6 @@ class FasterFusionUNet(nn.Module):
             conv_op=conv_op,
             kernel_sizes=kernel_sizes,
             strides=strides,
-            **depth,
             n_conv_per_stage_decoder=n_conv_per_stage_decoder,
             conv_bias=conv_bias,
             norm_op=norm_op,
@@ -274,11 +263,7 @@ class FasterFusionUNet(nn.Module):
         Activations keep their size through blocks (tests/architectures/test_faster_fusion.py). Residual blocks start as
         identity, by the norm inside their last block.
         """
-        InitWeights_He(1e-2)(module)
-        if isinstance(module, (BasicBlockD, BottleneckD)):
-            last = module.conv3 if isinstance(module, BottleneckD) else module.conv2
-            if hasattr(last, "norm") and not isinstance(last.norm, nn.Identity):
-                init_last_bn_before_add_to_0(module)
+        initialize_as_host(module)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements that training keeps per sample, in the unit of nnU-Net's PlainConvUNet.

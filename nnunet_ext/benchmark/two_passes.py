@@ -25,13 +25,12 @@ class _Passes(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Run what precedes the last backward pass."""
-        output: Any = None
-        for part, data in self.passes(x):
-            if output is not None:
-                surrogate_loss(output).backward()
-                output = None  # freed before the next pass
-            output = part(data)
-        return output
+        following = self.passes(x)
+        part, data = next(following)
+        for after in following:
+            surrogate_loss(part(data)).backward()
+            part, data = after
+        return part(data)
 
 
 class TwoPasses(_Passes):

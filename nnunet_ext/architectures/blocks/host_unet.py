@@ -41,5 +41,5 @@ def initialize_as_host(module: nn.Module) -> None:
     InitWeights_He(1e-2)(module)
     if isinstance(module, (BasicBlockD, BottleneckD)):  # residual blocks start as identity
         last = module.conv3 if isinstance(module, BottleneckD) else module.conv2
-        if hasattr(last, "norm"):
+        if hasattr(last, "norm") and not isinstance(last.norm, nn.Identity):
             init_last_bn_before_add_to_0(module)
