@@ -37,6 +37,7 @@ PLANNERS = {
     "ImplicitUNetPlanner",
     "InvertibleUNetPlanner",
     "MeCascadePlanner",
+    "MeCascadeResEncPlanner",
     "MeResEncUNetPlanner",
     "MeReversibleUNetPlanner",
     "MeUNetPlanner",

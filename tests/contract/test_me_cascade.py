@@ -55,13 +55,17 @@ def trainer_of(dataset: Dataset, workspace: Path) -> Callable[..., Any]:
         trainer_class: type = nnUNetTrainerMeCascade,
         name: str = "nnUNetCascadeTest",
         patch: int = 24,
+        residual: bool = False,
         **options: Any,
     ) -> Any:
         (folder,) = (workspace / "preprocessed").glob(f"Dataset{dataset(kind)}_*")
         plans = json.loads((folder / "nnUNetPlans.json").read_text())
         dataset_json = json.loads((folder / "dataset.json").read_text())
         full = plans["configurations"]["3d_fullres"]
-        full["architecture"]["arch_kwargs"].update(SMALL)
+        arguments = full["architecture"]["arch_kwargs"]
+        arguments.update(SMALL)
+        if residual:
+            arguments["n_blocks_per_stage"] = arguments.pop("n_conv_per_stage")
         planned = {**full, "patch_size": [patch] * 3, "me_unet": {"standard_patch_size": [16, 16, 16]}}
         plans["configurations"] = MeCascadePlanner.with_stages({"3d_fullres": planned}, dataset_json)
         plans["configurations"][CONTEXT]["me_unet"] = {"k": 1.5 if patch == 24 else patch / 16}
@@ -190,12 +194,16 @@ def test_stage_two_takes_nnunets_own_step(trainer_of: Callable[..., Any]) -> Non
     torch.testing.assert_close(ours.network.state_dict(), host.network.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["labels", "regions", "ignore"])
-def test_both_stages_train_validate_and_predict(kind: str, trainer_of: Callable[..., Any]) -> None:
-    name = f"nnUNetWhole{kind}"
+@pytest.mark.parametrize(
+    ("kind", "residual"), [("labels", False), ("regions", False), ("ignore", False), ("labels", True)]
+)
+def test_both_stages_train_validate_and_predict(
+    kind: str, residual: bool, trainer_of: Callable[..., Any]
+) -> None:
+    name = f"nnUNetWhole{kind}{residual}"
 
     def short(configuration: str, fold: int = 0) -> Any:
-        trainer = trainer_of(configuration, kind, name=name)
+        trainer = trainer_of(configuration, kind, name=name, residual=residual)
         trainer.fold, trainer.output_folder = fold, f"{trainer.output_folder_base}/fold_{fold}"
         Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 1, 1

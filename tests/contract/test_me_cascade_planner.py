@@ -18,14 +18,20 @@ from nnunet_ext.plans.me_cascade_planner import MeCascadePlanner
 from nnunet_ext.trainers.me_unet import plan_standard_patch
 from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
 
-LABELS = {"labels": 2, "regions": 2, "ignore": 2}
+PLANNED = [
+    ("MeCascadePlanner", "labels"),
+    ("MeCascadePlanner", "regions"),
+    ("MeCascadePlanner", "ignore"),
+    ("MeCascadeResEncPlanner", "labels"),
+]
 
 
-@pytest.fixture(params=LABELS)
+@pytest.fixture(params=PLANNED, ids="-".join)
 def plans(request: pytest.FixtureRequest, dataset: Callable[[str], int], workspace: Path) -> Any:
-    """The plans that `nnUNetv2_plan_experiment -pl MeCascadePlanner` writes."""
-    identifier = dataset(request.param)
-    name = plan_experiments([identifier], "MeCascadePlanner")
+    """The plans that `nnUNetv2_plan_experiment -pl PLANNER` writes."""
+    planner, labels = request.param
+    identifier = dataset(labels)
+    name = plan_experiments([identifier], planner)
     (folder,) = (workspace / "preprocessed").glob(f"Dataset{identifier}_*")
     return PlansManager(json.loads((folder / f"{name}.json").read_text()))
 
@@ -62,6 +68,13 @@ def test_plans_alone_build_the_networks_that_the_trainer_builds(dim: str, plans:
         if name.endswith("context"):
             (labels,) = {bool(planned.regions), bool(configuration.network_arch_init_kwargs["regions"])}
             assert labels == (plans.dataset_name == "Dataset902_regions")
+
+
+def test_the_residual_planner_plans_residual_networks(plans: Any) -> None:
+    residual = plans.plans_name == "nnUNetMeCascadeResEncUNetMPlans"
+    for name in ("3d_fullres", "3d_me_context", "3d_post_concat"):
+        options = plans.get_configuration(name).network_arch_init_kwargs
+        assert ("n_blocks_per_stage" in options, "n_conv_per_stage" in options) == (residual, not residual)
 
 
 def test_a_large_image_gets_its_context_and_the_memory_of_the_larger_stage(
