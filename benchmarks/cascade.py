@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--schedule", default="24epochs_100iters_NoMirroring")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    work = options.work.resolve()
+    work = options.work.resolve() / f"radius_{options.radius:g}"  # another phantom, another data set
     for kind in ("raw", "preprocessed", "results"):
         (work / kind).mkdir(parents=True, exist_ok=True)
         os.environ[f"nnUNet_{kind}"] = str(work / kind)
