@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunet_ext.architectures.blocks.chain import Chain
 from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
 from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 from nnunet_ext.benchmark.memory import measure_step
@@ -400,6 +401,11 @@ def test_compiled_sequence_has_equal_gradients_and_one_graph_break() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(ours, backend="aot_eager")
     assert relative_error(gradients(compiled, image()), gradients(plain, image())) <= 1e-10
+
+
+def test_a_chain_has_a_hash_before_it_has_fields() -> None:
+    # PyTorch before 2.12 takes it while it traces `Chain(...)`.
+    assert isinstance(hash(Chain.__new__(Chain)), int)
 
 
 def stack(n: int, reversible: bool = True) -> ReversibleSequence:

@@ -24,7 +24,7 @@ from nnunet_ext.architectures.blocks.mixed_precision import lowered
 from nnunet_ext.architectures.blocks.recomputation import Autocast, Gradients, RandomState, Seed, recompute
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # PyTorch before 2.12 takes its hash, while it compiles, before it has fields
 class Chain:
     """Steps on a feature map, run so that training keeps the output only, and what taps give out.
 
