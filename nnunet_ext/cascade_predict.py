@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext.datasets import dataset_folders
+from nnunet_ext.doctor.case import Case, Rules, look
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import locked, read_json, write_text, writing
+from nnunet_ext.parallel import mapped
+from nnunet_ext.whole import check_whole, is_whole
 
 NOTE = "cascade_predict.json"
 LOCK = "cascade_predict.lock"
 RESULTS = "nnUNet_results"
+_FEW = 12  # cases that are read before other processes would have started
 _TRAIN = "train both stages first (docs/how-to/cascade.md)"
 
 
@@ -174,18 +180,20 @@ def predict(
     _check_folders(images.resolve(), output, keep)
     options.check()
     files = _input_files(images, first.dataset)
+    report(f"reading {len(files)} cases of {images}")
+    good = _Good.of(first, files, options.preprocessing)
     with writing(keep):
         keep.mkdir(parents=True, exist_ok=True)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     with locked(keep / LOCK):
-        _continue_or_start(stages, files, output, keep, options)
+        _continue_or_start(stages, files, output, keep, options, good)
         report(f"stage 1, {configuration}: {len(files)} cases to {keep}")
         _run(first, images, keep, None, options)
-        _see_whole(files, keep, str(first.dataset["file_ending"]))
+        _see_whole(files, keep, good)
         report(f"stage 2: {len(files)} cases to {output}")
         _run(second, images, output, keep, options)
-        _see_whole(files, output, str(second.dataset["file_ending"]))
+        _see_whole(files, output, good, options.save_probabilities)
     return keep
 
 
@@ -195,10 +203,7 @@ def _results_of(dataset: str) -> Path:
         raise UsageError(
             f"the environment variable {RESULTS} must name the folder of trained models: set it."
         )
-    prefix = f"Dataset{int(dataset):03d}_" if dataset.isdecimal() else dataset
-    found = sorted(path for path in Path(root).glob("Dataset*") if path.is_dir())
-    found = [path for path in found if path.name.startswith(prefix)]
-    found = [path for path in found if dataset.isdecimal() or path.name == dataset]
+    found = dataset_folders(Path(root), dataset)
     if len(found) != 1:
         raise UsageError(
             f"-d must be one data set with results in {root}, {dataset} is "
@@ -217,26 +222,80 @@ def _check_folders(images: Path, output: Path, keep: Path) -> None:
 
 
 def _input_files(images: Path, dataset: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Files of each case, complete."""
+    """Files of each case, by nnU-Net's rule; how many channels they hold is for its reader to say."""
     ending = str(dataset["file_ending"])
-    channels = len(dataset.get("channel_names") or dataset.get("modality") or ())
     found: dict[str, list[Path]] = {}
-    for path in sorted(images.glob(f"*{ending}")):
-        stem = path.name[: -len(ending)]
-        if len(stem) > 5 and stem[-5] == "_" and stem[-4:].isdecimal():
-            found.setdefault(stem[:-5], []).append(path)
+    for path in sorted(path for path in images.iterdir() if path.name.endswith(ending)):
+        match = re.fullmatch(r"(.+)_\d{4}", path.name[: -len(ending)])
+        if match is None or path.name.startswith("."):
+            raise UsageError(
+                f"-i needs scans called CASE_0000{ending}, {images} has {path.name}, which nnU-Net takes for one "
+                "too: rename it as in imagesTs, or move it away."
+            )
+        found.setdefault(match[1], []).append(path)
     if not found:
         raise UsageError(
             f"-i needs scans called CASE_0000{ending}, {images} has none: rename them as in imagesTs."
         )
-    for case, paths in found.items():
-        wanted = [f"{case}_{channel:04d}{ending}" for channel in range(channels)]
-        if [path.name for path in paths] != wanted:
-            raise UsageError(
-                f"{case} needs the files {', '.join(wanted)} (channel_names in dataset.json), {images} has "
-                f"{', '.join(path.name for path in paths)}: add or remove files."
-            )
     return found
+
+
+@dataclass(frozen=True)
+class _Good:
+    """What a prediction must be like to be taken as finished.
+
+    Args:
+        reader: of nnU-Net.
+        ending: of its files.
+        labels: that it may hold.
+        shapes: of the scans, by case.
+    """
+
+    reader: Any
+    ending: str
+    labels: tuple[int, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, stage: Stage, files: Mapping[str, Sequence[Path]], processes: int) -> _Good:
+        """Read all scans.
+
+        Raises:
+            UsageError: one is cut off, holds NaN or infinity, or has other channels than the model was trained with.
+        """
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        plans, dataset = PlansManager(str(stage.model / "plans.json")), stage.dataset
+        reader = plans.image_reader_writer_class
+        channels = len(dataset.get("channel_names") or dataset.get("modality") or ())
+        rules = Rules(reader, channels)
+        shapes = {}
+        bad = []
+        jobs = [(Case(name, tuple(paths)), rules) for name, paths in files.items()]
+        for seen in mapped(look, jobs, processes if len(jobs) > _FEW else 1):
+            shapes[seen.name] = seen.shape
+            bad += [found for found in seen.findings if found.level == "failure"]
+        if bad:
+            more = f" ({len(bad) - 1} more like this)" if len(bad) > 1 else ""
+            raise UsageError(f"{bad[0].subject}: {bad[0].detail}: {bad[0].cure}{more}.")
+        labels = tuple(plans.get_label_manager(dataset).all_labels)
+        return cls(reader(), str(dataset["file_ending"]), labels, shapes)
+
+    def is_finished(self, folder: Path, case: str, with_probabilities: bool = False) -> bool:
+        """Whether a case's prediction can be read to its end and is one of its scan."""
+        import numpy as np
+
+        path = folder / f"{case}{self.ending}"
+        beside = [folder / f"{case}{ending}" for ending in (".npz", ".pkl")] if with_probabilities else []
+        if not path.is_file() or not all(map(is_whole, beside)):
+            return False
+        try:
+            check_whole(path)
+            segmentation, _ = self.reader.read_seg(str(path))
+        except Exception:  # what a file cut short raises depends on its format
+            return False
+        fits = tuple(segmentation.shape[1:]) == tuple(self.shapes[case])
+        return fits and bool(np.isin(segmentation, self.labels).all())
 
 
 def _continue_or_start(
@@ -245,6 +304,7 @@ def _continue_or_start(
     output: Path,
     keep: Path,
     options: Options,
+    good: _Good,
 ) -> None:
     """Note the settings; keep of both folders what an interrupted call has finished, or nothing."""
     settings = {
@@ -267,32 +327,13 @@ def _continue_or_start(
                 "made with others: repeat that call, choose another --keep, or leave --continue_prediction out."
             )
         earlier = noted.get("scans", {})
-    ending = str(stages[0].dataset["file_ending"])
-    reader = _reader(stages[0])
     for case in files:
-        one, two = keep / f"{case}{ending}", output / f"{case}{ending}"
-        kept = earlier.get(case) == scans[case] and _is_whole(one, reader)
-        for found, good in ((one, kept), (two, kept and _is_whole(two, reader))):
-            if not good:
-                found.unlink(missing_ok=True)
+        kept = earlier.get(case) == scans[case] and good.is_finished(keep, case)
+        both = kept and good.is_finished(output, case, options.save_probabilities)
+        for folder, finished in ((keep, kept), (output, both)):
+            if not finished:
+                (folder / f"{case}{good.ending}").unlink(missing_ok=True)
     write_text(path, json.dumps({"settings": settings, "scans": scans}, indent=2) + "\n")
-
-
-def _reader(stage: Stage) -> Any:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    return PlansManager(str(stage.model / "plans.json")).image_reader_writer_class()
-
-
-def _is_whole(path: Path, reader: Any) -> bool:
-    """Whether a prediction is there and can be read to its end."""
-    if not path.is_file():
-        return False
-    try:
-        reader.read_seg(str(path))
-    except Exception:  # what a file cut short raises depends on its format
-        return False
-    return True
 
 
 def _run(stage: Stage, images: Path, output: Path, prior: Path | None, options: Options) -> None:
@@ -335,10 +376,11 @@ def _run(stage: Stage, images: Path, output: Path, prior: Path | None, options: 
         ) from error
 
 
-def _see_whole(files: Mapping[str, Any], folder: Path, ending: str) -> None:
-    missing = [case for case in files if not (folder / f"{case}{ending}").is_file()]
+def _see_whole(files: Mapping[str, Any], folder: Path, good: _Good, with_probabilities: bool = False) -> None:
+    missing = [case for case in files if not good.is_finished(folder, case, with_probabilities)]
     if missing:
         raise UsageError(
-            f"{folder} must now hold all predictions, {', '.join(missing[:5])} is missing ({len(missing)} in all): "
-            "see the messages above, then call again with --continue_prediction."
+            f"{folder} must now hold all predictions whole, {', '.join(missing[:5])} is missing or cut off "
+            f"({len(missing)} in all): see the messages above and the free space, then call again with "
+            "--continue_prediction."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ MODEL = "nnUNetTrainerMeCascade__nnUNetMeCascadePlans__"
 COMMAND = ["cascade-predict", "-i", "in", "-o", "out", "-d", "7", "-f", "0", "1", "-device", "cpu"]
 
 
-def write_scan(path: Path, value: int = 0) -> None:
-    sitk.WriteImage(sitk.GetImageFromArray(np.full((3, 4, 5), value, dtype=np.uint8)), str(path))
+def write_scan(path: Path, value: int = 0, shape: tuple[int, ...] = (3, 4, 5)) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(np.full(shape, value, dtype=np.uint8)), str(path))
 
 
 @pytest.fixture(autouse=True)
@@ -93,8 +94,15 @@ def test_called_again_it_predicts_everything_anew(runs: Runs) -> None:
     assert not Path("out_3d_me_context").exists()
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:30])
+def cut(path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def spoil_with_nan(path: Path) -> None:
+    image = np.zeros((3, 4, 5), dtype=np.float32)
+    image[0, 0, :2] = np.nan, np.inf
+    sitk.WriteImage(sitk.GetImageFromArray(image), str(path))
 
 
 @pytest.mark.parametrize(
@@ -102,11 +110,14 @@ def cut(path: Path) -> None:
     [
         (lambda: None, [], []),
         (lambda: Path("out/one.nii.gz").unlink(), [], ["one"]),
-        (lambda: cut(Path("out/two.nii.gz")), [], ["two"]),
-        (lambda: cut(Path("out_3d_me_context/two.nii.gz")), ["two"], ["two"]),
+        (lambda: cut(Path("out/two.nii.gz"), 0.02), [], ["two"]),
+        (lambda: cut(Path("out/two.nii.gz"), 0.9), [], ["two"]),
+        (lambda: write_scan(Path("out/two.nii.gz"), 1, (3, 4, 6)), [], ["two"]),
+        (lambda: write_scan(Path("out/two.nii.gz"), 7), [], ["two"]),
+        (lambda: cut(Path("out_3d_me_context/two.nii.gz"), 0.9), ["two"], ["two"]),
         (lambda: write_scan(Path("in/one_0001.nii.gz"), 9), ["one"], ["one"]),
     ],
-    ids=["nothing", "result missing", "result cut short", "prior cut short", "scan replaced"],
+    ids=["nothing", "missing", "2 %", "90 %", "other scan", "other labels", "prior cut", "scan replaced"],
 )
 def test_continued_it_predicts_what_is_missing_broken_or_replaced(
     happens: Callable[[], Any], first: list[str], second: list[str], runs: Runs
@@ -172,12 +183,40 @@ def test_stages_with_other_labels_are_refused(
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda: Path("in/two_0001.nii.gz").unlink(), "two needs the files two_0000.nii.gz, two_0001.nii.gz"),
-        (lambda: write_scan(Path("in/one_0002.nii.gz")), "one needs the files"),
+        (
+            lambda: Path("in/two_0001.nii.gz").unlink(),
+            "two: has 1 channels in two_0000.nii.gz, dataset.json has 2",
+        ),
+        (
+            lambda: write_scan(Path("in/one_0002.nii.gz")),
+            "one: has 3 channels in one_0000.nii.gz, one_0001.nii.gz, ",
+        ),
+        (
+            lambda: cut(Path("in/one_0001.nii.gz"), 0.5),
+            "one: in/one_0001.nii.gz can't be read: it is cut off",
+        ),
+        (
+            lambda: spoil_with_nan(Path("in/two_0000.nii.gz")),
+            "two: in/two_0000.nii.gz holds NaN or infinity in 2",
+        ),
+        (
+            lambda: Path("in/._one_0000.nii.gz").write_bytes(b"Mac"),
+            "has ._one_0000.nii.gz, which nnU-Net takes",
+        ),
+        (lambda: write_scan(Path("in/three.nii.gz")), "has three.nii.gz, which nnU-Net takes for one too"),
         (lambda: [path.unlink() for path in Path("in").iterdir()], "needs scans called CASE_0000.nii.gz"),
         (lambda: Path("in").rename("elsewhere"), "-i needs an existing folder of scans"),
     ],
-    ids=["channel missing", "channel too many", "empty", "no folder"],
+    ids=[
+        "channel missing",
+        "too many",
+        "cut off",
+        "NaN",
+        "hidden",
+        "no channel number",
+        "empty",
+        "no folder",
+    ],
 )
 def test_incomplete_input_is_refused_before_anything_is_predicted(
     spoil: Callable[[], Any], message: str, runs: Runs, capsys: pytest.CaptureFixture[str]
@@ -212,4 +251,58 @@ def test_a_stage_that_leaves_cases_out_is_an_error(
 ) -> None:
     monkeypatch.setattr(cascade_predict, "_run", lambda *_: None)
     assert cli.main(COMMAND) == 2
-    assert "must now hold all predictions, one, two is missing (2 in all)" in capsys.readouterr().err
+    assert (
+        "must now hold all predictions whole, one, two is missing or cut off (2 in all)"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_stage_that_cuts_a_prediction_off_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(stage: Stage, images: Path, output: Path, prior: Path | None, options: Options) -> None:
+        for case in BOTH:
+            write_scan(output / f"{case}.nii.gz", 1)
+        cut(output / "two.nii.gz", 0.5)
+
+    monkeypatch.setattr(cascade_predict, "_run", full_disk)
+    assert cli.main(COMMAND) == 2
+    assert "whole, two is missing or cut off (1 in all)" in capsys.readouterr().err
+
+
+def test_probabilities_that_were_cut_off_are_predicted_again(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = cascade_predict._run
+
+    def with_probabilities(
+        stage: Stage, images: Path, output: Path, prior: Path | None, options: Options
+    ) -> None:
+        predict(stage, images, output, prior, options)
+        for case in BOTH if prior else ():
+            np.savez_compressed(output / f"{case}.npz", probabilities=np.random.rand(2, 3, 4, 5))
+            (output / f"{case}.pkl").write_bytes(pickle.dumps({"spacing": (1, 1, 1)}))
+
+    monkeypatch.setattr(cascade_predict, "_run", with_probabilities)
+    command = [*COMMAND, "--save_probabilities"]
+    assert cli.main(command) == 0
+    cut(Path("out/one.npz"), 0.9)
+    assert cli.main([*command, "--continue_prediction"]) == 0
+    cut(Path("out/two.pkl"), 0.9)
+    assert cli.main([*command, "--continue_prediction"]) == 0
+    assert runs[2:] == [(FIRST, []), (SECOND, ["one"]), (FIRST, []), (SECOND, ["two"])]
+
+
+def test_channels_of_one_file_are_taken_as_nnunet_takes_them(runs: Runs) -> None:
+    for case in BOTH:
+        Path(f"in/{case}_0001.nii.gz").unlink()
+        both = sitk.GetImageFromArray(np.zeros((2, 3, 4, 5), dtype=np.uint8), isVector=False)
+        sitk.WriteImage(both, f"in/{case}_0000.nii.gz")
+    assert cli.main(COMMAND) == 0
+
+
+@pytest.mark.parametrize("name", ["Dataset1234_Toy.v2", "Dataset1234"])
+def test_the_number_of_a_data_set_is_found_as_nnunet_finds_it(name: str, runs: Runs, results: Path) -> None:
+    results.rename(results.with_name(name))
+    command = [word if word != "7" else "1234" for word in COMMAND]
+    assert cli.main(command) == 0

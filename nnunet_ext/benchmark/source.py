@@ -11,6 +11,7 @@ from typing import Any
 
 from nnunet_ext.benchmark.planned import setting_of_patch
 from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.datasets import dataset_folders
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 
@@ -123,14 +124,9 @@ def _dataset_folder(dataset: str) -> Path:
         raise UsageError(
             f"-d needs the environment variable {PREPROCESSED}, which is not set: set it, or use --plans."
         )
-    number = dataset.isdecimal()
-    if not number and not dataset.startswith("Dataset"):
+    if not dataset.isdecimal() and not dataset.startswith("Dataset"):
         raise UsageError(f"-d needs a number or DatasetXXX_Name, got {dataset}: correct it.")
-    folders = [path for path in Path(root).glob("Dataset*") if path.is_dir()]
-    prefix = f"Dataset{int(dataset):03d}_" if number else dataset
-    found = sorted(
-        path for path in folders if path.name.startswith(prefix) and (number or path.name == dataset)
-    )
+    found = dataset_folders(Path(root), dataset)
     if len(found) != 1:
         raise UsageError(
             f"-d {dataset} must be one folder of {root}, found {', '.join(path.name for path in found) or 'none'}: "

@@ -9,11 +9,8 @@ HD95, which no number describes, NaN. Voxels of the ignore label are left out of
 
 from __future__ import annotations
 
-import gzip
 import math
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ from numpy.typing import NDArray
 
 from nnunet_ext.comparison.scores import COUNTS, structures
 from nnunet_ext.errors import UsageError
+from nnunet_ext.parallel import mapped
+from nnunet_ext.whole import check_whole
 
 Progress = Callable[[int, int], None]
 
@@ -52,18 +51,10 @@ def score(jobs: Sequence[Job], processes: int, on_progress: Progress) -> list[di
         UsageError: a file can't be read, or its shape differs from its reference's.
     """
     rows: list[dict[str, Any]] = []
-    for done, found in enumerate(_map(jobs, processes), start=1):
+    for done, found in enumerate(mapped(score_case, jobs, processes), start=1):
         rows += found
         on_progress(done, len(jobs))
     return rows
-
-
-def _map(jobs: Sequence[Job], processes: int) -> Iterator[list[dict[str, Any]]]:
-    if processes == 1 or len(jobs) < 2:
-        yield from map(score_case, jobs)
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(score_case, jobs)
 
 
 def score_case(job: Job) -> list[dict[str, Any]]:
@@ -109,14 +100,6 @@ def read_labels(path: Path, dataset: dict[str, Any]) -> tuple[NDArray[Any], tupl
         ) from error
     labels, spacing = labels[0], tuple(float(step) for step in properties["spacing"])
     return (labels[0], spacing[1:]) if labels.shape[0] == 1 else (labels, spacing)
-
-
-def check_whole(path: Path) -> None:
-    """Raise for a compressed file that is cut off: ITK reads it without an error and fills up with zeros."""
-    if path.suffix == ".gz":
-        with gzip.open(path) as stream:
-            while stream.read(2**24):
-                pass
 
 
 def overlap(truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext import registry
+from nnunet_ext.datasets import dataset_folders
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 
@@ -91,11 +92,10 @@ def _dataset_folder(results: Path, dataset: str) -> Path:
         raise UsageError(
             f"nnUNet_results must name an existing folder, got {results}: correct it, or give --results."
         )
-    number = f"Dataset{int(dataset):03d}_" if dataset.isdecimal() else None
-    folders = sorted(path for path in results.iterdir() if path.is_dir())
-    matching = [p for p in folders if p.name == dataset or (number and p.name.startswith(number))]
+    matching = dataset_folders(results, dataset)
     if len(matching) != 1:
-        names = ", ".join(p.name for p in matching or folders) or "nothing"
+        folders = matching or sorted(path for path in results.iterdir() if path.is_dir())
+        names = ", ".join(path.name for path in folders) or "nothing"
         raise UsageError(f"-d needs one data set in {results}, got {dataset}: there is {names}.")
     return matching[0]
 

@@ -8,11 +8,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nnunet_ext.comparison.compare import Comparison
-from nnunet_ext.comparison.evaluation import check_whole, read_labels
+from nnunet_ext.comparison.evaluation import read_labels
 from nnunet_ext.comparison.overlay import Scan
 from nnunet_ext.comparison.results import MEAN, Evaluation
 from nnunet_ext.comparison.scores import structures
 from nnunet_ext.errors import UsageError
+from nnunet_ext.whole import check_whole
 
 _MOST = 4  # cases that are drawn
 

@@ -1,0 +1,130 @@
+"""Tells files that a kill or a full disk cut off, also where their readers do not: ITK fills them up with zeros.
+
+What a file is, its content says: nnU-Net's readers don't mind a plain NIfTI file called .nii.gz either. Formats whose
+readers raise themselves (.nrrd, .mha, .png, .bmp, .tif) are left to them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickletools
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+_PIECE = 2**24  # bytes read at once
+_HEADER = 540  # bytes of the longest header, that of NIfTI-2
+_GIPL = (719555000, 4026526128)  # magic numbers at the end of its header
+_GIPL_BITS = {1: 1, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and not cut off; see `check_whole`."""
+    try:
+        check_whole(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def check_whole(path: Path) -> int:
+    """Read a file to the end of what it holds: gzip, NIfTI, GIPL, zip (.npz, .pth), .b2nd, .pkl (not run), .json.
+
+    Returns:
+        How many numbers of a NIfTI file are NaN or infinite: ITK reads them as zeros.
+
+    Raises:
+        ValueError: it is cut off or damaged.
+        OSError: it can't be read at all.
+    """
+    check = _BY_SUFFIX.get(path.suffix.lower())
+    try:
+        if check is not None:
+            check(path)
+            return 0
+        with path.open("rb") as plain:
+            is_gzip = plain.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_gzip else path.open("rb") as stream:
+            return _check_image(cast("IO[bytes]", stream), is_gzip)
+    except (EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"it is cut off or damaged: {error}") from error
+
+
+def _check_image(stream: IO[bytes], to_the_end: bool) -> int:
+    """Compare the bytes that a NIfTI or GIPL header promises with those that follow; a gzip stream has a checksum."""
+    header = stream.read(_HEADER)
+    if not header:
+        raise ValueError("it is empty")
+    start, needed, dtype = _nifti_layout(header) or _gipl_layout(header)
+    stream.seek(start)
+    there, odd = start, 0
+    while (to_the_end or there < needed) and (piece := stream.read(_PIECE)):
+        there += len(piece)
+        if dtype.kind in "fc":
+            numbers = np.frombuffer(piece, dtype, len(piece) // dtype.itemsize)
+            odd += int(numbers.size - np.isfinite(numbers).sum())
+    if there < needed:
+        raise ValueError(f"it is cut off: {there} of {needed} bytes are there")
+    return odd
+
+
+def _nifti_layout(header: bytes) -> tuple[int, int, np.dtype[Any]] | None:
+    """Where the numbers of a NIfTI file in one piece start and end, in bytes, and what they are."""
+    from nibabel import Nifti1Header, Nifti2Header
+
+    for kind in (Nifti1Header, Nifti2Header):
+        size, place = kind.template_dtype.itemsize, kind.template_dtype.fields["magic"][1]
+        if len(header) >= size and header[place : place + 3] in (b"n+1", b"n+2"):
+            found = kind(header[:size], check=False)
+            start, dtype = int(found.get_data_offset()), found.get_data_dtype()
+            return start, start + prod(map(int, found.get_data_shape())) * dtype.itemsize, dtype
+    return None
+
+
+def _gipl_layout(header: bytes) -> tuple[int, int, np.dtype[Any]]:
+    """The same of a GIPL file, whose numbers need no look; (0, 0, bytes) for anything else."""
+    if len(header) < 256 or int.from_bytes(header[252:256], "big") not in _GIPL:
+        return 0, 0, np.dtype("u1")
+    *shape, kind = (int.from_bytes(header[i : i + 2], "big") for i in range(0, 10, 2))
+    return 256, 256 + prod(max(1, n) for n in shape) * _GIPL_BITS.get(kind, 0) // 8, np.dtype("u1")
+
+
+def _check_zip(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is damaged")
+
+
+def _check_pickle(path: Path) -> None:
+    with path.open("rb") as stream:
+        for _ in pickletools.genops(stream):  # to its end, without running what it says
+            pass
+
+
+def _check_blosc(path: Path) -> None:
+    import blosc2
+
+    try:
+        blosc2.open(str(path), mode="r")
+    except RuntimeError as error:  # it looks for the end of the file first
+        raise ValueError(f"it is cut off or damaged: {error}") from error
+
+
+def _check_json(path: Path) -> None:
+    json.loads(path.read_text(encoding="utf-8"))
+
+
+_BY_SUFFIX: Mapping[str, Callable[[Path], None]] = {
+    ".npz": _check_zip,
+    ".pth": _check_zip,
+    ".b2nd": _check_blosc,
+    ".pkl": _check_pickle,
+    ".json": _check_json,
+}
