@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nnunet_ext.errors import UsageError
 
-# Files and folders with this in their name are being written; a run that finds them deletes them.
-PARTIAL = ".partial-"
+# Names of files and folders that are being written begin with this; their process follows.
+PARTIAL = ".partial-nnunet_ext-"
 
 
 def read_json(path: Path, cure: str, kind: type = dict) -> Any:
@@ -41,15 +44,69 @@ def read_json(path: Path, cure: str, kind: type = dict) -> Any:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an `OSError` inside the block into a `UsageError` that names `path` and the cure."""
+    """Turn an `OSError` of writing `path` inside the block into a `UsageError` that names it and the cure."""
     try:
         yield
     except OSError as error:
+        if not _concerns(error, path.absolute()):
+            raise
         reason = error.strerror or str(error) or type(error).__name__
         raise UsageError(
             f"can't write {path}: {reason}. Make it writable or free space, then call again, "
             "or choose another output folder."
         ) from error
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether the file that failed lies beside or below `path`, or on the way to it; True where none is named."""
+    if not isinstance(error.filename, str):
+        return True
+    failed = Path(error.filename).absolute()
+    return path.parent in (failed, *failed.parents) or failed in path.parents
+
+
+def partial(path: Path) -> Path:
+    """A new name beside `path`, to write under until the work is whole; it tells the process that writes."""
+    return path.with_name(f"{PARTIAL}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove_partials(folder: Path, of_living: bool = False) -> None:
+    """Delete what killed processes of this machine left in `folder`; with `of_living` what any process did.
+
+    Whether a process of another machine lives can't be known from here.
+    """
+    for path in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
+        match = re.fullmatch(rf"{re.escape(PARTIAL)}(.+)-(\d+)-[0-9a-f]{{8}}", path.name)
+        if match and (of_living or (match[1] == _machine() and not _lives(int(match[2])))):
+            _delete(path)
+
+
+def _machine() -> str:
+    """Name of this machine and, on Linux, of the space of its process numbers: containers have their own."""
+    try:
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _lives(process: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # somebody else's
+        return True
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or folder; what can't be deleted stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,39 +116,116 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `path` whole: an interruption leaves the old file, or none."""
+    with writing(path), _parts({path: content}) as parts:
+        os.replace(parts[path], path)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes], gone: Iterable[str] = ()) -> None:
+    """Write files that belong together: after an error those of an earlier call are there unchanged.
+
+    A kill leaves the earlier files or the new ones; in the moment in which all are renamed, some of one kind. Never
+    does a new file stand beside an old one.
+
+    Args:
+        folder: to write to; is made.
+        contents: name below `folder` -> content.
+        gone: names of earlier files that are deleted.
+
+    Raises:
+        UsageError: the folder can't be written.
+    """
+    with writing(folder), _parts({folder / name: content for name, content in contents.items()}) as parts:
+        _swap(parts, [folder / name for name in gone])
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a name to write under, in a folder of its own; the file replaces `path` when the block ends well.
+
+    Unlike `write_bytes` for what others write; its last name is that of `path`, which some store in the file.
+    """
+    folder = partial(path)
+    folder.mkdir()
+    try:
+        part = folder / path.name
+        yield part
+        with part.open("r+b") as stream:
+            os.fsync(stream.fileno())  # network file systems report a full disk here
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Give an empty folder to fill; it takes the name `path` when the block ends without an error.
+
+    What killed runs left beside `path` is deleted first.
+
+    Args:
+        path: of the folder.
+        replace: whether an earlier `path` may be there; it is deleted when the new one is whole.
+
+    Raises:
+        UsageError: the folder can't be written, or is there and must not be replaced.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+        remove_partials(path.parent)
+        folder = partial(path)
+        folder.mkdir()
         try:
-            with part.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(part, path)
+            yield folder
+            if not replace and os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            _swap({path: folder})
         except BaseException:
-            part.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; it takes the name `path` when the block ends without an error.
+def _parts(contents: Mapping[Path, bytes]) -> Iterator[dict[Path, Path]]:
+    """Write each content beside its place and give the names; what is left of them at the end is deleted."""
+    parts: dict[Path, Path] = {}
+    try:
+        for folder in {path.parent for path in contents}:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partials(folder)
+        for path, content in contents.items():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            parts[path] = partial(path)
+            with parts[path].open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        yield parts
+    finally:
+        for part in parts.values():
+            _delete(part)
 
-    What a killed run left beside `path`, and an earlier `path` itself, are deleted first.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in [path, *path.parent.glob(f"{PARTIAL}*")]:
-            if left.is_dir():
-                shutil.rmtree(left)
-        folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
-        try:
-            yield folder
-            folder.chmod(0o755)
-            os.replace(folder, path)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+
+def _swap(parts: Mapping[Path, Path], gone: Iterable[Path] = ()) -> None:
+    """Give each part its place; what stood there, and `gone`, is deleted. After an error all is as it was."""
+    aside: dict[Path, Path] = {}
+    try:
+        for path in (*parts, *gone):
+            if os.path.lexists(path):
+                aside[path] = partial(path)
+                os.rename(path, aside[path])
+        for path, part in parts.items():
+            os.rename(part, path)
+    except BaseException:
+        for path, part in parts.items():
+            if os.path.lexists(path) and not os.path.lexists(part):
+                os.rename(path, part)
+        for path, old in aside.items():
+            if os.path.lexists(old):
+                os.rename(old, path)
+        raise
+    for old in aside.values():
+        _delete(old)
 
 
 @contextmanager

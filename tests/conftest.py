@@ -15,6 +15,7 @@ from nnunet_ext import registry
 
 Install = Callable[..., Path]
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+KilledPartial = Callable[[Path], Path]
 
 
 @pytest.fixture
@@ -76,3 +77,14 @@ def run_python(tmp_path: Path) -> RunPython:
         return done
 
     return _run
+
+
+@pytest.fixture
+def killed_partial(run_python: RunPython) -> KilledPartial:
+    """Name that a process, dead by now, would have written under: ``killed_partial(folder)``."""
+
+    def name(folder: Path) -> Path:
+        code = f"from nnunet_ext.files import partial, Path; print(partial(Path({str(folder)!r}) / 'x'))"
+        return Path(run_python(code).stdout.strip())
+
+    return name

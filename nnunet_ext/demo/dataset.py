@@ -111,7 +111,7 @@ def link(raw: RawDataset, target: Path) -> None:
         UsageError: `target` can't be written.
     """
     description = raw.description | {"numTraining": len(raw.training)}
-    with whole_folder(target) as partial:
+    with whole_folder(target, replace=True) as partial:
         for cases, source_part, part in ((raw.training, "Tr", "Tr"), (raw.unseen, raw.unseen_part, "Ts")):
             for kind in ("images", "labels"):
                 (partial / f"{kind}{part}").mkdir()

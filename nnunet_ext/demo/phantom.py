@@ -133,7 +133,7 @@ def write_dataset(
         UsageError: the folder can't be written.
     """
     total = spec.n_training + spec.n_test
-    with whole_folder(folder) as partial:
+    with whole_folder(folder, replace=True) as partial:
         for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (partial / part).mkdir()
         for index in range(total):

@@ -21,6 +21,7 @@ from nnunet_ext.demo.settings import Demo, Settings
 from nnunet_ext.demo.steps import EpochWatch
 from nnunet_ext.demo.workflow import Progress, default_device
 from nnunet_ext.errors import UsageError
+from tests.conftest import KilledPartial
 
 if TYPE_CHECKING:
     from conftest import FakeNnunet
@@ -259,9 +260,11 @@ def test_folder_with_other_files_is_refused(run: Run, settings: Settings) -> Non
     assert os.listdir(settings.output) == ["nnUNet_raw"]
 
 
-def test_note_that_was_cut_off_does_not_block_the_folder(run: Run, settings: Settings) -> None:
+def test_note_that_was_cut_off_does_not_block_the_folder(
+    run: Run, settings: Settings, killed_partial: KilledPartial
+) -> None:
     settings.output.mkdir()
-    (settings.output / ".partial-abc.json").write_text("{")
+    killed_partial(settings.output).write_text("{")
     run()
     assert json.loads((settings.output / "demo.json").read_text())["schedule"] == "3epochs_2iters"
 

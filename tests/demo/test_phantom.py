@@ -16,6 +16,7 @@ from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset
 from nnunet_ext.demo import phantom
 from nnunet_ext.demo.phantom import LABELS, NAME, PhantomSpec, make_case, write_dataset
 from nnunet_ext.errors import UsageError
+from tests.conftest import KilledPartial
 
 SPEC = PhantomSpec()
 ALL_CASES = range(SPEC.n_training + SPEC.n_test)
@@ -121,8 +122,8 @@ def test_interrupted_generation_leaves_nothing_that_counts(
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / ".partial-killed"
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, killed_partial: KilledPartial) -> None:
+    left = killed_partial(tmp_path)
     left.mkdir()
     (left / "dataset.json").write_text("{")
     write_dataset(tmp_path / NAME, TWO_CASES)
