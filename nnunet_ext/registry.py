@@ -22,6 +22,7 @@ from typing import Any
 
 KINDS = ("trainers", "planners", "architectures")
 CORE_TRAINER = "nnUNetTrainer"
+_CORE = EntryPoint("CoreTrainer", "nnunet_ext.trainers.core:CoreTrainer", "nnunet_ext.trainers")
 EXTERNAL_TRAINERS = "nnUNet_extTrainer"  # variable: folders in which nnU-Net 2.8 searches trainers as well
 _CORE_FOLDERS = {"trainers": "training/nnUNetTrainer", "planners": "experiment_planning", "architectures": ""}
 _SCHEDULE = re.compile(
@@ -178,7 +179,7 @@ def resolve(kind: str, name: str) -> Any:
     schedule = parse_schedule(name) if kind == "trainers" else None
     if schedule is None or schedule.base not in {CORE_TRAINER, *registered}:
         raise UnknownNameError(f"No {kind[:-1]} is registered as {name}.")
-    base = _core_trainer() if schedule.base == CORE_TRAINER else _load(registered[schedule.base])
+    base = _CORE.load() if schedule.base == CORE_TRAINER else _load(registered[schedule.base])
     return _scheduled(name, base, schedule)
 
 
@@ -198,10 +199,6 @@ def _load(entry: Entry) -> Any:
             f"registered as {entry.name!r}. nnU-Net stores class names: both must be equal."
         )
     return loaded
-
-
-def _core_trainer() -> Any:
-    return getattr(importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer"), CORE_TRAINER)
 
 
 @cache

@@ -1,24 +1,69 @@
-"""Checkpoints that a kill or a full disk can't leave half written."""
+"""Checkpoints that a kill, a full disk or a second training can't spoil."""
 
 from __future__ import annotations
 
-import os
+import math
+import shutil
+from pathlib import Path
 from typing import Any
+
+from nnunet_ext.files import remove_partials, whole_file
+from nnunet_ext.trainers.fold_lock import only_training
 
 
 class AtomicCheckpointMixin:
-    """Writes a checkpoint beside its place and renames it, so that the file a run continues from is always whole.
+    """Keeps the files that a run continues from whole, and its own.
 
-    Stands before ``nnUNetTrainer`` in the bases of a trainer.
+    A checkpoint is written beside its place and renamed; one training at a time works in a fold's folder; the best
+    result so far is known after a continuation. Stands before ``nnUNetTrainer`` in the bases of a trainer.
     """
+
+    def run_training(self: Any) -> None:
+        """Train as nnU-Net does, while no other training can write to this fold.
+
+        Raises:
+            UsageError: another training does.
+        """
+        if self.local_rank != 0:  # the first rank writes, and holds the lock for all
+            super().run_training()  # type: ignore[misc]
+            return
+        folder = Path(self.output_folder)
+        with only_training(folder) as is_alone:
+            if not is_alone:
+                self.print_to_log_file(
+                    f"The file system of {folder} has no locks: see to it that no second training uses this folder."
+                )
+            remove_partials(folder, of_living=is_alone)
+            super().run_training()  # type: ignore[misc]
 
     def save_checkpoint(self: Any, filename: str) -> None:
         """Save as nnU-Net does, atomically; on failure the previous checkpoint stays and the error is raised."""
-        partial = f"{filename}.partial"
+        if self.local_rank != 0 or self.disable_checkpointing:  # nnU-Net writes nothing
+            super().save_checkpoint(filename)  # type: ignore[misc]
+            return
+        path = Path(filename)
         try:
-            super().save_checkpoint(partial)  # type: ignore[misc]
-            if os.path.isfile(partial):  # only rank 0 writes, and only where checkpointing is enabled
-                os.replace(partial, filename)
-        finally:
-            if os.path.isfile(partial):
-                os.remove(partial)
+            with whole_file(path) as part:
+                super().save_checkpoint(str(part))  # type: ignore[misc]
+        except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
+            self.print_to_log_file(_failure(path))
+            raise
+
+    def load_checkpoint(self: Any, *arguments: Any, **options: Any) -> None:
+        """Load as nnU-Net does; the best moving average counts the epoch after which the file was written.
+
+        nnU-Net writes ``checkpoint_latest.pth`` before it looks whether that epoch is the best.
+        """
+        super().load_checkpoint(*arguments, **options)  # type: ignore[misc]
+        values = [self._best_ema, *self.logger.get_checkpoint()["ema_fg_dice"]]
+        self._best_ema = max((v for v in values if v is not None and not math.isnan(v)), default=None)
+
+
+def _failure(path: Path) -> str:
+    """What a checkpoint that can't be written means for the user."""
+    kept = f"The previous {path.name} is unchanged" if path.is_file() else f"There is no {path.name} yet"
+    free = shutil.disk_usage(path.parent).free // 2**20
+    return (
+        f"ERROR: can't write {path} ({free} MiB are free; a checkpoint needs its size once more beside the one that it "
+        f"replaces). {kept}: make room, then continue with --c."
+    )

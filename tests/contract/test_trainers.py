@@ -12,6 +12,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 from nnunet_ext import registry
+from nnunet_ext.errors import UsageError
 from nnunet_ext.lookup import trainer_class
 
 CPU = torch.device("cpu")
@@ -94,3 +95,43 @@ def test_a_failed_save_leaves_the_last_checkpoint_whole(
         trainer.save_checkpoint(str(path))
     assert path.read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", [TRAINERS[0], registry.CORE_TRAINER])
+def test_worse_network_does_not_replace_the_best_after_a_continuation(
+    name: str, dataset: Callable[[str], int], tmp_path: Path
+) -> None:
+    trainer = trainer_of(f"{name}_3epochs_1iters", dataset("labels"))
+    trainer.initialize()
+    trainer._best_ema = 0.2
+    for epoch, dice in enumerate((0.2, 0.9)):
+        trainer.logger.log("mean_fg_dice", dice, epoch)
+    trainer.current_epoch = 1
+    path = str(tmp_path / "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)  # as nnU-Net does, before it looks whether the epoch is the best
+
+    resumed = trainer_of(f"{name}_3epochs_1iters", dataset("labels"))
+    resumed.load_checkpoint(path)
+    assert resumed._best_ema == pytest.approx(0.27)
+
+
+def test_second_training_of_a_fold_is_refused_and_validation_is_not(
+    dataset: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, identifier = f"{registry.CORE_TRAINER}_1epochs_1iters", dataset("labels")
+    first = trainer_of(name, identifier)
+    first.initialize()
+    first.save_checkpoint(str(Path(first.output_folder, "checkpoint_final.pth")))
+    refused = []
+
+    def train_again(*_: Any) -> None:
+        with pytest.raises(UsageError, match="one training at a time") as caught:
+            trainer_of(name, identifier).run_training()
+        refused.append(caught.value)
+        maybe_load_checkpoint(trainer_of(name, identifier), continue_training=False, validation_only=True)
+
+    monkeypatch.setattr(first, "on_train_start", train_again)
+    first.current_epoch = first.num_epochs
+    monkeypatch.setattr(first, "on_train_end", lambda: None)
+    first.run_training()
+    assert refused
