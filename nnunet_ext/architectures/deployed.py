@@ -7,7 +7,7 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.copying import copied
+from nnunet_ext.architectures.blocks.copying import convert_in_place, copied
 from nnunet_ext.architectures.blocks.faster_fusion import Form
 from nnunet_ext.architectures.blocks.folding import fold_batch_norms, fold_parametrizations, is_foldable
 from nnunet_ext.architectures.blocks.onednn import computes_natively
@@ -73,8 +73,7 @@ class DeployedNetwork(nn.Module):
         dtype = self.dtype
         if x.device.type == "cpu" and not computes_natively(dtype):
             dtype = torch.float32
-            with torch.inference_mode(False):  # does nothing from the second patch on
-                self.network.to(dtype)
+            convert_in_place(self.network, dtype)  # does nothing from the second patch on
         with torch.autocast(x.device.type, enabled=False):
             logits = self.network(x.to(dtype))
         return logits.float() if dtype == torch.bfloat16 else logits

@@ -7,9 +7,10 @@ which the network becomes smaller, but hardly faster (docs/methods/faster_fusion
 
 from __future__ import annotations
 
-import operator
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,8 +24,9 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Con
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import parametrize
 
-from nnunet_ext.architectures.blocks.copying import copied
+from nnunet_ext.architectures.blocks.copying import convert_in_place, copied
 from nnunet_ext.architectures.blocks.faster_fusion import (
     Downsample,
     FasterFusionBlock,
@@ -35,10 +37,12 @@ from nnunet_ext.architectures.blocks.faster_fusion import (
 from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
 from nnunet_ext.architectures.blocks.onednn import is_exporting, is_observed
+from nnunet_ext.architectures.blocks.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_logger = logging.getLogger("nnunet_ext")
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -49,8 +53,8 @@ class FasterFusionUNet(nn.Module):
     `threshold` output channels. Stem, transposed and 1x1x1 convolutions and heads stay. Arguments that are not listed
     mean what they mean in nnU-Net's plans.
 
-    In evaluation without gradients the network computes in its fused form by itself; weights and state_dict stay those
-    of training.
+    In evaluation without gradients the network computes in its fused form by itself, always that of its present weights
+    and settings; weights and state_dict stay those of training. docs/methods/faster_fusion.md says where it does not.
 
     Args:
         input_channels: channels of the image.
@@ -180,42 +184,59 @@ class FasterFusionUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
-        if self.form is None and self._may_fuse():
-            return self._fused_twin()(x)
+        network = self._fused_twin() if self.form is None and self._predicts_fused(x) else self
+        return network._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.form is None or not self._in_channels_last(x):
             return self.decoder(self.encoder(x))
         outputs = self.decoder(self.encoder(x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])))
         return [o.contiguous() for o in outputs] if isinstance(outputs, list) else outputs.contiguous()
 
-    def _may_fuse(self) -> bool:
-        # Inference tensors change without a trace, so their twin would grow old unnoticed.
-        predicting = not self.training and not torch.is_grad_enabled()
-        return (
-            predicting and not is_exporting() and not any(tensor.is_inference() for tensor in self._tensors())
-        )
+    def _predicts_fused(self, x: Tensor) -> bool:
+        """Whether this call computes in the fused form; where it could be expected and can't, the log says why."""
+        if self.training or torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():
+            _log_while_compiling()
+            return False
+        if is_exporting() or _is_transformed(x):
+            return False
+        hindrance = self._hindrance()
+        _log_form(hindrance)
+        return hindrance is None
 
-    def _tensors(self) -> list[Tensor]:
-        return [*self.parameters(), *self.buffers()]
+    def _hindrance(self) -> str | None:
+        """What the fused form would not do as this network does it."""
+        parts = [module for module in self.modules() if module is not self]
+        if any(parametrize.is_parametrized(module) for module in parts):
+            return "weights are parametrised"
+        if any(module.training for module in parts):
+            return "a part of it is in training mode, call eval() of the whole"
+        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in parts):
+            return "hooks look into it"
+        return None
 
-    @torch.compiler.disable
     def _fused_twin(self) -> FasterFusionUNet:
-        """Return the fused network; make it again when a weight has changed."""
-        tensors = self._tensors()
-        versions = [tensor._version for tensor in tensors]
-        if self._fused is None or not self._fused.is_of(tensors, versions):
-            with torch.inference_mode(False):
-                self._fused = _Fused(self.fuse(), tensors, versions)
-        network = self._fused.network
-        network.decoder.deep_supervision = self.decoder.deep_supervision
-        return network
+        """Return the fused network; make it again when anything has changed that it was made of."""
+        if self._fused is None or not self._fused.made_of.fits(self):
+            with torch.inference_mode(
+                False
+            ):  # weights moved by nnU-Net are inference tensors, their copies are not
+                self._fused = _Fused(self.fuse(), Snapshot.of(self))
+        return self._fused.network
 
     def _in_channels_last(self, x: Tensor) -> bool:
-        """Whether to compute in channels_last: on the CPU where no norm is left (benchmarks/faster_fusion.py)."""
-        if not self.batch_norm or x.device.type != "cpu" or x.dim() not in _CHANNELS_LAST or is_observed():
+        """Whether to compute in channels_last, which takes that no norm is left.
+
+        On the CPU (benchmarks/faster_fusion.py), and on CUDA in half precision, whose kernels have this layout.
+        """
+        if not self.batch_norm or x.dim() not in _CHANNELS_LAST or is_observed():
+            return False
+        if x.device.type != "cpu" and not _is_half_on_cuda(x):
             return False
         if not self._weights_in_channels_last:  # an image of one channel alone does not tell its layout
-            with torch.inference_mode(False):
-                self.to(memory_format=_CHANNELS_LAST[x.dim()])
+            convert_in_place(self, memory_format=_CHANNELS_LAST[x.dim()])
             self._weights_in_channels_last = True
         return True
 
@@ -224,12 +245,12 @@ class FasterFusionUNet(nn.Module):
         self._fused = None
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # moves and casts, which leave no other trace
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # a move would leave the fused form where it is
         self._fused = None
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fused": None}
+        return {**super().__getstate__(), "_fused": None}
 
     def fuse(self, form: Form = "hybrid") -> FasterFusionUNet:
         """Return the network that predicts: blocks fused, batch norms folded, in evaluation; this one stays as it is.
@@ -290,13 +311,37 @@ class _Fused:
     """A fused network and what it was made of; no module, so that the state_dict does not hold it."""
 
     network: FasterFusionUNet
-    tensors: Sequence[Tensor]
-    versions: Sequence[int]
+    made_of: Snapshot
 
-    def is_of(self, tensors: Sequence[Tensor], versions: Sequence[int]) -> bool:
-        """Whether it was made of these tensors, unchanged since."""
-        same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
-        return same and versions == self.versions
+
+@cache
+def _log_form(hindrance: str | None) -> None:
+    """Say it once, not for every patch."""
+    if hindrance is None:
+        _logger.warning("nnunet_ext: FasterFusionUNet predicts in its fused form.")
+    else:
+        _logger.warning(
+            "nnunet_ext: FasterFusionUNet predicts in its form of training, which is slower: %s.", hindrance
+        )
+
+
+@torch.compiler.assume_constant_result  # said when the graph is made, and no part of it
+def _log_while_compiling() -> None:
+    _log_form("torch.compile is on, set nnUNet_compile=f for the fused form")
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether weights are placeholders or read again later: vmap and its kind, meta tensors, CUDA graphs."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or x.is_meta:
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _is_half_on_cuda(x: Tensor) -> bool:
+    if x.device.type != "cuda":
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return dtype in (torch.float16, torch.bfloat16)
 
 
 def _convolutions(module: nn.Module) -> Iterator[tuple[nn.Module, str, ConvDropoutNormReLU]]:

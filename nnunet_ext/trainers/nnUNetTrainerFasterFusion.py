@@ -12,7 +12,7 @@ from nnunet_ext.trainers.from_plans import builds
 class nnUNetTrainerFasterFusion(AtomicCheckpointMixin, nnUNetTrainer):
     """FasterFusion (Heinrich, Hagenah 2023) from 160 channels on: 3.5 times fewer parameters, hardly faster.
 
-    Prediction and validation run the fused network by themselves.
+    Prediction runs the fused network by itself; so does validation where nnU-Net does not compile.
     """
 
     build_network_architecture = builds(FasterFusionUNet, threshold=160, batch_norm=False)

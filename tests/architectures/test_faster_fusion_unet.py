@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from nnunet_ext.architectures import faster_fusion_unet
+from nnunet_ext.architectures.blocks import snapshot
 from nnunet_ext.architectures.blocks.faster_fusion import FasterFusionBlock
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
 from nnunet_ext.benchmark.memory import measure_step
@@ -59,6 +63,17 @@ def build(case: str = "3d", classes: int = 3, **options: Any) -> FasterFusionUNe
 def image(case: str = "3d", dtype: torch.dtype = torch.float32) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(2, 2, *PATCHES[case], dtype=dtype)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the network logs from now on."""
+    messages: list[str] = []
+    faster_fusion_unet._log_form.cache_clear()
+    monkeypatch.setattr(
+        faster_fusion_unet._logger, "warning", lambda text, *values: messages.append(text % values)
+    )
+    return messages
 
 
 def blocks_of(network: nn.Module) -> list[FasterFusionBlock]:
@@ -157,38 +172,251 @@ def test_evaluation_without_gradients_runs_the_fused_form_with_the_weights_of_tr
     assert list(network.state_dict()) == keys
 
 
-def changed_by(change: str, network: FasterFusionUNet, other: FasterFusionUNet) -> None:
-    if change == "load_state_dict":
-        network.load_state_dict(other.state_dict())
-    elif change == "assign":
-        network.load_state_dict(other.state_dict(), assign=True)
-    elif change == "part":
-        network.encoder.load_state_dict(other.encoder.state_dict())
-        network.decoder.load_state_dict(other.decoder.state_dict())
-    elif change == "training":
-        network.train()
-        with torch.no_grad():
-            for p, q in zip(network._tensors(), other._tensors(), strict=True):
-                p.data = q.data.clone()
-        network.eval()
-    elif change == "in place":
-        with torch.no_grad():
-            for p, q in zip(network._tensors(), other._tensors(), strict=True):
-                p.copy_(q)
+def load(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    network.load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize("change", ["load_state_dict", "assign", "part", "training", "in place"])
-def test_the_fused_form_follows_the_weights(change: str) -> None:
+def assign(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    network.load_state_dict(other.state_dict(), assign=True)
+
+
+def load_parts(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    network.encoder.load_state_dict(other.encoder.state_dict())
+    network.decoder.load_state_dict(other.decoder.state_dict())
+
+
+def copy_in_place(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    with torch.no_grad():
+        for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+
+
+def set_data(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
+        mine.data = theirs.data.clone()
+
+
+def moving_average(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
+        mine.data.mul_(0.5).add_(theirs.data, alpha=0.5)
+
+
+def running_statistics(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    for buffer in network.buffers():
+        buffer.data.add_(1)
+
+
+def write_to_the_memory(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    for mine in network.parameters():
+        mine.detach().numpy()[:] += 0.1
+
+
+def vector(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    vector_to_parameters(parameters_to_vector(other.parameters()).detach(), network.parameters())
+
+
+def fused_optimizer(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(network.parameters(), 0.05, fused=True).step()
+
+
+def eps(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    for block in blocks_of(network):
+        block.norm.eps = 1.0
+
+
+def slope(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.LeakyReLU):
+            module.negative_slope = 0.5
+
+
+def other_nonlinearity(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    for block in blocks_of(network):
+        block.nonlin = nn.Tanh()
+
+
+def other_part(network: FasterFusionUNet, other: FasterFusionUNet) -> None:
+    network.decoder = other.decoder
+
+
+CHANGES = [
+    load,
+    assign,
+    load_parts,
+    copy_in_place,
+    set_data,
+    moving_average,
+    running_statistics,
+    write_to_the_memory,
+    vector,
+    fused_optimizer,
+    eps,
+    slope,
+    other_nonlinearity,
+    other_part,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_fused_form_is_always_that_of_the_present_network(change: Any, mode: Any) -> None:
     network, other = build(), build()
     with torch.no_grad():
         for p in other.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     x = image()
+    with mode():
+        before = network(x)
+    change(network, other)
+    trained = network(x)  # with gradients
+    assert distance(trained, before) > 1e-2
+    with mode():
+        assert distance(network(x), trained) <= 1e-5
+    assert network._fused is not None
+
+
+@pytest.mark.parametrize("change", [load, load_parts, copy_in_place, moving_average, eps])
+def test_inference_tensors_are_fused_and_followed(change: Any) -> None:
+    network, other = build(), build()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
     with torch.inference_mode():
-        network(x)
-    changed_by(change, network, other)
+        network.double()
+        assert all(p.is_inference() for p in network.parameters())
+        network(image(dtype=torch.float64))
+        change(network, other)
+        found = network(image(dtype=torch.float64))
+    assert network._fused is not None
+    wanted = build()
+    change(wanted, other)
+    assert distance(found, wanted.double()(image(dtype=torch.float64))) <= 1e-5
+
+
+def test_weights_of_two_kinds_are_compared_kind_by_kind() -> None:
+    network = build().half()
+    network.decoder.float()
+    tensors = [*network.parameters(), *network.buffers()]
+    kinds = {t.dtype for t in tensors}
+    assert {joined.dtype for joined in snapshot._joined(tensors)} == kinds
+    assert sum(len(joined) for joined in snapshot._joined(tensors)) == sum(t.numel() for t in tensors)
+
+
+def test_parts_in_training_mode_hooks_and_parametrised_weights_are_not_fused(
+    said: list[str],
+) -> None:
+    def dropping(network: FasterFusionUNet) -> None:
+        network.encoder.stages[1].train()
+
+    def looking(network: FasterFusionUNet) -> None:
+        blocks_of(network)[0].spatial.register_forward_hook(lambda *_: calls.append("hook"))
+
+    def parametrised(network: FasterFusionUNet) -> None:
+        nn.utils.parametrizations.weight_norm(blocks_of(network)[0].spatial)
+
+    calls: list[str] = []
+    for change, reason in (
+        (dropping, "in training mode"),
+        (looking, "hooks look into it"),
+        (parametrised, "parametrised"),
+    ):
+        network = build()
+        change(network)
+        with torch.no_grad():
+            network(image())
+            network(image())
+        assert network._fused is None
+        assert [reason in message for message in said].count(True) == 1
+    assert calls == ["hook"] * 2
+
+
+def test_a_hook_of_the_whole_network_is_called_once() -> None:
+    network, calls = build(), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        network(image())
+    assert network._fused is not None
+    assert len(calls) == 1
+
+
+def test_the_log_says_once_that_the_fused_form_runs(said: list[str]) -> None:
+    network = build()
     with torch.inference_mode():
-        torch.testing.assert_close(network(x), other(x), rtol=0, atol=0)
+        for _ in range(3):
+            network(image())
+            network.load_state_dict(network.state_dict())
+            network.eval()
+    assert said == ["nnunet_ext: FasterFusionUNet predicts in its fused form."]
+
+
+def test_compiled_prediction_says_once_that_it_is_not_fused_and_stays_one_graph(
+    said: list[str],
+) -> None:
+    torch._dynamo.reset()
+    network = build()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        found = compiled(image())
+        compiled(image())
+    assert len(said) == 1
+    assert "torch.compile is on" in said[0]
+    assert network._fused is None
+    assert distance(found, network(image())) <= 1e-5
+
+
+def test_transformed_and_shape_only_weights_are_not_fused() -> None:
+    networks, template, x = [build(), build()], build(), image()
+    with torch.no_grad():
+        blocks_of(networks[1])[0].spatial.weight.mul_(2)
+        wanted = [network(x) for network in networks]
+
+    def run(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(template, (parameters, buffers), (x,))
+
+    with torch.no_grad():
+        found = torch.func.vmap(run, randomness="error")(*torch.func.stack_module_state(networks))
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert distance(mine, theirs) <= 1e-5
+        assert build().to("meta")(image().to("meta")).shape == wanted[0].shape
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "autocast", "batch_norm", "wanted"),
+    [
+        ("cuda", torch.float32, True, True, True),
+        ("cuda", torch.float16, False, True, True),
+        ("cuda", torch.float32, False, True, False),
+        ("cuda", torch.float32, True, False, False),
+        ("cpu", torch.float32, False, True, True),
+        ("mps", torch.float16, False, True, False),
+    ],
+)
+def test_layout_is_channels_last_without_norms_on_the_cpu_and_in_half_precision_on_cuda(
+    device: str,
+    dtype: torch.dtype,
+    autocast: bool,
+    batch_norm: bool,
+    wanted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asked without a CUDA device, on which autocast can't be entered."""
+    network = build(threshold=8, batch_norm=batch_norm).fuse()
+    x: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, dim=lambda: 5)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast)
+    assert network._in_channels_last(x) == wanted
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_fused_network_moved_within_inference_mode_predicts_the_same(options: str) -> None:
+    network = build(**OPTIONS[options])
+    wanted = network.double()(image(dtype=torch.float64))
+    fused = network.float().fuse()
+    with torch.inference_mode():
+        assert distance(fused.double()(image(dtype=torch.float64)), wanted) <= 1e-5
+        fused.load_state_dict(network.fuse().state_dict())  # nnU-Net does so for each fold
+        assert distance(fused(image(dtype=torch.float64)), wanted) <= 1e-5
 
 
 def test_the_fused_form_is_made_once_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:

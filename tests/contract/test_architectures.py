@@ -114,6 +114,30 @@ def test_state_dict_loads_strictly_also_after_eval(name: str, case: str) -> None
         torch.testing.assert_close(twin(image(case)), network(image(case)), rtol=0, atol=0)
 
 
+def test_predicts_as_nnunet_calls_it(name: str, case: str) -> None:
+    """Built and loaded on the CPU; for each fold weights, move to the device and eval() within inference mode."""
+    network = build(name, case)
+    x = image(case)[(..., *(slice(size // 2) for size in PATCHES[case]))].double()
+    folds = [copy.deepcopy(network.state_dict()) for _ in range(2)]
+    for tensor in folds[1].values():
+        if tensor.is_floating_point():
+            tensor.add_(torch.rand_like(tensor) * 0.05)
+    network.load_state_dict(folds[0])
+    for fold in folds:
+        with torch.inference_mode():
+            network.load_state_dict(fold)
+            network = network.to(
+                torch.float64
+            )  # as a move to another device does, it leaves inference tensors
+            network.eval()
+            found = [network(x), network(x)]
+        wanted = build(name, case)
+        wanted.load_state_dict(fold)
+        wanted = wanted.double().eval()(x).detach()
+        for logits in found:
+            torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_deepcopy_computes_the_same_and_shares_nothing(name: str) -> None:
     network = build(name, "3d").eval()
     twin = copy.deepcopy(network)

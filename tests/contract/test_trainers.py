@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,40 @@ def test_trains_an_epoch_resumes_and_predicts(name: str, kind: str, dataset: Cal
     logits = predictor.predict_logits_from_preprocessed_data(torch.randn(2, 30, 26, 24))
     assert logits.shape == (trainer.label_manager.num_segmentation_heads, 30, 26, 24)
     assert logits.isfinite().all()
+
+
+def test_the_predictor_averages_folds_also_where_it_moves_the_network(
+    name: str, dataset: Callable[[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A move to the CPU does nothing; to a GPU it leaves inference tensors, as this detour over float64 does."""
+    trainer = trainer_of(name, dataset("labels"))
+    trainer.initialize()
+    plans = copy.deepcopy(trainer.plans_manager.plans)
+    plans["configurations"]["3d_fullres"]["patch_size"] = [16, 16, 16]
+    files = {"plans.json": plans, "dataset.json": trainer.dataset_json}
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    for fold in (0, 1):
+        (tmp_path / f"fold_{fold}").mkdir()
+        with torch.no_grad():
+            for parameter in trainer.network.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        trainer.save_checkpoint(str(tmp_path / f"fold_{fold}" / "checkpoint_final.pth"))
+    image = torch.randn(2, 16, 16, 16)
+
+    def predicted(*folds: int) -> torch.Tensor:
+        predictor = nnUNetPredictor(use_mirroring=False, device=CPU, perform_everything_on_device=False)
+        predictor.initialize_from_trained_model_folder(str(tmp_path), folds, "checkpoint_final.pth")
+        return predictor.predict_logits_from_preprocessed_data(image)
+
+    wanted = (predicted(0) + predicted(1)) / 2
+    to = torch.nn.Module.to
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "to",
+        lambda self, *a, **k: to(to(to(self, torch.float64), torch.float32) if CPU in a else self, *a, **k),
+    )
+    torch.testing.assert_close(predicted(0, 1), wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_network_for_prediction_takes_the_weights_of_training(
