@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import itertools
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -59,7 +61,7 @@ def _attach(module: ModuleType) -> None:
     """Give `module` a ``__getattr__`` that asks the one it had first, then the registry."""
     kind = TARGETS[module.__name__]
     previous: Callable[[str], Any] | None = module.__dict__.get("__getattr__")
-    if getattr(previous, "_from_nnunet_ext", False):
+    if _is_ours(previous):
         return
 
     def __getattr__(name: str) -> Any:  # noqa: N807
@@ -77,16 +79,51 @@ def _attach(module: ModuleType) -> None:
     module.__dict__["__getattr__"] = __getattr__
 
 
+def _is_ours(thing: object) -> bool:
+    """Tell our finders and ``__getattr__`` from others', also those of another copy of this module."""
+    return getattr(thing, "_from_nnunet_ext", False) is True
+
+
+def _attach_imported() -> None:
+    """Attach to the targets that are imported already; never raises.
+
+    `import nnunetv2...nnUNetTrainer` imports torch, so a target may be half executed. And a finder that stands
+    before ours can load a target: the imports that follow, in that module or in nnU-Net's search, come here.
+    """
+    for name in TARGETS:
+        module = sys.modules.get(name)
+        try:
+            if module is not None and not _is_ours(module.__dict__.get("__getattr__")):
+                _attach(module)
+        except Exception as error:
+            message = f"{name} can't be extended: {error!r}"
+            errors.extend([message] if message not in errors else [])
+
+
 class Finder(importlib.abc.MetaPathFinder):
     """Finds the two target modules as the other finders do and attaches to them once they have run."""
+
+    _from_nnunet_ext = True
+    _asking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Return the other finders' spec for a target module, its loader extended; None for other names."""
-        if fullname not in TARGETS:
+        # Another finder that asks the others, as this one does, comes back here before it has an answer.
+        if fullname not in TARGETS or getattr(self._asking, "name", None) == fullname:
+            _attach_imported()
             return None
-        for finder in sys.meta_path:
+        self._asking.name = fullname
+        try:
+            return self._ask_others(fullname, path, target)
+        finally:
+            self._asking.name = None
+
+    def _ask_others(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> importlib.machinery.ModuleSpec | None:
+        for finder in list(sys.meta_path):
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(fullname, path, target)
@@ -115,14 +152,22 @@ def is_installed() -> bool:
     return any(isinstance(finder, Finder) for finder in sys.meta_path)
 
 
+def bypassed() -> list[str]:
+    """Say of each target that was imported without our extension which finders stand before ours."""
+    before = list(itertools.takewhile(lambda finder: not _is_ours(finder), sys.meta_path))
+    names = ", ".join(getattr(finder, "__qualname__", type(finder).__qualname__) for finder in before)
+    return [
+        f"{name} was loaded past our finder, before which stand: {names or 'none'}"
+        for name in TARGETS
+        if name in sys.modules and not _is_ours(getattr(sys.modules[name], "__getattr__", None))
+    ]
+
+
 def install() -> None:
-    """Place the finder; a second call changes nothing. Never raises."""
+    """Place the finder instead of other copies' finders; a second call changes nothing. Never raises."""
     try:
         if not is_installed():
-            sys.meta_path.insert(0, Finder())
-        # `import nnunetv2...nnUNetTrainer` imports torch, so this may run while that module is half executed.
-        for name in TARGETS:
-            if name in sys.modules:
-                _attach(sys.modules[name])
+            sys.meta_path[:] = [Finder(), *(finder for finder in sys.meta_path if not _is_ours(finder))]
     except Exception as error:
         errors.append(f"the hook can't be installed: {error!r}")
+    _attach_imported()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -168,11 +169,91 @@ def test_second_install_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert hook.errors == []
 
 
+class AskingFinder:
+    """Asks the others, as ours does, without a guard of its own."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+
+def second_copy() -> ModuleType:
+    """Another module made from the hook's source, as after `del sys.modules[...]` and a new import."""
+    spec = importlib.util.spec_from_file_location("second_copy_of_the_hook", hook.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_finders_that_ask_each_other_find_the_modules(place: int) -> None:
+    hook.install()
+    sys.meta_path.insert(place, second_copy().Finder())
+    sys.meta_path.insert(place, AskingFinder())  # type: ignore[arg-type]
+    for name, kind in hook.TARGETS.items():
+        module = importlib.import_module(name)
+        assert getattr(module, "nnUNetTrainerReversible" if kind == "trainers" else "ReversibleUNetPlanner")
+    assert (hook.errors, hook.bypassed()) == ([], [])
+
+
+@pytest.mark.usefixtures("fresh")
+def test_second_copy_replaces_the_first_ones_finder() -> None:
+    hook.install()
+    others = [finder for finder in sys.meta_path if not isinstance(finder, hook.Finder)]
+    copy = second_copy()
+    copy.install()
+    assert [type(finder) for finder in sys.meta_path] == [copy.Finder, *map(type, others)]
+
+
+def test_reloaded_hook_still_finds_names(run_python: RunPython) -> None:
+    run_python(
+        "import importlib, torch, _nnunet_ext_hook as hook\n"
+        "for _ in range(2):\n"
+        "    importlib.reload(hook).install()\n"
+        + SEARCH
+        + "assert search('trainers', 'nnUNetTrainerReversible') and search('planners', 'ReversibleUNetPlanner')\n"
+        + "assert not hook.errors and not hook.bypassed()\n"
+    )
+
+
+def test_names_are_found_where_a_finder_answers_before_ours(run_python: RunPython) -> None:
+    run_python(
+        "import sys, torch, importlib.machinery, _nnunet_ext_hook as hook\n"
+        "class AnsweringFinder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        return importlib.machinery.PathFinder.find_spec(name, path) if name.startswith('nnunetv2') else None\n"
+        "sys.meta_path.insert(0, AnsweringFinder)\n"
+        + SEARCH
+        + "assert search('trainers', 'nnUNetTrainerReversible') and search('planners', 'ReversibleUNetPlanner')\n"
+        + "assert not hook.errors and not hook.bypassed()\n"
+    )
+
+
+@pytest.mark.usefixtures("fresh")
+def test_module_that_is_loaded_past_the_finder_is_said_with_those_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hook.install()
+    sys.meta_path.insert(0, AskingFinder())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, TRAINERS, ModuleType(TRAINERS))
+    (text,) = hook.bypassed()
+    assert text == f"{TRAINERS} was loaded past our finder, before which stand: AskingFinder"
+
+
 @pytest.mark.usefixtures("fresh")
 def test_install_stores_what_goes_wrong_and_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, TRAINERS, object())
     hook.install()
-    assert "can't be installed" in hook.errors[0]
+    hook.Finder().find_spec("json")
+    (message,) = hook.errors
+    assert "can't be extended" in message
 
 
 @pytest.mark.usefixtures("fresh")
