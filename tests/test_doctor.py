@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import _nnunet_ext_hook as hook
-from nnunet_ext import doctor, registry
+from nnunet_ext import doctor, installation, registry
 from nnunet_ext.doctor import environment, probe
 from nnunet_ext.doctor.finding import Finding, failure, ok
 
@@ -141,7 +141,7 @@ def test_python_that_has_no_nnunet_ext_is_a_failure_with_the_command(
     command, missing = doctor.examine()
     assert command.level == "ok"
     assert (missing.subject, missing.level) == ("nnunet-ext", "failure")
-    assert missing.cure == f"{sys.executable} -m pip install --upgrade nnunet-ext"
+    assert missing.cure == f"{sys.executable} -m pip install {installation.origin()}"
 
 
 # --- The interpreter
@@ -292,7 +292,7 @@ def test_missing_nnunet_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
             "Failed to load the backend extension: torch_npu. You can",
             "entry point torch.backends is called torch_npu",
         ),
-        ("Failed to load the backend extension: nnunet_ext. You can", environment.REINSTALL),
+        ("Failed to load the backend extension: nnunet_ext. You can", installation.reinstall()),
         ("libcudart.so.12: cannot open shared object file", "repair torch"),
     ],
 )
@@ -304,7 +304,7 @@ def test_hook_that_pytorch_did_not_install_is_a_failure(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, hook.Finder)])
     (found,) = environment.hook()
     assert found.level == "failure"
-    assert found.cure == environment.REINSTALL
+    assert found.cure == installation.reinstall()
     assert environment.lookup_cure("acme 1.0") == "repair the hook first, see there"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nnunet_ext import installation
 from nnunet_ext.errors import UsageError
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -24,7 +25,8 @@ def require() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"--onnx needs {', '.join(NEEDED)}, missing is {', '.join(missing)}: pip install 'nnunet-ext[onnx]'."
+            f"--onnx needs {', '.join(NEEDED)}, missing is {', '.join(missing)}: "
+            f"{installation.extra('onnx', NEEDED)}."
         )
 
 

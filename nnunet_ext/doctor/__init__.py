@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunet_ext import installation
 from nnunet_ext.doctor.finding import Finding, failure, ok, warning
 
 HOST = "nnunetv2"
@@ -97,7 +98,7 @@ def _no_result(python: Sequence[str], status: int, stderr: str) -> Finding:
         return failure(
             "nnunet-ext",
             f"isn't installed, or only an old one, for {python[0]}, which runs nnU-Net",
-            f"{shlex.quote(python[0])} -m pip install --upgrade nnunet-ext",
+            f"{shlex.quote(python[0])} -m pip install {installation.origin()}",
         )
     return failure(
         "checks", f"the process ended with status {status}: {last}", f"{shlex.join(python)} -c 'import torch'"

@@ -12,12 +12,11 @@ from importlib.metadata import Distribution, PackageNotFoundError, distributions
 from pathlib import Path
 
 from nnunet_ext.doctor.finding import Finding, failure, ok, one_line, warning
+from nnunet_ext.installation import DISTRIBUTION, reinstall
 
-DISTRIBUTION = "nnunet-ext"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 COMPILE = "nnUNet_compile"
 REPORTED = ("torch", "nnunetv2", "dynamic-network-architectures")
-REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
 # folder of nnU-Net -> whether commands write into it
 FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": True}
 
@@ -29,7 +28,7 @@ def versions() -> Iterator[Finding]:
         yield ok(DISTRIBUTION, version(DISTRIBUTION))
         wanted = {_normal(line): line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line}
     except PackageNotFoundError:
-        yield failure(DISTRIBUTION, "is on the path, but not installed: it has no entry points", REINSTALL)
+        yield failure(DISTRIBUTION, "is on the path, but not installed: it has no entry points", reinstall())
         wanted = {}
     for name in REPORTED:
         try:
@@ -74,7 +73,7 @@ def torch_cure(error: BaseException) -> str:
     backend = re.search(r"backend extension: (\w+)", str(error))
     if backend and backend[1] != "nnunet_ext":
         return f"repair or uninstall the distribution whose entry point torch.backends is called {backend[1]}"
-    return REINSTALL if backend else "repair torch: its own `python -c 'import torch'` fails as well"
+    return reinstall() if backend else "repair torch: its own `python -c 'import torch'` fails as well"
 
 
 def host() -> Finding:
@@ -99,9 +98,11 @@ def hook() -> Iterator[Finding]:
     if module is not None and module.is_installed():
         yield ok("hook", f"installed from {module.__file__}")
         for error in dict.fromkeys(module.errors):
-            yield failure("hook", error, REINSTALL)
+            yield failure("hook", error, reinstall())
+        for past in module.bypassed():
+            yield failure("hook", past, "do without them, or import torch after them")
     elif value == "1":
-        yield failure("hook", "import torch didn't install it (entry point torch.backends)", REINSTALL)
+        yield failure("hook", "import torch didn't install it (entry point torch.backends)", reinstall())
 
 
 def lookup_cure(distribution: str) -> str:
@@ -122,13 +123,15 @@ def collisions() -> Iterator[Finding]:
         and _installs_our_modules(distribution)
     }
     for other in sorted(others):
-        yield failure("collision", f"{other} installs our modules as well", f"uninstall it, then {REINSTALL}")
+        yield failure(
+            "collision", f"{other} installs our modules as well", f"uninstall it, then {reinstall()}"
+        )
     for module in ("nnunet_ext/__init__.py", "_nnunet_ext_hook.py"):
         copies = {
             str(Path(folder, module).resolve()) for folder in sys.path if Path(folder, module).is_file()
         }
         if len(copies) > 1:
-            cure = "uninstall nnunet-ext until none is left, delete the rest, install it once"
+            cure = f"uninstall {DISTRIBUTION} until none is left, delete the rest, then {reinstall()}"
             yield failure(
                 "collision", f"{module} exists {len(copies)} times: {', '.join(sorted(copies))}", cure
             )

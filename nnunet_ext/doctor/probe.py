@@ -19,6 +19,7 @@ from typing import Any
 
 from nnunet_ext.doctor import environment
 from nnunet_ext.doctor.finding import Finding, failure, ok, one_line
+from nnunet_ext.installation import DISTRIBUTION
 
 SCHEDULE = "_3epochs_7iters"  # no class of nnU-Net ends like this
 
@@ -68,7 +69,7 @@ def lookups() -> Iterator[Finding]:
         ("schedule", look_up("trainers", name)),
         ("spawned process", _in_spawned_process(name)),
     ):
-        yield _finding(subject, (success, f"{name}: {detail}"), environment.DISTRIBUTION)
+        yield _finding(subject, (success, f"{name}: {detail}"), DISTRIBUTION)
 
 
 def _finding(subject: str, result: tuple[bool, str], distribution: str) -> Finding:
