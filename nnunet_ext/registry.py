@@ -14,11 +14,14 @@ import inspect
 import logging
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from pathlib import Path
 from typing import Any
+
+from nnunet_ext.printable import printable
 
 KINDS = ("trainers", "planners", "architectures")
 CORE_TRAINER = "nnUNetTrainer"
@@ -33,7 +36,10 @@ _logger = logging.getLogger("nnunet_ext")
 
 
 class RegistryError(RuntimeError):
-    """A registered name can't be used; the message says why and what to do."""
+    """A registered name can't be used; the message says why and what to do, safe to print."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UnknownNameError(LookupError):
@@ -129,7 +135,7 @@ def entries(kind: str) -> list[Entry]:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     # One distribution can be seen twice (an editable install and its folder): same origin and value are one.
-    points = {(point.name, point.value, _origin(point)) for point in entry_points(group=f"nnunet_ext.{kind}")}
+    points = {(point.name, point.value, _origin(point)) for point in _points(f"nnunet_ext.{kind}")}
     holders: dict[str, list[str]] = {}
     for name, value, origin in sorted(points):
         holders.setdefault(name, []).append(f"{origin} ({value})")
@@ -139,12 +145,27 @@ def entries(kind: str) -> list[Entry]:
     ]
 
 
+def _points(group: str) -> Iterable[EntryPoint]:
+    """Entry points of all distributions, without those whose metadata can't be read (`doctor` names them)."""
+    try:
+        return entry_points(group=group)
+    except Exception:  # one broken file anywhere takes all entry points with it
+        readable: dict[str, list[EntryPoint]] = {}
+        for distribution in distributions():
+            try:
+                readable.setdefault(distribution.metadata["Name"], list(distribution.entry_points))
+            except Exception:
+                continue
+        return [point for points in readable.values() for point in points if point.group == group]
+
+
 def _origin(point: EntryPoint) -> str:
-    distribution = point.dist
-    # A half-removed distribution can have entry points, but no name.
-    if distribution is None or not distribution.metadata or not distribution.metadata["Name"]:
-        return "unknown distribution"
-    return f"{distribution.name} {distribution.version}"
+    try:
+        metadata = getattr(point.dist, "metadata", None) or {}
+        name, version = metadata["Name"], metadata["Version"]
+    except Exception:  # half removed, or no UTF-8
+        name = version = ""
+    return f"{name} {version}" if name else "unknown distribution"
 
 
 def _refusal(kind: str, name: str, holders: list[str]) -> str:
@@ -285,8 +306,8 @@ def source(entry: Entry) -> ast.Module:
             file = path.parent.joinpath(*rest).with_suffix(".py")
             path = file if file.is_file() else path.parent.joinpath(*rest, "__init__.py")
         return ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError, ImportError):
-        return ast.Module([], [])
+    except (OSError, SyntaxError, ValueError, ImportError, RecursionError, MemoryError):
+        return ast.Module([], [])  # the last two: nested deeper than Python's parser goes
 
 
 def summary(entry: Entry) -> str:

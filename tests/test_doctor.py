@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,9 @@ def test_everything_broken_is_a_row_with_a_cure(install: Install) -> None:
     install("wrong", "class nnUNetTrainerWrong: pass", trainers=["nnUNetTrainerWrong"])
     install("shadow", "class nnUNetTrainerAdam: pass", trainers=["nnUNetTrainerAdam"])
     install("exits", "import sys; sys.exit(0)", architectures=["ExitNet"])
+    install("quits", "import os; os._exit(0)", planners=["QuitPlanner"])
+    install("interrupts", "raise KeyboardInterrupt", architectures=["InterruptNet"])
+    (install("latin", "") / "METADATA").write_bytes("Name: latin\nAuthor: M\xfcller\n".encode("latin-1"))
     info = install("rival", "")
     (info / "RECORD").write_text("rival.py,,\nnnunet_ext/__init__.py,,\n", encoding="utf-8")
     findings = doctor.examine()
@@ -94,6 +98,9 @@ def test_everything_broken_is_a_row_with_a_cure(install: Install) -> None:
         "trainer nnUNetTrainerWrong": ("must inherit from 'nnUNetTrainer'", "repair or uninstall wrong 1.0"),
         "trainer nnUNetTrainerAdam": ("nnU-Net itself has nnUNetTrainerAdam", "comes from shadow 1.0"),
         "architecture ExitNet": ("SystemExit", "repair or uninstall exits 1.0"),
+        "planner QuitPlanner": ("ends the process, status 0", "repair or uninstall quits 1.0"),
+        "architecture InterruptNet": ("KeyboardInterrupt", "repair or uninstall interrupts 1.0"),
+        "metadata": ("latin-1.0.dist-info can't be read", "repair or uninstall that distribution"),
         "collision": ("rival 1.0 installs our modules", "uninstall it, then pip install"),
     }
     for subject, (detail, cure) in expected.items():
@@ -215,6 +222,32 @@ def test_process_that_hangs_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "timed out after 0.5 seconds" in doctor.examine()[1].detail
 
 
+def test_class_whose_import_hangs_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import json, pathlib, sys, time
+result, asked, fatal = *map(pathlib.Path, sys.argv[1:3]), json.loads(sys.argv[3])
+asked.write_text("trainer Slow")
+if not fatal:
+    time.sleep(60)
+result.write_text(json.dumps([{"level": "failure", "subject": "x", "detail": json.dumps(fatal), "cure": ""}]))
+"""
+    monkeypatch.setattr(doctor, "_PROBE", code)
+    monkeypatch.setattr(doctor, "COMMAND", "no_such_command")
+    monkeypatch.setattr(doctor, "TIMEOUT", 5.0)
+    assert doctor.examine()[1].detail == '{"trainer Slow": "importing it takes longer than 5 s"}'
+
+
+def test_check_that_fails_is_a_row_after_what_it_found() -> None:
+    def check() -> Iterator[Finding]:
+        yield ok("one", "fine")
+        raise ValueError("broken")
+
+    assert [finding.detail for finding in probe.guarded("folders", check)] == [
+        "fine",
+        "can't be checked: ValueError: broken",
+    ]
+
+
 # --- Single checks
 
 
@@ -311,9 +344,11 @@ def test_hook_that_pytorch_did_not_install_is_a_failure(monkeypatch: pytest.Monk
 def test_errors_that_the_hook_kept_are_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [hook.Finder(), *sys.meta_path])
     monkeypatch.setattr(hook, "errors", ["one", "two", "one"])
+    monkeypatch.setattr(hook, "bypassed", lambda: ["three"])
     state, *errors = environment.hook()
     assert state.level == "ok"
-    assert [(error.level, error.detail) for error in errors] == [("failure", "one"), ("failure", "two")]
+    assert {error.level for error in errors} == {"failure"}
+    assert [error.detail for error in errors] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -326,6 +361,13 @@ def test_errors_that_the_hook_kept_are_rows_once(monkeypatch: pytest.MonkeyPatch
 )
 def test_distribution_with_our_modules_is_a_collision(install: Install, file: str, line: str) -> None:
     (install("rival", "") / file).write_text(line, encoding="utf-8")
+    assert "rival 1.0" in about(list(environment.collisions()), "collision").detail
+
+
+@pytest.mark.parametrize("file", ["METADATA", "RECORD", "top_level.txt"])
+def test_collision_is_found_beside_metadata_that_is_no_utf_8(install: Install, file: str) -> None:
+    (install("latin", "") / file).write_bytes(b"Name: \xff\n")
+    (install("rival", "") / "RECORD").write_text("nnunet_ext/registry.py,,\n", encoding="utf-8")
     assert "rival 1.0" in about(list(environment.collisions()), "collision").detail
 
 

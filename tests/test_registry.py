@@ -208,6 +208,31 @@ def test_half_removed_distribution_is_listed_as_unknown(install: Install, metada
     assert entry("nnUNetTrainerAcme").distribution == "unknown distribution"
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("METADATA", b"Name: M\xfcller\n"),
+        ("entry_points.txt", b"[nnunet_ext.trainers]\nnnUNetTrainerM\xfcller = latin:X\n"),
+        ("entry_points.txt", b"[nnunet_ext.trainers]\nno equals sign\n"),
+    ],
+)
+def test_unreadable_metadata_of_one_distribution_spares_the_others(
+    install: Install, file: str, content: bytes
+) -> None:
+    install("acme", ACME, trainers=["nnUNetTrainerAcme"])
+    (install("latin", ACME, trainers=["nnUNetTrainerLatin"]) / file).write_bytes(content)
+    assert entry("nnUNetTrainerAcme").distribution == "acme 1.0"
+    assert registry.resolve("trainers", "nnUNetTrainerAcme").__name__ == "nnUNetTrainerAcme"
+
+
+def test_message_about_a_name_is_safe_to_print(install: Install) -> None:
+    info = install("acme", "raise RuntimeError('\x1b[2J')", trainers=["nnUNetTrainerAcme"])
+    (info / "METADATA").write_text("Name: ac\x1b]0;me\nVersion: 1\n", encoding="utf-8")
+    with pytest.raises(RegistryError) as caught:
+        registry.resolve("trainers", "nnUNetTrainerAcme")
+    assert str(caught.value).isprintable()
+
+
 def suggestions(caplog: pytest.LogCaptureFixture, kind: str, *names: str) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING, "nnunet_ext"):
@@ -360,6 +385,12 @@ def test_summary_is_read_without_importing(install: Install, site: Path, layout:
     (site / "package" / "__init__.py").write_text("raise RuntimeError", encoding="utf-8")
     path.write_text("raise RuntimeError\n" + ACME, encoding="utf-8")
     assert registry.summary(entry("nnUNetTrainerAcme")) == "Trains Acme."
+
+
+@pytest.mark.parametrize("source", ["(" * 5000, "-" * 100_000 + "1", "[" * 100 + "]" * 100, "\0"])
+def test_source_that_is_too_deep_for_python_has_no_summary(install: Install, source: str) -> None:
+    install("acme", source, trainers=["nnUNetTrainerAcme"])
+    assert registry.summary(entry("nnUNetTrainerAcme")) == ""
 
 
 @pytest.mark.parametrize("value", ["no_such_module:X", "sys:X", "acme:X", "acme.no.such:X"])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from nnunet_ext import __version__
 from nnunet_ext.errors import UsageError
+from nnunet_ext.printable import printable
 
 # command -> one line of help; nnunet_ext.cli.<command> (- is _) has add_arguments(parser) and run(args) -> exit status
 COMMANDS = {
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(parsed))
     except UsageError as error:
-        print(f"nnunet-ext {parsed.command}: {error}", file=sys.stderr)
+        print(printable(f"nnunet-ext {parsed.command}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"nnunet-ext {parsed.command}: interrupted", file=sys.stderr)

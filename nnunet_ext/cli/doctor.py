@@ -15,6 +15,7 @@ from dataclasses import asdict
 
 from nnunet_ext import doctor
 from nnunet_ext.doctor.finding import Finding
+from nnunet_ext.printable import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +36,8 @@ def text(findings: Sequence[Finding]) -> str:
     lines = []
     for finding in findings:
         level = finding.level.upper() if finding.level == "failure" else finding.level
-        lines.append(f"{level:<7}  {finding.subject:<{width}}  {finding.detail}")
+        lines.append(printable(f"{level:<7}  {finding.subject:<{width}}  {finding.detail}"))
         if finding.cure:
-            lines.append(f"{'':<7}  {'':<{width}}  -> {finding.cure}")
+            lines.append(printable(f"{'':<7}  {'':<{width}}  -> {finding.cure}"))
     counts = {level: sum(finding.level == level for finding in findings) for level in ("failure", "warning")}
     return "\n".join([*lines, "", f"failures: {counts['failure']}, warnings: {counts['warning']}"])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from nnunet_ext import methods, registry
+from nnunet_ext.printable import printable
 from nnunet_ext.registry import Entry
 
 SCHEDULES = (
@@ -74,7 +75,8 @@ def text(entries: Sequence[Entry]) -> str:
 def _aligned(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [
-        f"  {first:<{widths[0]}}  {second:<{widths[1]}}  {third}".rstrip() for first, second, third in rows
+        printable(f"  {first:<{widths[0]}}  {second:<{widths[1]}}  {third}".rstrip())
+        for first, second, third in rows
     ]
 
 
@@ -94,7 +96,7 @@ def markdown() -> str:
                 *map(_ratio, (numbers.parameters, numbers.held, numbers.peak, numbers.step_time)),
             )
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(printable(f"| {' | '.join(row)} |") for row in rows)
 
 
 def _code(names: Sequence[str]) -> str:

@@ -74,22 +74,33 @@ def shebang(script: str) -> list[str]:
 
 
 def _probe(python: Sequence[str]) -> list[Finding]:
-    """Run the checks in a fresh process and read what they found."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "findings.json")
-        try:
-            done = subprocess.run(
-                [*python, "-c", _PROBE, str(result)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # nnU-Net prints while it searches
-                stderr=subprocess.PIPE,
-                timeout=TIMEOUT,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return [failure("checks", f"can't be run: {error}", f"see whether {shlex.join(python)} starts")]
-        if result.is_file():
-            return [Finding(**record) for record in json.loads(result.read_text(encoding="utf-8"))]
-    return [_no_result(python, done.returncode, done.stderr.decode("utf-8", errors="replace"))]
+    """Run the checks in fresh processes and read what they found.
+
+    A class whose import ends or blocks the process becomes a finding; the next process leaves it out.
+    """
+    fatal: dict[str, str] = {}  # what was looked up -> what became of the process
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            result, asked = Path(folder, "findings.json"), Path(folder, "asked")
+            try:
+                done = subprocess.run(
+                    [*python, "-c", _PROBE, str(result), str(asked), json.dumps(fatal)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,  # nnU-Net prints while it searches
+                    stderr=subprocess.PIPE,
+                    timeout=TIMEOUT,
+                )
+                fate = f"importing it ends the process, status {done.returncode}"
+                died = _no_result(python, done.returncode, done.stderr.decode("utf-8", errors="replace"))
+            except (OSError, subprocess.TimeoutExpired) as error:
+                fate = f"importing it takes longer than {TIMEOUT:g} s"
+                died = failure("checks", f"can't be run: {error}", f"see whether {shlex.join(python)} starts")
+            if result.is_file():
+                return [Finding(**record) for record in json.loads(result.read_text(encoding="utf-8"))]
+            subject = asked.read_text(encoding="utf-8") if asked.is_file() else ""
+        if not subject or subject in fatal:
+            return [died]
+        fatal[subject] = fate
 
 
 def _no_result(python: Sequence[str], status: int, stderr: str) -> Finding:

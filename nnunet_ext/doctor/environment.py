@@ -43,6 +43,17 @@ def versions() -> Iterator[Finding]:
             yield failure(name, f"{found}, but needed is {requirement}", f'pip install "{requirement}"')
 
 
+def metadata() -> Iterator[Finding]:
+    """Find distributions whose metadata can't be read: one of them can stop `import torch` for all."""
+    for distribution in distributions():
+        try:
+            _ = distribution.metadata["Name"], list(distribution.entry_points)
+        except Exception as error:
+            folder = getattr(distribution, "_path", "a distribution")
+            detail = f"{folder} can't be read: {one_line(error)}"
+            yield failure("metadata", detail, "repair or uninstall that distribution")
+
+
 def satisfies(found: str, requirement: str) -> bool:
     """Tell whether a version lies within the ``>=`` and ``<`` bounds of a requirement."""
     number = _number(found)
@@ -116,11 +127,9 @@ def lookup_cure(distribution: str) -> str:
 def collisions() -> Iterator[Finding]:
     """Find other distributions that install our top-level modules, and second copies on the path."""
     others = {
-        f"{distribution.name} {distribution.version}"
+        _label(distribution)
         for distribution in distributions()
-        if distribution.metadata["Name"]
-        and _normal(distribution.name) != DISTRIBUTION
-        and _installs_our_modules(distribution)
+        if _installs_our_modules(distribution) and _normal(_label(distribution).split()[0]) != DISTRIBUTION
     }
     for other in sorted(others):
         yield failure(
@@ -137,8 +146,20 @@ def collisions() -> Iterator[Finding]:
             )
 
 
+def _label(distribution: Distribution) -> str:
+    """Name and version, or the folder of the metadata where they can't be read."""
+    try:
+        name, number = distribution.metadata["Name"], distribution.version
+    except Exception:
+        name = number = ""
+    return f"{name} {number}" if name else str(getattr(distribution, "_path", "an unnamed distribution"))
+
+
 def _installs_our_modules(distribution: Distribution) -> bool:
-    files = (distribution.read_text("RECORD") or "") + "\n" + (distribution.read_text("top_level.txt") or "")
+    try:
+        files = f"{distribution.read_text('RECORD') or ''}\n{distribution.read_text('top_level.txt') or ''}"
+    except ValueError:  # no UTF-8; `metadata` says so
+        return False
     return re.search(r"^(nnunet_ext(/|$)|_nnunet_ext_hook(\.py|$))", files, flags=re.MULTILINE) is not None
 
 

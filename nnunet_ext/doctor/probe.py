@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import pydoc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,13 +25,19 @@ SCHEDULE = "_3epochs_7iters"  # no class of nnU-Net ends like this
 
 
 def main() -> None:
-    """Write the findings, as JSON, to the file that the command line names."""
-    Path(sys.argv[1]).write_text(json.dumps([asdict(finding) for finding in findings()]), encoding="utf-8")
+    """Write the findings as JSON to the first file of the command line, what is being looked up to the second.
+
+    The third argument holds, as JSON, what must not be looked up since it ended an earlier process, and how.
+    """
+    result, asked, fatal = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    found = [asdict(finding) for finding in findings(asked, fatal)]
+    result.write_text(json.dumps(found), encoding="utf-8")
 
 
-def findings() -> Iterator[Finding]:
+def findings(asked: Path, fatal: Mapping[str, str]) -> Iterator[Finding]:
     """Run every check; nnU-Net's lookup comes first after the versions, before anything else is imported."""
-    yield from environment.versions()
+    yield from guarded("versions", environment.versions)
+    yield from guarded("metadata", environment.metadata)
     try:
         importlib.import_module("torch")
     except Exception as error:
@@ -40,18 +46,26 @@ def findings() -> Iterator[Finding]:
         return
     host = environment.host()
     if host.level == "ok":
-        rows = list(lookups())  # first: the hook keeps what goes wrong meanwhile
+        rows = list(lookups(asked, fatal))  # first: the hook keeps what goes wrong meanwhile
         yield from environment.hook()
         yield from rows
     else:
         yield host
         yield from environment.hook()
-    yield from environment.collisions()
-    yield from environment.folders()
-    yield from environment.device()
+    yield from guarded("collision", environment.collisions)
+    yield from guarded("folders", environment.folders)
+    yield from guarded("device", environment.device)
 
 
-def lookups() -> Iterator[Finding]:
+def guarded(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Run a check; what it does not expect becomes its last row."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield failure(subject, f"can't be checked: {one_line(error)}", "repair what the message names")
+
+
+def lookups(asked: Path, fatal: Mapping[str, str]) -> Iterator[Finding]:
     """Look up every registered name, a schedule, and one name in a spawned process."""
     from nnunet_ext import registry
 
@@ -61,9 +75,12 @@ def lookups() -> Iterator[Finding]:
         if entry.refused:
             yield failure(subject, f"refused: {entry.refused}", f"comes from {entry.distribution}")
             continue
-        finding = _finding(subject, look_up(entry.kind, entry.name), entry.distribution)
+        asked.write_text(subject, encoding="utf-8", errors="replace")
+        result = (False, fatal[subject]) if subject in fatal else look_up(entry.kind, entry.name)
+        finding = _finding(subject, result, entry.distribution)
         found += [entry.name] if entry.kind == "trainers" and finding.level == "ok" else []
         yield finding
+    asked.unlink(missing_ok=True)
     name = (found or [registry.CORE_TRAINER])[0] + SCHEDULE
     for subject, (success, detail) in (
         ("schedule", look_up("trainers", name)),
@@ -83,7 +100,7 @@ def look_up(kind: str, name: str) -> tuple[bool, str]:
     """Look up `name` as nnU-Net does; return whether it is found, and where or why not."""
     try:
         found = SEARCHES[kind](name)
-    except Exception as error:
+    except BaseException as error:  # modules of others can raise SystemExit or KeyboardInterrupt as well
         return False, one_line(error)
     if found is None:
         return False, f"nnU-Net finds no {kind[:-1]} of this name"
@@ -96,7 +113,11 @@ def _trainer(name: str) -> Any:
         find = importlib.import_module("nnunetv2.utilities.find_objects").recursive_find_trainer_class_by_name
     except ModuleNotFoundError:
         folder = os.path.join(_host_folder(), "training", "nnUNetTrainer")
-        return search(folder, name, "nnunetv2.training.nnUNetTrainer")
+        found = search(folder, name, "nnunetv2.training.nnUNetTrainer")
+        base = importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
+        if found is not None and not issubclass(found, base):  # the command checks this after its search
+            raise TypeError("the requested trainer must inherit from 'nnUNetTrainer'") from None
+        return found
     return find(name)
 
 

@@ -41,6 +41,17 @@ def test_text_holds_every_registered_name(install: Install, capsys: pytest.Captu
     ]
 
 
+def test_escapes_of_others_do_not_reach_the_terminal(
+    install: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(
+        "acme", 'class AcmeNet:\n    """A \x1b[2Jnet\u202e\x9b."""\n', architectures=["AcmeNet", "X\x1b[2J"]
+    )
+    for arguments in ([], ["--json"], ["--markdown"]):
+        assert all(line.isprintable() for line in output(capsys, *arguments).split("\n"))
+    assert "A \\x1b[2Jnet\\u202e\\x9b." in output(capsys)
+
+
 def test_text_explains_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[_<N>epochs][_<M>iters][_NoMirroring]" in output(capsys)
 

@@ -67,7 +67,11 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),
-    [(UsageError("no such folder"), 2, "no such folder"), (KeyboardInterrupt(), 130, "interrupted")],
+    [
+        (UsageError("no such folder"), 2, "no such folder"),
+        (UsageError("no \x1b[2J\n"), 2, r"no \x1b[2J\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
 )
 def test_mistake_of_the_user_is_one_line(
     error: BaseException,

@@ -1,0 +1,12 @@
+"""Text that comes from elsewhere, made safe for a terminal: names, docstrings, errors and metadata of others."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    r"""Write every character that is none to look at as its escape, e.g. "\x1b"; the result is one line.
+
+    Control characters can move the cursor, retitle the window or hide what stands before them, those that set
+    the direction of writing can show a name as another one, and halves of surrogate pairs can't be encoded.
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -1,0 +1,24 @@
+"""Text of others can't steer a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from nnunet_ext.printable import printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Größe 3 × 3, 日本, 🧠", "Größe 3 × 3, 日本, 🧠"),  # noqa: RUF001
+        ("\x1b]0;title\x07\x1b[2J", r"\x1b]0;title\x07\x1b[2J"),
+        ("one\r\ntwo\tthree\x0b", r"one\r\ntwo\tthree\x0b"),
+        ("\x9b31m", r"\x9b31m"),
+        ("name\u202egnp.exe\u2066", r"name\u202egnp.exe\u2066"),
+        ("\ud800", r"\ud800"),
+        ("it's", "it's"),
+        ("", ""),
+    ],
+)
+def test_characters_that_are_none_to_look_at_are_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
