@@ -14,11 +14,13 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, distributions, entry_points
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from nnunet_ext.printable import printable
@@ -269,25 +271,48 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def suggest(kind: str, name: str) -> None:
-    """Log, once for a name, which known names it resembles; nnU-Net's own error follows."""
+    """Log, once for a name, which known names it resembles; and again below nnU-Net's own error, if one follows.
+
+    nnU-Net's search may still find the name elsewhere, so that nothing is raised here.
+    """
+    hint = _hint(kind, name)
+    if hint:
+        _logger.warning(hint)
+        # A trainer that isn't found is named; a planner that isn't found is None, which nnU-Net calls.
+        signs = (name, "'NoneType' object is not callable")[: 1 + (kind == "planners")]
+        sys.excepthook = _ExceptHook(sys.excepthook, signs, hint)
+
+
+@dataclass(frozen=True)
+class _ExceptHook:
+    """Prints a hint as the last line where the process ends by an error that holds one of the signs."""
+
+    previous: Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+    signs: tuple[str, ...]
+    hint: str
+
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        self.previous(kind, error, traceback)
+        if any(sign in str(error) for sign in self.signs):
+            print(self.hint, file=sys.stderr)
+
+
+def _hint(kind: str, name: str) -> str:
     if name in core_names(kind) or name in _class_names(_external_folders()):
-        return
+        return ""
     schedule = parse_schedule(name) if kind == "trainers" else None
     if schedule is not None and schedule.base in core_names(kind) - {CORE_TRAINER}:
-        _logger.warning(
-            "nnunet_ext: %s has no schedules; %s and registered trainers have.", schedule.base, CORE_TRAINER
-        )
-        return
+        return f"nnunet_ext: {schedule.base} has no schedules; {CORE_TRAINER} and registered trainers have."
     asked, suffix = (schedule.base, name[len(schedule.base) :]) if schedule else (name, "")
     known = {CORE_TRAINER, *names(kind)} if schedule else {*names(kind), *core_names(kind)}
     close = difflib.get_close_matches(asked, sorted(known), n=3, cutoff=0.75)
     similar = [candidate + suffix for candidate in close]
+    unknown = f"nnunet_ext: no {kind[:-1]} is called {name}."
     if similar:
-        _logger.warning(
-            "nnunet_ext: no %s is called %s. Did you mean %s?", kind[:-1], name, " or ".join(similar)
-        )
-    elif "Trainer" in name or "Planner" in name:
-        _logger.warning("nnunet_ext: no %s is called %s. `nnunet-ext list` shows all names.", kind[:-1], name)
+        return f"{unknown} Did you mean {' or '.join(similar)}?"
+    return f"{unknown} `nnunet-ext list` shows all names." if "Trainer" in name or "Planner" in name else ""
 
 
 def _external_folders() -> list[Path]:
