@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext import nnunet_files
+from nnunet_ext.benchmark.counting import one_line
+from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.checkpoints import read_trained
 from nnunet_ext.datasets import dataset_folders
 from nnunet_ext.doctor.case import Case, Rules, look
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import locked, read_json, write_text, writing
+from nnunet_ext.nnunet_files import read_dataset, read_plans
 from nnunet_ext.parallel import mapped
 from nnunet_ext.whole import check_whole, is_whole
 
@@ -42,19 +47,25 @@ class Stage:
     @property
     def dataset(self) -> dict[str, Any]:
         """The dataset.json that the model was trained with."""
-        found: dict[str, Any] = read_json(self.model / "dataset.json", _TRAIN)
-        return found
+        return read_dataset(self.model / "dataset.json", _TRAIN)
 
-    def check(self) -> None:
-        """See that everything is there.
+    @property
+    def plans(self) -> dict[str, Any]:
+        """The plans that the model was trained with."""
+        return read_plans(self.model / "plans.json", _TRAIN)
+
+    def check(self, trusted: bool = False) -> None:
+        """See that everything is there, and that nnU-Net's predictor will run no code that the files hold.
+
+        Args:
+            trusted: let it run whatever code they hold.
 
         Raises:
-            UsageError: it is not.
+            UsageError: something is missing, cut off or not to be trusted.
         """
         if not self.model.is_dir():
             raise UsageError(f"the cascade needs the trained model {self.model}, there is none: {_TRAIN}.")
-        for name in ("plans.json", "dataset.json"):
-            read_json(self.model / name, _TRAIN)
+        plans, dataset = self.plans, self.dataset
         missing = [f for f in self.folds if not (self.model / f"fold_{f}" / self.checkpoint).is_file()]
         if missing:
             there = sorted(path.parent.name[5:] for path in self.model.glob(f"fold_*/{self.checkpoint}"))
@@ -62,6 +73,12 @@ class Stage:
                 f"{self.model} must have {self.checkpoint} for the folds {' '.join(self.folds)}, it lacks "
                 f"{' '.join(missing)} (there is {' '.join(there) or 'none'}): train them, or choose folds by -f."
             )
+        if trusted:
+            return
+        paths = [self.model / f"fold_{fold}" / self.checkpoint for fold in self.folds]
+        trained = [read_trained(path, f"{_TRAIN}, or copy it again") for path in paths]
+        for trainer, configuration in {(found.trainer, found.configuration) for found in trained}:
+            Setting(plans, dataset, configuration).builder(trainer)
 
     def note(self) -> dict[str, Any]:
         """What a continued prediction must have in common with the first one."""
@@ -116,6 +133,7 @@ def find_stages(
     configuration: str,
     folds: Sequence[Sequence[str]],
     checkpoint: str,
+    trusted: bool = False,
 ) -> tuple[Stage, Stage]:
     """Find both trained stages below nnUNet_results.
 
@@ -125,23 +143,25 @@ def find_stages(
         configuration: of stage 2.
         folds: of stage 1 and of stage 2.
         checkpoint: name of the file in a fold's folder.
+        trusted: let nnU-Net run whatever code the models' files hold.
 
     Raises:
-        UsageError: one is missing or incomplete, the configuration has no stage before it, or their labels differ.
+        UsageError: one is missing or incomplete, or holds code; the configuration has no stage before it; their labels
+            differ.
     """
     folder = _results_of(dataset)
     second = Stage(folder / f"{trainer}__{plans}__{configuration}", tuple(folds[1]), checkpoint)
-    second.check()
-    configurations = read_json(second.model / "plans.json", _TRAIN)["configurations"]
-    previous = configurations.get(configuration, {}).get("previous_stage")
+    second.check(trusted)
+    known = second.plans
+    previous = nnunet_files.configuration(known, configuration).get("previous_stage")
     if previous is None:
-        linked = [name for name, values in configurations.items() if "previous_stage" in values]
+        linked = [name for name, values in known["configurations"].items() if "previous_stage" in values]
         raise UsageError(
             f"-c must be the second stage of a cascade, {configuration} has no previous_stage in {plans}: "
             f"{'use ' + ' or '.join(linked) if linked else 'plan with -pl MeCascadePlanner'}."
         )
     first = Stage(folder / f"{trainer}__{plans}__{previous}", tuple(folds[0]), checkpoint)
-    first.check()
+    first.check(trusted)
     for key in ("labels", "regions_class_order", "channel_names", "file_ending"):
         one, two = first.dataset.get(key), second.dataset.get(key)
         if one != two:
@@ -350,7 +370,12 @@ def _run(stage: Stage, images: Path, output: Path, prior: Path | None, options: 
         tile_step_size=options.step_size, use_mirroring=options.mirroring, device=device, allow_tqdm=False
     )
     folds = [fold if fold == "all" else int(fold) for fold in stage.folds]
-    predictor.initialize_from_trained_model_folder(str(stage.model), folds, stage.checkpoint)
+    try:
+        predictor.initialize_from_trained_model_folder(str(stage.model), folds, stage.checkpoint)
+    except Exception as error:  # whatever nnU-Net meets in plans and weights that don't belong together
+        raise UsageError(
+            f"nnU-Net's predictor can't load {stage.model} ({one_line(error)}): {_TRAIN}, or copy it again."
+        ) from error
     try:
         predictor.predict_from_files(
             str(images),

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunet_ext.errors import UsageError
+from nnunet_ext.files import check_regular
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says of the model that it belongs to.
+
+    Args:
+        trainer, configuration: names.
+        weights: of the network.
+        mirroring_axes: axes that prediction may mirror.
+    """
+
+    trainer: str
+    configuration: str
+    weights: Mapping[str, Any]
+    mirroring_axes: tuple[int, ...] | None
+
+
+def read_trained(path: Path, cure: str) -> Trained:
+    """Read a checkpoint that predicts; see `read_checkpoint`.
+
+    Raises:
+        UsageError: it is cut off, or does not hold what nnU-Net's predictor needs.
+    """
+    checkpoint = read_checkpoint(path, cure)
+    arguments, axes = checkpoint.get("init_args"), checkpoint.get("inference_allowed_mirroring_axes")
+    found: dict[str, tuple[Any, Any]] = {
+        "trainer_name": (checkpoint.get("trainer_name"), str),
+        "init_args": (arguments, Mapping),
+        "configuration": (arguments.get("configuration") if isinstance(arguments, Mapping) else "", str),
+        "network_weights": (checkpoint.get("network_weights"), Mapping),
+        "inference_allowed_mirroring_axes": (() if axes is None else axes, (tuple, list)),
+    }
+    wrong = [key for key, (value, kind) in found.items() if not isinstance(value, kind)]
+    if wrong or not all(isinstance(axis, int) for axis in axes or ()):
+        raise UsageError(
+            f"{path} must hold what nnU-Net 2 stores in a checkpoint, it lacks {', '.join(wrong) or 'axes'} or has "
+            f"something else there: {cure}."
+        )
+    return Trained(
+        checkpoint["trainer_name"],
+        checkpoint["init_args"]["configuration"],
+        checkpoint["network_weights"],
+        None if axes is None else tuple(axes),
+    )
+
 
 # What NumPy 1 and NumPy 2 call the module whose `scalar` a pickled number asks for.
 _MODULES_OF_SCALAR = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -25,10 +72,11 @@ def read_checkpoint(path: Path, cure: str) -> dict[str, Any]:
     """
     import torch
 
+    check_regular(path, cure)
     try:
         with torch.serialization.safe_globals(_numbers_of_numpy()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a foreign file makes the unpickler meet
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(f"{path} is no whole checkpoint of nnU-Net ({reason}): {cure}.") from error
     if not isinstance(content, dict):

@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,29 @@ from nnunet_ext.errors import UsageError
 
 # Names of files and folders that are being written begin with this; their process follows.
 PARTIAL = ".partial-nnunet_ext-"
+_LARGEST_JSON = 2**29  # bytes; a summary.json of 100 000 cases with ten structures has half of it
+
+
+def check_regular(path: Path, cure: str) -> None:
+    """See that a path names a file that can be read to an end: a pipe would wait for ever.
+
+    Args:
+        path: of the file, or of a link to it.
+        cure: what to do when it is none, as the end of a sentence.
+
+    Raises:
+        UsageError: it is missing, or something else than a file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing: {cure}.") from error
+    except (OSError, ValueError) as error:  # a loop of links; a name that no file can have
+        raise UsageError(f"{path} can't be read ({error}): {cure}.") from error
+    if not stat.S_ISREG(mode):
+        raise UsageError(
+            f"{path} must be a file, it is {'a folder' if stat.S_ISDIR(mode) else 'none'}: {cure}."
+        )
 
 
 def read_json(path: Path, cure: str, kind: type = dict) -> Any:
@@ -31,10 +55,13 @@ def read_json(path: Path, cure: str, kind: type = dict) -> Any:
     Raises:
         UsageError: the file can't be read or holds something else.
     """
+    check_regular(path, cure)
+    if (size := path.stat().st_size) > _LARGEST_JSON:
+        raise UsageError(f"{path} has {size} bytes, more than any JSON file of nnU-Net: {cure}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing: {cure}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} can't be read (nested too deeply): {cure}.") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read ({error}): {cure}.") from error
     if not isinstance(content, kind):

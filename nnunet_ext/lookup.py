@@ -22,7 +22,7 @@ def trainer_class(name: str) -> Any:
         raise UsageError(str(error)) from error
     except registry.UnknownNameError:
         found = _search_host(name)
-    if found is None:
+    if not callable(getattr(found, "build_network_architecture", None)):
         raise UsageError(
             f"a trainer must be known to nnU-Net or registered, got {name}: see `nnunet-ext list`, or install the "
             "package that it comes from."
@@ -42,5 +42,5 @@ def _search_host(name: str) -> Any:
         return recursive_find_python_class(folder, name, "nnunetv2.training.nnUNetTrainer")
     try:
         return module.recursive_find_trainer_class_by_name(name)
-    except RuntimeError:  # unknown name
+    except (RuntimeError, AssertionError, TypeError):  # unknown, or something else of that name in its modules
         return None

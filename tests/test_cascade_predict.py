@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from nnunet_ext import cascade_predict, cli
 from nnunet_ext.cascade_predict import Options, Stage
+from tests.comparison.conftest import CONFIGURATION
 
 DATASET = {
     "channel_names": {"0": "T1", "1": "T2"},
@@ -21,12 +23,22 @@ DATASET = {
     "file_ending": ".nii.gz",
 }
 CONFIGURATIONS = {
-    "3d_fullres": {},
+    "3d_fullres": CONFIGURATION,
     "3d_me_context": {"inherits_from": "3d_fullres", "next_stage": "3d_post_concat"},
     "3d_post_concat": {"inherits_from": "3d_fullres", "previous_stage": "3d_me_context"},
 }
 MODEL = "nnUNetTrainerMeCascade__nnUNetMeCascadePlans__"
 COMMAND = ["cascade-predict", "-i", "in", "-o", "out", "-d", "7", "-f", "0", "1", "-device", "cpu"]
+
+
+def write_checkpoint(folder: Path, configuration: str, **changes: Any) -> None:
+    content = {
+        "trainer_name": "nnUNetTrainerMeCascade",
+        "init_args": {"configuration": configuration},
+        "network_weights": {},
+        **changes,
+    }
+    torch.save(content, folder / "checkpoint_final.pth")
 
 
 def write_scan(path: Path, value: int = 0, shape: tuple[int, ...] = (3, 4, 5)) -> None:
@@ -43,8 +55,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model = folder / f"{MODEL}{configuration}"
         for fold in (0, 1):
             (model / f"fold_{fold}").mkdir(parents=True)
-            (model / f"fold_{fold}" / "checkpoint_final.pth").touch()
-        plans = {"configurations": CONFIGURATIONS, "image_reader_writer": "SimpleITKIO"}
+            write_checkpoint(model / f"fold_{fold}", configuration)
+        named = {"image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager"}
+        plans = {"configurations": CONFIGURATIONS, **named}
         (model / "plans.json").write_text(json.dumps(plans))
         (model / "dataset.json").write_text(json.dumps(DATASET))
     Path("in").mkdir()
@@ -141,7 +154,7 @@ def test_a_continuation_with_other_settings_is_refused(
     cli.main(COMMAND)
     again = [*COMMAND, "--continue_prediction"]
     assert "was made with others" in refused([*again, "--disable_tta"], capsys, runs, 2)
-    (results / f"{MODEL}{FIRST}" / "fold_1" / "checkpoint_final.pth").write_text("trained again")
+    write_checkpoint(results / f"{MODEL}{FIRST}" / "fold_1", FIRST, network_weights={"trained": "again"})
     assert "was made with others" in refused(again, capsys, runs, 2)
 
 

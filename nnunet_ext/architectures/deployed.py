@@ -12,6 +12,8 @@ from nnunet_ext.architectures.blocks.faster_fusion import Form
 from nnunet_ext.architectures.blocks.folding import fold_batch_norms, fold_parametrizations, is_foldable
 from nnunet_ext.architectures.blocks.onednn import computes_natively
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 class NothingToFuseError(ValueError):
     """A network has nothing that prediction could do without."""

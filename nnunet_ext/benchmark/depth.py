@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,9 +54,7 @@ def at_depth(setting: Setting, depth: int, key: str) -> Setting:
         arguments[key] = [2 * depth if key == "n_conv_per_stage" else depth] * stages
         arguments["n_conv_per_stage_decoder"] = [2 * depth] * (stages - 1)
     configurations = {**setting.plans["configurations"], setting.configuration: configuration}
-    return Setting(
-        {**setting.plans, "configurations": configurations}, setting.dataset, setting.configuration
-    )
+    return replace(setting, plans={**setting.plans, "configurations": configurations})
 
 
 def measure_depth(

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from nnunet_ext import nnunet_files
 from nnunet_ext.errors import UsageError
 from nnunet_ext.lookup import trainer_class
+from nnunet_ext.trust import check_host_names, check_network
 
 
 @dataclass(frozen=True)
@@ -21,22 +23,30 @@ class Setting:
         plans: content of plans.json.
         dataset: content of dataset.json.
         configuration: a name in `plans`.
+        trusted: build whatever code the plans name, see `nnunet_ext.trust`.
 
     Raises:
-        UsageError: the plans don't have the configuration.
+        UsageError: the plans don't have the configuration, or not as nnU-Net writes it.
     """
 
     plans: Mapping[str, Any]
     dataset: Mapping[str, Any]
     configuration: str
+    trusted: bool = False
 
     def __post_init__(self) -> None:
-        known = self.plans.get("configurations", {})
-        if self.configuration not in known:
-            raise UsageError(
-                f"the plans {self.plans.get('plans_name', '')} have the configurations {', '.join(known) or 'none'}, "
-                f"got {self.configuration}: choose one of them."
-            )
+        nnunet_files.configuration(self.plans, self.configuration)
+
+    def check_code(self) -> None:
+        """See that the plans name no code but networks, layers and what nnU-Net has.
+
+        Raises:
+            UsageError: they do, and are not trusted.
+        """
+        if not self.trusted:
+            configuration = self.configuration_manager.configuration
+            check_network(configuration)
+            check_host_names(self.plans, self.dataset, configuration)
 
     @property
     def plans_manager(self) -> Any:
@@ -62,10 +72,22 @@ class Setting:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Voxels of the patch per voxel of the coarsest stage, per axis."""
-        return tuple(
-            math.prod(axis) for axis in zip(*self.configuration_manager.pool_op_kernel_sizes, strict=True)
-        )
+        """Voxels of the patch per voxel of the coarsest stage, per axis.
+
+        Raises:
+            UsageError: the plans hold none.
+        """
+        strides = self.configuration_manager.network_arch_init_kwargs.get("strides")
+        try:
+            found = tuple(math.prod(map(int, axis)) for axis in zip(*strides, strict=True))
+        except (TypeError, ValueError):
+            found = ()
+        if len(found) != len(self.patch_size) or min(found) < 1:
+            raise UsageError(
+                f"{self.configuration} needs strides for {len(self.patch_size)} axes in its arch_kwargs, got "
+                f"{strides!r:.80}: plan the data set again."
+            )
+        return found
 
     @property
     def input_channels(self) -> int:
@@ -85,8 +107,9 @@ class Setting:
         """Return a function that builds the trainer's network as `nnUNetv2_train` does.
 
         Raises:
-            UsageError: no trainer has this name.
+            UsageError: no trainer has this name, or the plans name code that is not trusted.
         """
+        self.check_code()
         network_of = trainer_class(trainer).build_network_architecture
         arguments = (
             self.plans_manager,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nnunet_ext.benchmark.planned import setting_of_patch
 from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.datasets import dataset_folders
 from nnunet_ext.errors import UsageError
-from nnunet_ext.files import read_json
+from nnunet_ext.nnunet_files import read_dataset, read_plans
 
 DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetPlans", "3d_fullres"
 DEFAULT_CHANNELS, DEFAULT_CLASSES = 1, 3
@@ -34,6 +34,7 @@ class Source:
         configuration: name in the plans; may be None for a plans file that has 3d_fullres or one configuration.
         channels, classes: instead of those of dataset.json; classes count the background.
         batch: patches per training step, instead of those of the plans.
+        trusted: build whatever code the plans name.
     """
 
     dataset: str | None = None
@@ -44,6 +45,7 @@ class Source:
     channels: int | None = None
     classes: int | None = None
     batch: int | None = None
+    trusted: bool = False
 
     def setting(self) -> Setting:
         """Read or plan the setting.
@@ -56,11 +58,11 @@ class Source:
             setting = setting_of_patch(self.patch, self._dataset_json({}))
         elif self.plans_file is not None:
             dataset_file = self.plans_file.parent / "dataset.json"
-            found = read_json(dataset_file, _PLAN) if dataset_file.is_file() else {}
+            found = read_dataset(dataset_file, _PLAN, ()) if dataset_file.is_file() else {}
             setting = self._read(self.plans_file, found)
         else:
             folder = _dataset_folder(str(self.dataset))
-            dataset_json = read_json(folder / "dataset.json", _PLAN)
+            dataset_json = read_dataset(folder / "dataset.json", _PLAN, ())
             setting = self._read(folder / f"{self.plans or DEFAULT_PLANS}.json", dataset_json)
         return setting if self.batch is None else _with_batch(setting, self.batch)
 
@@ -87,16 +89,16 @@ class Source:
                 raise UsageError(f"--{option} must be at least {smallest}, got {value}: enlarge it.")
 
     def _read(self, path: Path, dataset_json: Mapping[str, Any]) -> Setting:
-        plans = read_json(path, _PLAN)
-        configurations = plans.get("configurations")
-        if not isinstance(configurations, dict) or not configurations:
-            raise UsageError(f"plans of nnU-Net hold configurations, {path} holds none: give a plans file.")
+        plans = read_plans(path, _PLAN)
+        configurations = plans["configurations"]
         only = next(iter(configurations)) if len(configurations) == 1 else DEFAULT_CONFIGURATION
-        setting = Setting(plans, self._dataset_json(dataset_json), self.configuration or only)
+        setting = Setting(plans, self._dataset_json(dataset_json), self.configuration or only, self.trusted)
         try:
-            _ = setting.configuration_manager.network_arch_init_kwargs
+            setting.check_code()
             for name in ("patch_size", "batch_size", "strides", "input_channels", "num_classes"):
                 getattr(setting, name)
+        except UsageError:
+            raise
         except Exception as error:
             # Whatever nnU-Net's own code meets in a file that is no plans or no dataset.json.
             raise UsageError(
@@ -138,4 +140,4 @@ def _dataset_folder(dataset: str) -> Path:
 def _with_batch(setting: Setting, batch: int) -> Setting:
     plans = deepcopy(dict(setting.plans))
     plans["configurations"][setting.configuration]["batch_size"] = batch
-    return Setting(plans, setting.dataset, setting.configuration)
+    return replace(setting, plans=plans)

@@ -140,6 +140,7 @@ def count_memory(setting: Setting, trainer: str, batch_size: int) -> TrainingMem
         setting, trainer: as for `training_memory`.
         batch_size: patches per step.
     """
+    setting.check_code()
     return _counted(
         json.dumps(setting.plans), json.dumps(setting.dataset), setting.configuration, trainer, batch_size
     )
@@ -151,7 +152,7 @@ def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_s
 
     content = json.loads(plans)
     content["configurations"][configuration]["batch_size"] = batch_size
-    setting = Setting(content, json.loads(dataset), configuration)
+    setting = Setting(content, json.loads(dataset), configuration, trusted=True)  # checked before
     with torch.device("cpu"), FakeTensorMode(), CudaAutocast(), _StepTracker() as tracker:
         step = TrainerStep(setting, trainer)
         parameters = tracker.current

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_ext.trust import OPTION
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--time-patch", type=int, nargs="+", metavar="N", help="a smaller patch for the times")
     add("--depth", type=int, nargs="+", default=[], metavar="N", help="memory against blocks per stage")
     add("-o", dest="output", type=Path, metavar="OUT", help="folder for JSON, Markdown and figures")
+    add("--trust", **OPTION)
     add("--json", action="store_true", help="print the result as JSON")
 
 
@@ -88,6 +91,7 @@ def _measure(args: argparse.Namespace) -> Report:
         channels=args.channels,
         classes=args.classes,
         batch=args.batch,
+        trusted=args.trust,
     )
     request = Request(
         source.setting(),

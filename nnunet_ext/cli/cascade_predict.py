@@ -14,6 +14,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+from nnunet_ext.trust import OPTION
+
 FOLDS = ("0", "1", "2", "3", "4")
 
 
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep what an interrupted call with the same settings has finished",
     )
+    add("--trust", **OPTION)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
         folds = (args.first_folds or args.folds, args.folds)
         stages = cascade_predict.find_stages(
-            args.dataset, args.plans, args.trainer, args.configuration, folds, args.checkpoint
+            args.dataset, args.plans, args.trainer, args.configuration, folds, args.checkpoint, args.trust
         )
         options = cascade_predict.Options(
             device=args.device,

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext.trust import OPTION
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -83,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "-np", type=int, metavar="N", help="processes that read segmentations; default: as nnU-Net"
     )
+    how.add_argument("--trust", **OPTION)
     parser.add_argument("-o", "--output", type=Path, default=Path("comparison"), help="folder (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print report.json instead of tables")
 
@@ -111,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         benchmark=args.benchmark,
         output=args.output,
         processes=args.np,
+        trusted=args.trust,
     )
     with _status() as show:
         comparison = compare.compare(selection.request(selected), show)

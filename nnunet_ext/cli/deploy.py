@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext.trust import OPTION
+
 if TYPE_CHECKING:
     from nnunet_ext.deploy.check import Difference
     from nnunet_ext.deploy.ship import Shipped
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--onnx", action="store_true", help="also write ONNX files for one patch, in float32")
     add("-i", dest="images", type=Path, metavar="SCANS", help="check with the first of these images as well")
+    add("--trust", **OPTION)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         from nnunet_ext.deploy.model import Model
         from nnunet_ext.deploy.ship import Options, precision_note, ship
 
-        model = Model.read(args.model, args.folds, args.checkpoint)
+        model = Model.read(args.model, args.folds, args.checkpoint, args.trust)
         options = Options(args.dtype, args.form, args.onnx, args.images)
         shipped = ship(model, args.output, options, lambda what: print(what, file=sys.stderr))
     for fold, result in shipped.items():

@@ -15,6 +15,8 @@ import json
 import sys
 from pathlib import Path
 
+from nnunet_ext.trust import OPTION
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext estimate``."""
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run a real step on this machine's GPU too, and say the difference",
     )
+    add("--trust", **OPTION)
     add("--json", action="store_true", help="print the result as JSON, in bytes")
 
 
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
             channels=args.channels,
             classes=args.classes,
             batch=args.batch,
+            trusted=args.trust,
         )
         found = estimate(source.setting(), args.trainer, args.measure)
     print(json.dumps(found.as_dict(), indent=2) if args.json else "\n".join(found.lines()))

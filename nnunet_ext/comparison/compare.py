@@ -37,6 +37,7 @@ class Request:
         places: where references and images of validation cases lie.
         benchmark: content of `nnunet-ext benchmark`'s JSON.
         processes: that read segmentations.
+        trusted: build whatever code the runs' plans name.
     """
 
     runs: tuple[Run, ...]
@@ -49,6 +50,7 @@ class Request:
     places: Places = field(default_factory=Places)
     benchmark: Mapping[str, Any] | None = None
     processes: int = 1
+    trusted: bool = False
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -101,7 +103,9 @@ def compare(request: Request, on_status: Status = lambda _: None) -> Comparison:
     peaks = all("peak_bytes" in benchmarked(run, request.benchmark) for run in runs)
     for run in runs:
         on_status(f"measuring the network of {run.label}")
-        costs[run.label], found = read_cost(run, trainings[run.label], request.benchmark, peaks)
+        costs[run.label], found = read_cost(
+            run, trainings[run.label], request.benchmark, peaks, request.trusted
+        )
         warnings += [*trainings[run.label].warnings, *found]
     settings = checks.of_settings(runs, trainings) if runs else []
     return Comparison(request, tuple(evaluations), trainings, costs, (*settings, *warnings))

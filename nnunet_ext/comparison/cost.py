@@ -47,7 +47,7 @@ class Cost:
 
 
 def read_cost(
-    run: Run, training: Training, benchmark: Mapping[str, Any] | None, peaks: bool
+    run: Run, training: Training, benchmark: Mapping[str, Any] | None, peaks: bool, trusted: bool = False
 ) -> tuple[Cost, list[str]]:
     """Cost of a run, and warnings about what could not be found.
 
@@ -57,12 +57,13 @@ def read_cost(
         benchmark: content of `nnunet-ext benchmark`'s JSON, where there is one.
         peaks: whether the training memory is the benchmark's too, which needs a record of every run: what was
             measured and what is counted here can't stand in one ratio.
+        trusted: build whatever code the run's plans name.
     """
     settings, warnings = run.settings, []
     measured = benchmarked(run, benchmark)
     counted: dict[str, Any] = {}
     try:
-        counted = count(run)
+        counted = count(run, trusted)
     except UsageError as error:
         warnings.append(
             f"{run.label}: its network can't be built here, size and memory are missing ({error})"
@@ -92,18 +93,18 @@ def read_cost(
     )
 
 
-def count(run: Run) -> dict[str, int]:
+def count(run: Run, trusted: bool = False) -> dict[str, int]:
     """Parameters, operations and training memory of the run's network, on shapes only.
 
     Raises:
-        UsageError: the trainer isn't installed here, or its network can't be built.
+        UsageError: the trainer isn't installed here, or its network can't or may not be built.
     """
     from nnunet_ext.benchmark.memory import measure_step
     from nnunet_ext.benchmark.setting import Setting
     from nnunet_ext.benchmark.size import measure_size
 
     try:
-        setting = Setting(run.plans, run.dataset, run.configuration)
+        setting = Setting(run.plans, run.dataset, run.configuration, trusted)
         size = measure_size(setting.builder(run.trainer, False), setting.input_channels, setting.patch_size)
         step = measure_step(
             setting.training_builder(run.trainer),

@@ -9,6 +9,7 @@ from typing import Any
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
+from nnunet_ext.nnunet_files import read_dataset
 
 _REFERENCES = ("labelsTr", "labelsTs")
 _IMAGES = ("imagesTr", "imagesTs")
@@ -83,7 +84,4 @@ def dataset_of(folders: Sequence[Path], description: Path | None) -> dict[str, A
     candidates += [] if description else [folder.parent / "dataset.json" for folder in folders]
     path = next((path for path in candidates if path.is_file()), candidates[0])
     cure = "name nnU-Net's dataset.json of these labels by -djfile"
-    content = read_json(path, cure)
-    if not isinstance(content.get("labels"), dict) or "file_ending" not in content:
-        raise UsageError(f"{path} must hold labels and file_ending, it does not: {cure}.")
-    return content
+    return read_dataset(path, cure)

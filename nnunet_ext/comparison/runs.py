@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_ext import registry
 from nnunet_ext.datasets import dataset_folders
 from nnunet_ext.errors import UsageError
-from nnunet_ext.files import read_json
+from nnunet_ext.nnunet_files import configuration, read_dataset, read_plans
 
 _COPY = "copy the whole folder TRAINER__PLANS__CONFIGURATION, or leave the run out"
 
@@ -47,12 +47,11 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration as plans.json holds it, with what it inherits."""
-        configurations = self.plans["configurations"]
-        settings = dict(configurations[self.configuration])
-        while (parent := settings.pop("inherits_from", None)) in configurations:
-            settings = {**configurations[parent], **settings}
-        return settings
+        """The configuration as nnU-Net resolves it; empty where it can't, as accuracy is compared without it."""
+        try:
+            return configuration(self.plans, self.configuration)
+        except UsageError:
+            return {}
 
 
 def find_runs(
@@ -117,14 +116,12 @@ def read_run(folder: Path, folds: Sequence[str] | None = None) -> Run:
             f"a run must be an existing folder TRAINER__PLANS__CONFIGURATION, got {folder}: correct the path, or give "
             "its original name back."
         )
-    plans = read_json(folder / "plans.json", _COPY)
-    dataset = read_json(folder / "dataset.json", _COPY)
-    if parts[2] not in plans.get("configurations", {}):
+    plans = read_plans(folder / "plans.json", _COPY)
+    dataset = read_dataset(folder / "dataset.json", _COPY)
+    if parts[2] not in plans["configurations"]:
         raise UsageError(
             f"{folder / 'plans.json'} must hold the configuration {parts[2]}, it does not: {_COPY}."
         )
-    if not isinstance(dataset.get("labels"), dict) or "file_ending" not in dataset:
-        raise UsageError(f"{folder / 'dataset.json'} must hold labels and file_ending, it does not: {_COPY}.")
     run = Run(parts[0], folder, parts[0], parts[2], plans, dataset, ())
     return replace(run, folds=_choose_folds(run, folds))
 

@@ -33,6 +33,7 @@ class Selection:
         benchmark: JSON of `nnunet-ext benchmark`; None: benchmark.json in `output`, where there is one.
         output: folder of the report.
         processes: that read segmentations; None: as many as nnU-Net takes.
+        trusted: build whatever code the runs' plans name.
     """
 
     dataset: str | None = None
@@ -54,6 +55,7 @@ class Selection:
     benchmark: Path | None = None
     output: Path | None = None
     processes: int | None = None
+    trusted: bool = False
 
 
 def request(selection: Selection) -> Request:
@@ -94,6 +96,7 @@ def request(selection: Selection) -> Request:
         ),
         benchmark=cost.read_benchmark(selection.benchmark, selection.output),
         processes=selection.processes or int(default_num_processes),
+        trusted=selection.trusted,
     )
 
 

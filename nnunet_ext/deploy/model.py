@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from nnunet_ext.benchmark.counting import one_line
 from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.checkpoints import read_checkpoint
+from nnunet_ext.checkpoints import Trained, read_trained
 from nnunet_ext.errors import UsageError
-from nnunet_ext.files import read_json
+from nnunet_ext.nnunet_files import read_dataset, read_plans
 
 _COPY = "give the folder TRAINER__PLANS__CONFIGURATION of a training, whole"
 DEPLOYED = "nnUNetTrainerDeployed"
@@ -37,35 +38,47 @@ class Model:
     mirroring_axes: tuple[int, ...] | None
 
     @classmethod
-    def read(cls, folder: Path, folds: Sequence[str] | None, checkpoint_name: str) -> Model:
+    def read(
+        cls, folder: Path, folds: Sequence[str] | None, checkpoint_name: str, trusted: bool = False
+    ) -> Model:
         """Find the folds and read what the first checkpoint says of the model.
 
         Args:
             folder: of a training.
             folds: names; None: all that have the checkpoint.
             checkpoint_name: as nnU-Net's `-chk`.
+            trusted: build whatever code the plans name.
 
         Raises:
             UsageError: no such folder, no fold, no or another checkpoint, a model that is deployed already, a trainer
-                that is not installed.
+                that is not installed, plans that name code.
         """
         if not folder.is_dir():
             raise UsageError(f"-m needs an existing folder, got {folder}: {_COPY}.")
-        plans = read_json(folder / "plans.json", _COPY)
-        dataset = read_json(folder / "dataset.json", _COPY)
+        plans = read_plans(folder / "plans.json", _COPY)
+        dataset = read_dataset(folder / "dataset.json", _COPY)
         checkpoints = _checkpoints(folder, folds, checkpoint_name)
         first = _read(next(iter(checkpoints.values())))
-        trainer = first["trainer_name"]
-        if trainer == DEPLOYED:
+        if first.trainer == DEPLOYED:
             raise UsageError(f"{folder} is deployed already: deploy the training that it came from.")
-        setting = Setting(plans, dataset, first["init_args"]["configuration"])
-        setting.builder(trainer)  # says when the trainer is not installed
-        axes = first.get("inference_allowed_mirroring_axes")
-        return cls(folder, trainer, setting, checkpoints, None if axes is None else tuple(axes))
+        setting = Setting(plans, dataset, first.configuration, trusted)
+        setting.builder(first.trainer)  # says when the trainer is not installed, or the plans are not trusted
+        return cls(folder, first.trainer, setting, checkpoints, first.mirroring_axes)
 
     def network(self) -> nn.Module:
-        """Build the network of the trainer, for prediction."""
-        return self.setting.builder(self.trainer, deep_supervision=False)().eval()
+        """Build the network of the trainer, for prediction.
+
+        Raises:
+            UsageError: the plans don't describe a network of this trainer.
+        """
+        build = self.setting.builder(self.trainer, deep_supervision=False)
+        try:
+            return build().eval()
+        except Exception as error:  # whatever any network meets in arguments that it was not planned with
+            raise UsageError(
+                f"{self.trainer} can't build its network from {self.folder / 'plans.json'} ({one_line(error)}): "
+                f"{_COPY}."
+            ) from error
 
     def weights(self, fold: str) -> dict[str, Any]:
         """Read the weights of a fold.
@@ -74,12 +87,12 @@ class Model:
             UsageError: the file is no whole checkpoint of this model.
         """
         checkpoint = _read(self.checkpoints[fold])
-        if checkpoint["trainer_name"] != self.trainer:
+        if checkpoint.trainer != self.trainer:
             raise UsageError(
-                f"All folds must be of one trainer, {self.checkpoints[fold]} is of {checkpoint['trainer_name']}, "
+                f"All folds must be of one trainer, {self.checkpoints[fold]} is of {checkpoint.trainer}, "
                 f"another one of {self.trainer}: choose folds by --folds."
             )
-        return dict(checkpoint["network_weights"])
+        return dict(checkpoint.weights)
 
 
 def _checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
@@ -96,13 +109,5 @@ def _checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> dict[s
     return {fold: found[fold] for fold in folds or found}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    checkpoint = read_checkpoint(path, "copy it again from where it was trained")
-    needed = ("trainer_name", "init_args", "network_weights")
-    missing = [key for key in needed if key not in checkpoint]
-    if missing or "configuration" not in checkpoint["init_args"]:
-        raise UsageError(
-            f"{path} must hold what nnU-Net 2 stores in a checkpoint, it lacks "
-            f"{', '.join(missing) or 'configuration'}: give a model that nnU-Net trained."
-        )
-    return checkpoint
+def _read(path: Path) -> Trained:
+    return read_trained(path, "copy it again from where it was trained")

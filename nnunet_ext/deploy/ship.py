@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nnunet_ext import __version__
 from nnunet_ext.architectures.blocks.faster_fusion import Form
 from nnunet_ext.architectures.blocks.onednn import computes_natively
-from nnunet_ext.architectures.deployed import DeployedNetwork, NothingToFuseError, fused
+from nnunet_ext.architectures.deployed import DTYPES, DeployedNetwork, NothingToFuseError, fused
 from nnunet_ext.deploy import onnx
 from nnunet_ext.deploy.check import (
     FLOAT16_MAX,
@@ -29,7 +29,6 @@ from nnunet_ext.deploy.model import DEPLOYED, Model
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # In float32 fusing changes logits by rounding only.
 _TOLERANCE = 1e-4
 

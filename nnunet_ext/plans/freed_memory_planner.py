@@ -177,7 +177,7 @@ class FreedMemoryPlanner(ExperimentPlanner):
             "label_manager": "LabelManager",
             "configurations": {"planned": configuration},
         }
-        return Setting(plans, self.dataset_json, "planned")
+        return Setting(plans, self.dataset_json, "planned", trusted=True)  # the planner's own network
 
     def _fitted(
         self, plan: dict[str, Any], asked: tuple[Any, Any, float], draft: bool = False

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_ext.architectures.deployed import DeployedNetwork, fused
+from nnunet_ext.architectures.deployed import DTYPES, DeployedNetwork, fused
 from nnunet_ext.lookup import trainer_class
 
 
@@ -50,4 +49,4 @@ class nnUNetTrainerDeployed(nnUNetTrainer):
             num_output_channels,
             enable_deep_supervision=False,
         )
-        return DeployedNetwork(fused(network, deployed["form"]), getattr(torch, deployed["dtype"])).eval()
+        return DeployedNetwork(fused(network, deployed["form"]), DTYPES[deployed["dtype"]]).eval()

@@ -146,9 +146,9 @@ def test_mistake_is_refused_with_rule_value_and_cure(
         ('{"configurations": []}', "hold configurations, .* holds none"),
         (
             '{"configurations": {"2d": {"architecture": {}}}}',
-            r"must be complete for 2d, nnU-Net fails with KeyError",
+            r"2d: architecture must be a network with network_class_name, .* got \{\}: plan the data set again",
         ),
-        ('{"configurations": {"2d": 1}}', r"must be complete for 2d, nnU-Net fails with"),
+        ('{"configurations": {"2d": 1}}', r"configuration 2d: must be a dictionary, got 1: give files"),
     ],
 )
 def test_file_that_is_no_plans_is_named(tmp_path: Path, text: str, message: str) -> None:
