@@ -119,8 +119,9 @@ def test_exact_mode_inverts_bit_for_bit_where_the_plain_scheme_drifts() -> None:
 
 def test_exact_mode_says_when_streams_leave_its_range() -> None:
     ours, _ = pair(1, exact=True, dtype=torch.float32)
+    y = ours(image(dtype=torch.float32) * 1e4)
     with pytest.warns(UserWarning, match="streams below 4096, got"):
-        ours(image(dtype=torch.float32) * 1e4)
+        y.sum().backward()
 
 
 def test_exact_mode_refuses_half_precision_streams() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -146,6 +147,31 @@ def test_deepcopy_computes_the_same_and_shares_nothing(name: str) -> None:
         for parameter in network.parameters():
             parameter.zero_()
     torch.testing.assert_close(twin(image("3d")).detach(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda network, file: pickle.dump(network, file)])
+def test_saved_whole_it_computes_and_trains_the_same(
+    name: str, save: Callable[[nn.Module, io.BytesIO], None]
+) -> None:
+    network = build(name, "3d", deep_supervision=True)
+    expected = train_gradients(network, image("3d"))
+    stored = io.BytesIO()
+    save(network, stored)
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=False) if save is torch.save else pickle.load(stored)
+    assert loaded.state_dict().keys() == network.state_dict().keys()
+    for found, wanted in zip(train_gradients(loaded, image("3d")), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cast_to_half_precision_it_predicts_nearly_the_same(name: str, dtype: torch.dtype) -> None:
+    network = build(name, "3d").eval()
+    with torch.inference_mode():
+        expected = network(image("3d"))
+        found = copy.deepcopy(network).to(dtype)(image("3d").to(dtype))
+    assert found.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(found.float().flatten(), expected.flatten(), dim=0) > 0.99
 
 
 def test_backward_outside_autocast_is_close_to_float32(name: str, case: str) -> None:

@@ -8,23 +8,22 @@ forward passes. New against the papers: skips between levels are walked back too
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from nnunet_ext.architectures.blocks.coupling import EXACT_RANGE, AdditiveCoupling, RoundStraightThrough
+from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling, ExactRange, RoundStraightThrough
 from nnunet_ext.architectures.blocks.levels import Ascend, Descend, Halves, Streams, Tap, join, part
 from nnunet_ext.architectures.blocks.mixed_precision import lowered
-from nnunet_ext.architectures.blocks.recomputation import Autocast, Gradients, RandomState, Seed, recompute
+from nnunet_ext.architectures.blocks.recomputation import Autocast, Gradients, Modes, Seed, Seen, recompute
 
 
-@dataclass(frozen=True, eq=False)  # PyTorch before 2.12 takes its hash, while it compiles, before it has fields
+# PyTorch before 2.12 takes the hash of a chain while it compiles, before there are fields: not one over the fields.
+@dataclass(frozen=True, eq=False)
 class Chain:
     """Steps on a feature map, run so that training keeps the output only, and what taps give out.
 
@@ -38,6 +37,7 @@ class Chain:
         group_elements: run the samples in groups of at most this many elements of the input (at least one sample),
             which lowers the peak of the backward pass. Only right where all modules treat samples independently:
             not with batch norm. None: all samples at once.
+        exact_range: shared by the chains of a network, which then waits once per step for what the exact mode checks.
 
     Raises:
         ValueError: odd number of channels; exact mode on a dtype other than float32 or float64.
@@ -48,19 +48,24 @@ class Chain:
     exact: bool = False
     reversible: bool = True
     group_elements: int | None = None
+    exact_range: ExactRange = field(default_factory=ExactRange)
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Weights of all steps, each once."""
-        return list({id(p): p for step in self.steps for p in step.parameters()}.values())
+        """Weights of all couplings, each once."""
+        couplings = [step for step in self.steps if isinstance(step, AdditiveCoupling)]
+        return list({id(p): p for coupling in couplings for p in coupling.parameters()}.values())
+
+    @property
+    def matrices(self) -> list[Tensor | None]:
+        """The orthogonal matrix of each step, None where it has none: computed anew, so once per training step."""
+        return [step.squeeze.matrix() if isinstance(step, (Descend, Ascend)) else None for step in self.steps]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Run all steps: the last feature map, then those of the taps in their order."""
         x = self.stream(x)
-        parameters = self.parameters
-        needs_grad = x.requires_grad or any(p.requires_grad for p in parameters)
-        if self.reversible and torch.is_grad_enabled() and needs_grad:
-            return _recomputed(self, x, parameters)
+        if self.reversible and torch.is_grad_enabled():
+            return _recomputed(self, x)
         streams, taps = Streams(_chunk(x)), []
         for step in self.steps:
             streams = _forward(step, streams)
@@ -115,42 +120,50 @@ def _forward(step: nn.Module, streams: Streams) -> Streams:
 
 # Dynamo can't trace the recomputation: a graph break here, and nowhere else.
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def _recomputed(chain: Chain, x: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = _Recomputed.apply(chain, x, *parameters)
+def _recomputed(chain: Chain, x: Tensor) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _Recomputed.apply(chain, x, *chain.matrices, *chain.parameters)
     return outputs
 
 
 class _Recomputed(torch.autograd.Function):
-    """The whole chain; the parameters are explicit inputs, so that hooks, DDP and `autograd.grad` see them."""
+    """The whole chain; matrices and parameters are explicit inputs, so that hooks, DDP and `autograd.grad` see them."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Chain, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, chain: Chain, x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
         ctx.chain = chain
         ctx.autocast = Autocast.now(x.device.type)
-        ctx.random = {}
+        ctx.modes = Modes(chain.steps)
+        ctx.seen = {}
         ctx.set_materialize_grads(False)
         x = x.detach()  # modules' own hooks (FLOP counters) would look for a graph behind views of x
         outputs = [torch.empty_like(x)]
         with ctx.autocast.enter():
             for group in chain.groups(x):
-                found = _advance(ctx, chain, group.start, x[group])
+                found = _advance(ctx, chain, weights, group.start, x[group])
                 for i, halves in enumerate(found):
                     if i == len(outputs):
                         outputs.append(_empty(halves, len(x)))
                     _write(halves, outputs[i][group])
                 del found, halves
         # The saved versions are compared in backward: an in-place change of output or weights is an error there.
-        ctx.save_for_backward(outputs[0], *parameters)
+        ctx.save_for_backward(outputs[0], *weights)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_taps: Tensor | None) -> tuple[Tensor | None, ...]:
         chain: Chain = ctx.chain
-        y, *parameters = ctx.saved_tensors
+        chain.exact_range.look()
+        y, *weights = ctx.saved_tensors
         _, x_needs_grad, *needs_grad = ctx.needs_input_grad
-        wanted = [p for p, needed in zip(parameters, needs_grad, strict=True) if needed]
-        walk = _Walk(ctx.random, ctx.autocast, Gradients(wanted), x_needs_grad)
+        n = len(chain.steps)
+        matrices = [
+            None if q is None else q.detach().requires_grad_(needed)
+            for q, needed in zip(weights[:n], needs_grad[:n], strict=True)
+        ]
+        weights[:n] = matrices
+        wanted = [w for w, needed in zip(weights, needs_grad, strict=True) if needed]
+        walk = _Walk(ctx.seen, ctx.autocast, Gradients(wanted), x_needs_grad, matrices)
         grad_y = torch.zeros_like(y) if grad_y is None else grad_y
         groups = chain.groups(y)
         # A few large groups are joined after all work is done; many small ones at once, instead of twice at the end.
@@ -160,7 +173,8 @@ class _Recomputed(torch.autograd.Function):
         for group in groups:
             state = _State(*_chunk(y[group]), *_chunk(grad_y[group]), [])
             taps = [None if grad is None else grad[group] for grad in grad_taps]
-            walk.back(chain.steps, state, taps, group.start)
+            with ctx.modes.restored():
+                walk.back(chain.steps, state, taps, group.start)
             if grad_x is not None:
                 torch.cat((state.d_given, state.d_result), dim=1, out=grad_x[group])
             elif x_needs_grad:
@@ -168,13 +182,12 @@ class _Recomputed(torch.autograd.Function):
             del state
         if pieces:
             grad_x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return None, grad_x, *walk.gradients.of(parameters)
+        return None, grad_x, *walk.gradients.of(weights)
 
 
-def _advance(ctx: Any, chain: Chain, start: int, x: Tensor) -> list[Halves]:
+def _advance(ctx: Any, chain: Chain, weights: Sequence[Tensor | None], start: int, x: Tensor) -> list[Halves]:
     """Run the steps on a group of samples: halves of the last feature map, then of the taps."""
     streams, taps = Streams(_chunk(x)), []
-    largest = x.new_zeros(())
     for i, step in enumerate(chain.steps):
         if isinstance(step, AdditiveCoupling):
             first, second = streams.halves
@@ -183,13 +196,12 @@ def _advance(ctx: Any, chain: Chain, start: int, x: Tensor) -> list[Halves]:
             second = second + _run(ctx, (start, i, "g"), step, step.g, first)
             streams = Streams((first, second), streams.skips)
             if chain.exact:
-                largest = torch.stack((largest, first.abs().amax(), second.abs().amax())).amax()
+                chain.exact_range.note(first, second)
             del first, second
+        elif isinstance(step, Tap):
+            taps.append(streams.halves)
         else:
-            streams = step(streams)
-            if isinstance(step, Tap):
-                taps.append(streams.halves)
-    _warn_beyond_exact_range(largest)
+            streams = step(streams, weights[i])
     return [streams.halves, *taps]
 
 
@@ -245,21 +257,23 @@ class _State:
         (self.given, self.result), (self.d_given, self.d_result) = _chunk(x), _chunk(d_x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Walk:
     """The way back through a chain.
 
     Args:
-        random: states of the generators by (start of the group, step, half).
+        seen: by modules in the forward pass, by (start of the group, step, half).
         autocast: of the forward pass.
         gradients: of the weights.
         x_needs_grad: whether the chain's input does.
+        matrices: of the steps.
     """
 
-    random: dict[tuple[int, int, str], RandomState]
+    seen: dict[tuple[int, int, str], Seen]
     autocast: Autocast
     gradients: Gradients
     x_needs_grad: bool
+    matrices: Sequence[Tensor | None]
 
     def back(self, steps: Sequence[nn.Module], state: _State, taps: list[Tensor | None], start: int) -> None:
         """Walk one group of samples back to the chain's input."""
@@ -276,21 +290,23 @@ class _Walk:
                     state.d_given, state.d_result = state.d_given + first, state.d_result + second
             elif isinstance(step, Descend):
                 y, d_y = state.whole()
+                matrix = self.matrices[i]
                 with torch.no_grad():
-                    x = step.squeeze.inverse(y)
-                state.join(x, self._pull(step.squeeze, step.squeeze.forward, x, d_y))
+                    x = step.squeeze.inverse(y, matrix)
+                state.join(x, self._pull(step.squeeze.forward, x, d_y, matrix))
             elif isinstance(step, Ascend):
                 y, d_y = state.part(step.squeeze.channels)
+                matrix = self.matrices[i]
                 with torch.no_grad():
-                    x = step.squeeze(y)
-                state.set(x, self._pull(step.squeeze, step.squeeze.inverse, x, d_y))
+                    x = step.squeeze(y, matrix)
+                state.set(x, self._pull(step.squeeze.inverse, x, d_y, matrix))
 
-    def _pull(self, module: nn.Module, map_: Callable[[Tensor], Tensor], x: Tensor, d_y: Tensor) -> Tensor:
-        """Gradient of x for ``y = map_(x)``; those of the weights are added up."""
-        weights = self.gradients.inputs(module)
+    def _pull(self, map_: Callable[..., Tensor], x: Tensor, d_y: Tensor, matrix: Tensor | None) -> Tensor:
+        """Gradient of x for ``y = map_(x, matrix)``; that of the matrix is added up."""
+        weights = [matrix] if matrix is not None and matrix.requires_grad else []
         with torch.enable_grad():
             source = x.detach().requires_grad_()
-            y = map_(source.view_as(source))
+            y = map_(source.view_as(source), matrix)
         d_x, *found = torch.autograd.grad(y, [source, *weights], d_y)
         self.gradients.add(weights, found)
         return d_x
@@ -311,7 +327,7 @@ class _Walk:
         with torch.enable_grad(), self.autocast.enter():
             source = state.given.detach().requires_grad_(further)
             # A view, because hooks of modules (FLOP counters) can't follow a leaf within autograd.grad.
-            shift = recompute(module, lowered(source.view_as(source)), self.random.get(key))
+            shift = recompute(module, lowered(source.view_as(source)), self.seen.get(key))
         with torch.no_grad():
             state.result = state.result - coupling.finish(shift, source)
         weights = self.gradients.inputs(module)
@@ -331,9 +347,10 @@ class _Walk:
 def _run(
     ctx: Any, key: tuple[int, int, str], coupling: AdditiveCoupling, module: nn.Module, given: Tensor
 ) -> Tensor:
-    """Evaluate one half in the forward pass; remember the generators' states if it used them."""
-    # Under FakeTensorMode there are no random numbers, and states could not be compared.
-    before = None if isinstance(given, FakeTensor) else RandomState.now(given)
+    """Evaluate one half in the forward pass; remember what a repeated evaluation needs."""
+    seen = Seen.by(module, given)
+    if seen is not None:
+        ctx.seen[key] = seen
     version = None if given.is_inference() else given._version
     shift = module(lowered(given))
     if version is not None and given._version != version:
@@ -341,17 +358,4 @@ def _run(
             f"{type(module).__name__} changes its input in place; in a reversible sequence it must not: "
             "build it with inplace=False."
         )
-    if before is not None and before.differs(RandomState.now(given)):
-        ctx.random[key] = before
     return coupling.finish(shift, given)
-
-
-def _warn_beyond_exact_range(largest: Tensor) -> None:
-    if isinstance(largest, FakeTensor) or largest.is_meta:
-        return
-    if largest.item() >= EXACT_RANGE:
-        warnings.warn(
-            f"exact=True needs streams below {EXACT_RANGE:g}, got {largest.item():g}: from here on the inversion is "
-            "rounded as with exact=False. Lower the learning rate or use fewer couplings.",
-            stacklevel=2,
-        )

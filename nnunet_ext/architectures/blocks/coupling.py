@@ -5,10 +5,12 @@ New against the paper: the exact mode, in which float32 inverts bit for bit.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nnunet_ext.architectures.blocks.mixed_precision import lowered
 
@@ -28,6 +30,36 @@ class RoundStraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Pass the gradient on."""
         return grad
+
+
+class ExactRange:
+    """Watches that the exact mode's streams stay where it is exact, with one wait for the device per training step.
+
+    What chains of one network `note` in the forward pass stays on the device, until the first of them walks back.
+    """
+
+    def __init__(self) -> None:
+        self.largest: Tensor | None = None
+
+    def note(self, *streams: Tensor) -> None:
+        """Take the largest values of streams into account, without a wait."""
+        found = [torch.linalg.vector_norm(stream, float("inf")) for stream in streams if stream.numel()]
+        found += [] if self.largest is None else [self.largest]
+        if found:
+            self.largest = torch.stack(found).amax()
+
+    def look(self) -> None:
+        """Warn if a value left the range since the last look."""
+        largest, self.largest = self.largest, None
+        if largest is None or isinstance(largest, FakeTensor) or largest.is_meta:
+            return
+        value = largest.item()
+        if not value < EXACT_RANGE:  # NaN too
+            warnings.warn(
+                f"exact=True needs streams below {EXACT_RANGE:g}, got {value:g}: from here on the inversion is "
+                "rounded as with exact=False. Lower the learning rate or use fewer couplings.",
+                stacklevel=2,
+            )
 
 
 class AdditiveCoupling(nn.Module):

@@ -14,12 +14,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
+
+from nnunet_ext.architectures.blocks.mixed_precision import full_precision_products
 
 Halves = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Streams:
     """What lives between two steps.
 
@@ -49,6 +50,41 @@ def join(taken: Tensor, rest: Halves) -> Halves:
     return taken[:, :half], torch.cat((taken[:, half:], rest[1]), dim=1)
 
 
+class Mixing(nn.Module):
+    """Holds `weight`, a matrix that mixes channels; what a folded `OrthogonalMixing` becomes."""
+
+    weight: Tensor
+
+
+class OrthogonalMixing(Mixing):
+    """A learned orthogonal matrix, ``Q = (I - A / 2)^-1 (I + A / 2)`` with A skew-symmetric (Cayley's map).
+
+    Cheap, and orthogonal to rounding. Keys, and what folding needs, are those of `torch.nn.utils.parametrize`; modules
+    of that can't be saved whole, nor be cast to half precision.
+
+    Args:
+        n: rows and columns.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        parametrization = nn.Module()
+        parametrization.original = nn.Linear(n, n, bias=False).weight
+        self.parametrizations = nn.ModuleDict({"weight": parametrization})
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Q: each access solves a system of equations."""
+        original = cast(Tensor, self.parametrizations["weight"].original)
+        with torch.autocast(original.device.type, enabled=False):
+            lower = original.to(torch.promote_types(original.dtype, torch.float32)).tril()
+            a = lower - lower.mT
+            one = torch.eye(len(a), dtype=a.dtype, device=a.device)
+            # Never singular, so nothing is checked: on CUDA a check waits for the device.
+            q, _ = torch.linalg.solve_ex(one - a / 2, one + a / 2)
+            return q.to(original.dtype)
+
+
 class Squeeze(nn.Module):
     """Pixel unshuffle with a stride per axis, then an orthogonal mixing of the channels: a bijection.
 
@@ -70,15 +106,14 @@ class Squeeze(nn.Module):
         self.channels = channels
         self.stride = tuple(stride)
         n = channels * prod(stride)
-        # Cayley's map: cheap, and orthogonal to rounding.
-        self.mixing = (
-            orthogonal(nn.Linear(n, n, bias=False), orthogonal_map="cayley", use_trivialization=False)
-            if mixing
-            else None
-        )
+        self.mixing: Mixing | None = OrthogonalMixing(n) if mixing else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y."""
+    def matrix(self) -> Tensor | None:
+        """Q, for several calls of `forward` and `inverse`; None without mixing."""
+        return None if self.mixing is None else self.mixing.weight
+
+    def forward(self, x: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return y; `matrix` is what `matrix()` returned, None: compute it."""
         if any(size % step for size, step in zip(x.shape[2:], self.stride, strict=True)):
             raise ValueError(
                 f"Squeeze needs sizes that its stride {list(self.stride)} divides, got {list(x.shape[2:])}: use a "
@@ -88,23 +123,25 @@ class Squeeze(nn.Module):
         dim = len(self.stride)
         order = [0, 1, *range(3, 3 + 2 * dim, 2), *range(2, 2 + 2 * dim, 2)]
         y = x.reshape(*x.shape[:2], *sizes).permute(order)  # (B, C, *stride, *spatial / stride)
-        return self._mix(y.reshape(x.shape[0], -1, *sizes[::2]), transposed=False)
+        return self._mix(y.reshape(x.shape[0], -1, *sizes[::2]), matrix, transposed=False)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """Return x."""
-        y = self._mix(y, transposed=True)
+    def inverse(self, y: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return x; `matrix` as in `forward`."""
+        y = self._mix(y, matrix, transposed=True)
         dim = len(self.stride)
         x = y.reshape(y.shape[0], self.channels, *self.stride, *y.shape[2:])
         order = [0, 1, *(axis for i in range(dim) for axis in (2 + dim + i, 2 + i))]
         size = [n * step for n, step in zip(y.shape[2:], self.stride, strict=True)]
         return x.permute(order).reshape(y.shape[0], self.channels, *size)
 
-    def _mix(self, y: Tensor, transposed: bool) -> Tensor:
-        if self.mixing is None:
+    def _mix(self, y: Tensor, matrix: Tensor | None, transposed: bool) -> Tensor:
+        matrix = self.matrix() if matrix is None else matrix
+        if matrix is None:
             return y
-        with torch.autocast(y.device.type, enabled=False):  # in low precision the transpose is no inverse
-            weight = cast(Tensor, self.mixing.weight)
-            return ((weight.T if transposed else weight) @ y.flatten(2)).view(y.shape)
+        matrix = (matrix.T if transposed else matrix).to(y.dtype)
+        # In low precision the transpose is no inverse.
+        with torch.autocast(y.device.type, enabled=False), full_precision_products():
+            return (matrix @ y.flatten(2)).view(y.shape)
 
 
 class Descend(nn.Module):
@@ -120,10 +157,10 @@ class Descend(nn.Module):
         super().__init__()
         self.squeeze = squeeze
 
-    def forward(self, streams: Streams) -> Streams:
-        """Go one level down."""
+    def forward(self, streams: Streams, matrix: Tensor | None = None) -> Streams:
+        """Go one level down; `matrix` as of the squeeze."""
         taken, rest = part(streams.halves, self.squeeze.channels)
-        return Streams(_halves(self.squeeze(taken)), (*streams.skips, rest))
+        return Streams(_halves(self.squeeze(taken, matrix)), (*streams.skips, rest))
 
     def inverse(self, streams: Streams) -> Streams:
         """Go back up."""
@@ -145,10 +182,10 @@ class Ascend(nn.Module):
         super().__init__()
         self.squeeze = squeeze
 
-    def forward(self, streams: Streams) -> Streams:
-        """Go one level up."""
+    def forward(self, streams: Streams, matrix: Tensor | None = None) -> Streams:
+        """Go one level up; `matrix` as of the squeeze."""
         *skips, rest = streams.skips
-        taken = self.squeeze.inverse(torch.cat(streams.halves, dim=1))
+        taken = self.squeeze.inverse(torch.cat(streams.halves, dim=1), matrix)
         return Streams(join(taken, rest), tuple(skips))
 
     def inverse(self, streams: Streams) -> Streams:

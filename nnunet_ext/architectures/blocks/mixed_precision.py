@@ -7,6 +7,8 @@ instead of 1.4 GiB (tests/architectures/test_reversible_unet.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,34 @@ def lowered(x: Tensor) -> Tensor:
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+@contextmanager
+def full_precision_products() -> Iterator[None]:
+    """Multiply matrices of float32 in float32, whatever `torch.set_float32_matmul_precision` allows.
+
+    PyTorch's older switch is used where there is no other; a compiled graph keeps the precision it was made with.
+    """
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    switches = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # from PyTorch 2.9 on
+    if torch.compiler.is_compiling():
+        yield
+    elif switches:
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+            yield
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.fp32_precision = value
+    else:
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 class _Convolution(torch.autograd.Function):

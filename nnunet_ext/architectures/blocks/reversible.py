@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.blocks.chain import Chain
-from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
+from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling, ExactRange
 
 
 class ReversibleSequence(nn.Module):
@@ -19,7 +19,7 @@ class ReversibleSequence(nn.Module):
 
     Args:
         couplings: at least one; all of them exact or none.
-        reversible, group_elements: see `Chain`.
+        reversible, group_elements, exact_range: see `Chain`.
 
     Shape: (B, C, *spatial) -> (B, C, *spatial), C even.
 
@@ -34,11 +34,13 @@ class ReversibleSequence(nn.Module):
         *,
         reversible: bool = True,
         group_elements: int | None = None,
+        exact_range: ExactRange | None = None,
     ) -> None:
         super().__init__()
         self.couplings = nn.ModuleList(couplings)
         self.reversible = reversible
         self.group_elements = group_elements
+        self.exact_range = exact_range or ExactRange()
         modes = {coupling.exact for coupling in self.couplings}
         if len(modes) != 1:
             raise ValueError(
@@ -55,4 +57,5 @@ class ReversibleSequence(nn.Module):
         return self._chain().inverse(y)
 
     def _chain(self) -> Chain:
-        return Chain(list(self.couplings), self.exact, self.reversible, self.group_elements)
+        steps = list(self.couplings)
+        return Chain(steps, self.exact, self.reversible, self.group_elements, self.exact_range)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
+from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling, ExactRange
 from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 
 # Samples are recomputed together up to this many elements of a stage's feature map (32 MiB in float32): enough
@@ -113,6 +113,7 @@ class CouplingSpec:
     reversible: bool
     exact: bool
     preactivation: bool
+    exact_range: ExactRange = field(default_factory=ExactRange)
 
     def couplings(self, spec: ConvSpec, stage: StageSpec, blocks: int) -> list[AdditiveCoupling]:
         """Couplings of one stage."""
@@ -128,6 +129,7 @@ class CouplingSpec:
             self.couplings(spec, stage, blocks),
             reversible=self.reversible,
             group_elements=group_elements(spec),
+            exact_range=self.exact_range,
         )
 
 
