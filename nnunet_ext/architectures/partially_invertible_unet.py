@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.blocks.mixed_precision import convolve
 from nnunet_ext.architectures.blocks.planned_memory import counted_elements, loss_bytes, voxels_per_stage
-from nnunet_ext.architectures.blocks.recomputation import run_recomputed
+from nnunet_ext.architectures.blocks.recomputation import run_recomputed, uncompiled
 from nnunet_ext.architectures.blocks.stages import (
     GROUP_ELEMENTS,
     ConvSpec,
@@ -57,8 +57,10 @@ class Encoder(nn.Module):
             for above, stage in zip(stages, lower, strict=False)
         )
         self.stages = nn.ModuleList(coupling.sequence(spec, stage, stage.encoder_blocks) for stage in stages)
+        self.reversible = coupling.reversible
         self.recomputed = coupling.reversible and spec.samples_are_independent
 
+    @uncompiled
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the output of every stage; these are the skips."""
         skips = [self.stages[0](run_recomputed(self.stem, self.recomputed, x))]
@@ -103,6 +105,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
+        self.reversible = coupling.reversible
         self.recomputed = coupling.reversible and spec.samples_are_independent
         pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
         self.transitions = nn.ModuleList(Up(spec, coarse, fine) for coarse, fine in pairs)
@@ -112,6 +115,7 @@ class Decoder(nn.Module):
             spec.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
         )
 
+    @uncompiled
     def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
         """Return logits of the finest stage, or with deep supervision of every stage, largest first."""
         x = skips[-1]

@@ -29,6 +29,7 @@ from nnunet_ext.architectures.blocks.planned_memory import (
     voxels_per_stage,
     walk_back_bytes,
 )
+from nnunet_ext.architectures.blocks.recomputation import uncompiled
 from nnunet_ext.architectures.blocks.stages import ConvSpec, CouplingSpec, StageSpec, stage_specs
 
 
@@ -48,7 +49,9 @@ class Encoder(nn.Module):
             for below, stage in zip(channels, stages, strict=False)
         )
         self.stages = nn.ModuleList(coupling.sequence(spec, stage, stage.encoder_blocks) for stage in stages)
+        self.reversible = coupling.reversible
 
+    @uncompiled
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the output of every stage; these are the skips."""
         skips = []
@@ -74,6 +77,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
+        self.reversible = coupling.reversible
         conv_transposed = get_matching_convtransp(conv_op=spec.conv_op)
         pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
         self.transitions = nn.ModuleList(
@@ -86,6 +90,7 @@ class Decoder(nn.Module):
             spec.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
         )
 
+    @uncompiled
     def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
         """Return logits of the finest stage, or with deep supervision of every stage, largest first."""
         x = skips[-1]
