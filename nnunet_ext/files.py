@@ -165,6 +165,22 @@ def write_files(folder: Path, contents: Mapping[str, bytes], gone: Iterable[str]
         _swap(parts, [folder / name for name in gone])
 
 
+def check_folder(folder: Path) -> None:
+    """See that `folder` can be written, or made, before long work begins whose result goes there.
+
+    Raises:
+        UsageError: it can't.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    probe = partial(nearest / "probe")
+    with writing(folder):
+        try:
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror) from error  # about `folder`, whatever it names
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a name to write under, in a folder of its own; the file replaces `path` when the block ends well.

@@ -16,6 +16,7 @@ import pytest
 from nnunet_ext import files
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import (
+    check_folder,
     locked,
     partial,
     remove_partials,
@@ -228,6 +229,15 @@ def test_file_that_others_write_replaces_the_old_one_when_it_is_whole(tmp_path: 
         assert part.name == path.name
         part.write_text("new")
     assert contents(tmp_path) == {"model.pth": b"new"}
+
+
+def test_folder_that_cant_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "new" / "out"):
+        with pytest.raises(UsageError, match=rf"can't write {tmp_path / 'file'}\S*: Not a directory"):
+            check_folder(folder)
+    check_folder(tmp_path / "new" / "out")
+    assert files_in(tmp_path) == ["file"]
 
 
 def test_file_elsewhere_that_fails_is_not_called_the_output(tmp_path: Path) -> None:

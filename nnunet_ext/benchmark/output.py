@@ -9,7 +9,7 @@ from pathlib import Path
 from nnunet_ext.benchmark.figures import depth_curves, ratio_bars
 from nnunet_ext.benchmark.records import Report
 from nnunet_ext.benchmark.table import markdown
-from nnunet_ext.files import write_bytes, write_text
+from nnunet_ext.files import write_files
 
 
 def to_json(report: Report, command: str) -> str:
@@ -23,17 +23,15 @@ def to_json(report: Report, command: str) -> str:
 
 
 def write(report: Report, command: str, folder: Path) -> list[Path]:
-    """Write benchmark.json, benchmark.md, benchmark.png and, where depths were asked for, depth.png.
+    """Write benchmark.json, benchmark.md, benchmark.png and, where depths were asked for, depth.png, together.
 
     Raises:
         UsageError: the folder can't be written.
     """
-    pictures = {"benchmark.png": ratio_bars(report)}
-    if report.depth:
-        pictures["depth.png"] = depth_curves(report)
     texts = {"benchmark.json": to_json(report, command) + "\n", "benchmark.md": markdown(report, command)}
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    for name, picture in pictures.items():
-        write_bytes(folder / name, picture)
-    return [folder / name for name in [*texts, *pictures]]
+    files = {name: text.encode("utf-8") for name, text in texts.items()}
+    files["benchmark.png"] = ratio_bars(report)
+    if report.depth:
+        files["depth.png"] = depth_curves(report)
+    write_files(folder, files)
+    return [folder / name for name in files]

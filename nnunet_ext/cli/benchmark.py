@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_ext.files import check_folder
 from nnunet_ext.trust import OPTION
 
 if TYPE_CHECKING:
@@ -62,16 +63,17 @@ def run(args: argparse.Namespace) -> int:
     command = shlex.join(["nnunet-ext", *args.argv])
     # Nothing but the result goes to the standard output; nnU-Net prints when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
+        if args.output is not None:
+            check_folder(args.output)
         report = _measure(args)
         from nnunet_ext.benchmark import output
-
-        written = [] if args.output is None else output.write(report, command, args.output)
     if args.json:
         print(output.to_json(report, command))
-        return 0
-    _print(report)
-    for path in written:
-        print(f"Written: {path}")
+    else:
+        _print(report)
+    if args.output is not None:  # after the print: measurements take long, and the disk may be full
+        written = output.write(report, command, args.output)
+        print("\n".join(f"Written: {path}" for path in written), file=sys.stderr if args.json else sys.stdout)
     return 0
 
 

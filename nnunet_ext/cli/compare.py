@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext.files import check_folder
 from nnunet_ext.trust import OPTION
 
 if TYPE_CHECKING:
@@ -116,13 +117,16 @@ def run(args: argparse.Namespace) -> int:
         processes=args.np,
         trusted=args.trust,
     )
+    check_folder(args.output)
     with _status() as show:
         comparison = compare.compare(selection.request(selected), show)
+    if not args.json:
+        _print(comparison)
+    with _status() as show:
         written = report.write(comparison, args.output, _command(args), show)
     if args.json:
         print((args.output / "report.json").read_text(encoding="utf-8"), end="")
         return 0
-    _print(comparison)
     print(f"Report: {written}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from nnunet_ext.comparison import figures, overlay, statistics, tables, worst_ca
 from nnunet_ext.comparison.compare import Comparison, Status
 from nnunet_ext.comparison.results import MEAN, Evaluation
 from nnunet_ext.comparison.tables import Table
-from nnunet_ext.files import write_bytes, write_text, writing
+from nnunet_ext.files import write_files
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _FIGURES = "figures"
+_DIGESTS = "figures_sha256"
 _CSS_PIXELS = 0.62  # per pixel of a PNG
 
 
@@ -53,7 +55,7 @@ class Section:
 def write(
     comparison: Comparison, folder: Path, command: str = "", on_status: Status = lambda _: None
 ) -> Path:
-    """Write the report; each file is whole or not there. The same input gives the same bytes.
+    """Write the report, which replaces an earlier one as a whole. The same input gives the same bytes.
 
     Args:
         comparison: what was found.
@@ -76,13 +78,7 @@ def write(
         on_status("drawing cost")
         sections.append(_cost(comparison))
     pictures = [item for section in sections for item in section.items if isinstance(item, Figure)]
-    for old in _old_figures(folder) - {figure.name for figure in pictures}:
-        with writing(folder / _FIGURES):
-            (folder / _FIGURES / f"{old}.png").unlink(missing_ok=True)
-    for figure in pictures:
-        write_bytes(folder / _FIGURES / f"{figure.name}.png", figure.png)
     rows = [evaluation.scores.assign(evaluation=evaluation.name) for evaluation in comparison.evaluations]
-    write_text(folder / "cases.csv", _csv(rows))
     context = {
         "title": _title(comparison),
         "summary": [
@@ -95,10 +91,21 @@ def write(
         "command": command,
         "versions": _versions(),
     }
-    write_text(folder / "report.md", _render("report.md.jinja", context))
-    write_text(folder / "report.html", _render("report.html.jinja", context))
-    content = {**as_json(comparison), "warnings": warnings, "figures": [figure.name for figure in pictures]}
-    write_text(folder / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    files = {f"{_FIGURES}/{figure.name}.png": figure.png for figure in pictures}
+    content = {
+        **as_json(comparison),
+        "warnings": warnings,
+        "figures": [figure.name for figure in pictures],
+        _DIGESTS: {figure.name: _digest(figure.png) for figure in pictures},
+    }
+    texts = {
+        "cases.csv": _csv(rows),
+        "report.md": _render("report.md.jinja", context),
+        "report.html": _render("report.html.jinja", context),
+        "report.json": json.dumps(content, indent=2, allow_nan=False) + "\n",
+    }
+    files |= {name: text.encode("utf-8") for name, text in texts.items()}
+    write_files(folder, files, gone=_old_figures(folder) - files.keys())
     return folder / "report.html"
 
 
@@ -319,9 +326,26 @@ def _csv(parts: Sequence[Any]) -> str:
     return str(ordered.to_csv(index=False, lineterminator="\n"))
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _old_figures(folder: Path) -> set[str]:
-    """Names of the figures that an earlier report in this folder has."""
+    """Names of the figures of an earlier report in this folder, as far as they are unchanged.
+
+    Its report.json may be anybody's: what it names is one of its figures only where the content is.
+    """
     try:
-        return set(json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"])
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        digests = {str(name): digest for name, digest in content[_DIGESTS].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
+    named = {f"{_FIGURES}/{name}.png": digest for name, digest in digests.items() if Path(name).name == name}
+    return {name for name, digest in named.items() if _is_unchanged(folder / name, digest)}
+
+
+def _is_unchanged(path: Path, digest: Any) -> bool:
+    try:
+        return path.is_file() and _digest(path.read_bytes()) == digest
+    except (OSError, ValueError):  # gone or unreadable; no name of a file
+        return False

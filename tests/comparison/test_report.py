@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -140,15 +141,44 @@ def test_figures_of_an_earlier_report_are_removed_and_other_files_left(
     comparison: Comparison, tmp_path: Path
 ) -> None:
     report.write(comparison, tmp_path)
-    content = json.loads((tmp_path / "report.json").read_text())
-    content["figures"].append("old")
-    (tmp_path / "report.json").write_text(json.dumps(content))
-    for name in ("old", "mine"):
-        (tmp_path / "figures" / f"{name}.png").touch()
+    note_figure(tmp_path, "old", b"old")
+    (tmp_path / "figures" / "old.png").write_bytes(b"old")
+    (tmp_path / "figures" / "mine.png").touch()
+    (tmp_path / "notes.txt").touch()
     report.write(comparison, tmp_path)
     names = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert "mine" in names
     assert "old" not in names
+    assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["mine", "../mine", "../../mine", "{outside}", "", "..", "a\0b"])
+def test_received_report_can_not_have_files_deleted(name: str, tmp_path: Path) -> None:
+    figures = tmp_path / "out" / "figures"
+    figures.mkdir(parents=True)
+    for path in (tmp_path / "mine.png", figures.parent / "mine.png", figures / "mine.png", figures / ".png"):
+        path.write_bytes(b"mine")
+    name = name.format(outside=tmp_path / "mine")
+    (figures.parent / "report.json").write_text(json.dumps({"figures": [name], "figures_sha256": {}}))
+    # Only somebody who knows the content of a figure in the folder could name it.
+    note_figure(figures.parent, name, b"mine" if "/" in name else b"other")
+    assert report._old_figures(figures.parent) == set()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"figures_sha256": ["a"]}', '{"figures_sha256": {"a": 1}}', "{", ""]
+)
+def test_report_of_another_shape_names_no_figures(content: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(content)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "a.png").touch()
+    assert report._old_figures(tmp_path) == set()
+
+
+def note_figure(folder: Path, name: str, png: bytes) -> None:
+    content = json.loads((folder / "report.json").read_text())
+    content["figures_sha256"][name] = hashlib.sha256(png).hexdigest()
+    (folder / "report.json").write_text(json.dumps(content))
 
 
 def test_single_run_has_a_report_without_differences(make_run: MakeRun, tmp_path: Path) -> None:
