@@ -6,10 +6,13 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from math import prod, sqrt
+from pathlib import Path
 from typing import Any
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from torch import nn
 
 from nnunet_ext import registry
@@ -19,6 +22,7 @@ from nnunet_ext.benchmark.training_memory import TrainingMemory, training_memory
 from nnunet_ext.plans.memory_search import Candidate, Choice, MemorySearch
 from nnunet_ext.plans.patch_shapes import image_size, patch_shapes
 from nnunet_ext.plans.planned_report import memory_entry, report
+from nnunet_ext.plans.shared_data import settled
 
 # Voxels of a batch that default nnU-Net trains in 8 GB.
 _VOXELS_PER_GB = {2: 12 * 512**2 / 8, 3: 2 * 128**3 / 8}
@@ -33,7 +37,7 @@ class FreedMemoryPlanner(ExperimentPlanner):
     Everything but patch, batch and topology is nnU-Net's own planning. Memory is that of the step of `trainer`,
     counted by `benchmark.training_memory`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch
     holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration notes under ``memory`` what is
-    expected and what limits it. Preprocessed data of `nnUNetPlans` is reused.
+    expected and what limits it. Preprocessed data of `nnUNetPlans` is reused where it was made in the same way.
 
     Attributes:
         network_class: network that is planned.
@@ -78,7 +82,7 @@ class FreedMemoryPlanner(ExperimentPlanner):
         self._known: dict[tuple[int, bool], dict[tuple[str, int], Choice]] = {}
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        """Reuse the data of nnU-Net's default plans where spacing and normalisation are the same."""
+        """That of nnU-Net's default plans where nothing else is asked for; `save_plans` looks whether they agree."""
         same_data = self.overwrite_target_spacing is None and self.preprocessor_name == "DefaultPreprocessor"
         if configuration_name in ("2d", "3d_fullres") and same_data:
             return f"nnUNetPlans_{configuration_name}"
@@ -110,11 +114,18 @@ class FreedMemoryPlanner(ExperimentPlanner):
         return self._fitted(plan, asked, draft=data_identifier.endswith(_LOWRES))
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        """Fit the cascade too, whose input has more channels; print what was chosen and why; write as nnU-Net does."""
+        """Fit the cascade too, whose input has more channels; print what was chosen and why; write as nnU-Net does.
+
+        Data of other plans that were made in another way are left to them.
+        """
         configurations = plans["configurations"]
         if _CASCADE in configurations:
             configurations[_CASCADE].update(self._cascade(configurations["3d_fullres"]))
         print(report(self, plans, self._asked))
+        recursive_fix_for_json_export(plans)
+        folder = Path(nnUNet_preprocessed, self.dataset_name)
+        for line in settled(folder, plans, self.dataset_fingerprint, list(self.dataset)):
+            print(line)
         super().save_plans(plans)
 
     def with_patch(self, plan: dict[str, Any], patch: Sequence[int]) -> dict[str, Any] | None:

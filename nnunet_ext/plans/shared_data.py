@@ -1,0 +1,182 @@
+"""Whether preprocessed data that other plans own are what a configuration needs: same spacing, same normalisation."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ext.datasets import number_of
+
+# What DefaultPreprocessor reads of a configuration, beside its spacing.
+_READ = (
+    "preprocessor_name",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+_ENDINGS = (".b2nd", ".npz", ".npy")
+_INTENSITIES = "intensities of the data set's fingerprint"
+
+
+def settled(
+    folder: Path, plans: dict[str, Any], fingerprint: Mapping[str, Any], cases: Sequence[str]
+) -> Iterator[str]:
+    """Give configurations of new plans that can't share data an identifier of their own; say so, and what to run.
+
+    Args:
+        folder: of the data set in nnUNet_preprocessed.
+        plans: as they will be written, changed in place.
+        fingerprint: of the data set.
+        cases: names of the training cases, in the fingerprint's order.
+    """
+    known = len(fingerprint["spacings"]) == len(cases)
+    if not known:
+        yield (
+            f"dataset_fingerprint.json knows {len(fingerprint['spacings'])} cases, the data set has {len(cases)}: "
+            "extract it again, nnUNetv2_plan_and_preprocess with --clean does."
+        )
+    wanted = []
+    for name, configuration in plans["configurations"].items():
+        if "data_identifier" not in configuration:
+            continue  # inherited
+        data, own = configuration["data_identifier"], f"{plans['plans_name']}_{name}"
+        found = Preprocessed(folder / data, PlansManager(plans), name)
+        wrong = found.wrong(fingerprint, cases) if known else None
+        reason = (found.differing() or wrong) if data != own else None
+        if reason:
+            configuration["data_identifier"] = own
+            yield f"{name} does not use the preprocessed data {data}: {reason}."
+            found = Preprocessed(folder / own, PlansManager(plans), name)
+            wrong = found.wrong(fingerprint, cases) if known else None
+        if wrong or not found.has(cases):
+            wanted.append(name)
+    if wanted:
+        yield (
+            f"Preprocess before training, unless nnUNetv2_plan_and_preprocess does it now: nnUNetv2_preprocess -d "
+            f"{number_of(plans['dataset_name'])} -plans_name {plans['plans_name']} -c {' '.join(wanted)}\n"
+        )
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """Preprocessed data of a configuration.
+
+    Args:
+        folder: where they lie, or will lie.
+        plans: holding the configuration.
+        configuration: its name.
+    """
+
+    folder: Path
+    plans: PlansManager
+    configuration: str
+
+    def has(self, cases: Sequence[str]) -> bool:
+        """Whether every case is there."""
+        return all(any((self.folder / f"{case}{end}").is_file() for end in _ENDINGS) for case in cases)
+
+    def differing(self) -> str | None:
+        """What other plans that own these data preprocess otherwise, where they do."""
+        ours = preprocessing(self.plans, self.configuration)
+        for name, plans, configuration in _owners(self.folder, self.plans.plans_name):
+            try:
+                theirs = preprocessing(plans, configuration)
+            except (KeyError, TypeError) as error:
+                return f"{name} does not say how they are made ({error!r})"
+            for key, value in ours.items():
+                if not _same(value, theirs[key]):
+                    values = "" if key == _INTENSITIES else f", {theirs[key]}, here {value}"
+                    return f"{name} has other {key}{values}"
+        return None
+
+    def wrong(self, fingerprint: Mapping[str, Any], cases: Sequence[str]) -> str | None:
+        """What shows that the files there were made with another spacing, or of other images.
+
+        Data that an older nnU-Net stored as .npz or .npy are taken to be right.
+
+        Args:
+            fingerprint: of the data set.
+            cases: names of the training cases, in the fingerprint's order.
+        """
+        forward = self.plans.transpose_forward
+        target = self.plans.get_configuration(self.configuration).spacing
+        shapes, spacings = fingerprint["shapes_after_crop"], fingerprint["spacings"]
+        for case, *values in zip(cases, shapes, spacings, strict=True):
+            path = self.folder / f"{case}.b2nd"
+            if not path.is_file():
+                continue
+            shape, spacing = ([value[axis] for axis in forward] for value in values)
+            new = compute_new_shape(shape, spacing, [*spacing[: 3 - len(target)], *target]).tolist()
+            there = _stored_shape(path)
+            if there != new:
+                return f"{path.name} there has the shape {there}, with this spacing it has {new}"
+        return None
+
+
+def preprocessing(plans: PlansManager, configuration: str) -> dict[str, Any]:
+    """All that decides what the preprocessed data of a configuration look like.
+
+    Raises:
+        KeyError: the plans lack it.
+    """
+    found = plans.get_configuration(configuration)
+    return {
+        "spacing": found.spacing,
+        "transpose_forward": plans.transpose_forward,
+        "image_reader_writer": plans.plans["image_reader_writer"],
+        **{key: found.configuration[key] for key in _READ},
+        _INTENSITIES: plans.foreground_intensity_properties_per_channel,
+    }
+
+
+def _stored_shape(path: Path) -> list[int] | None:
+    """Without channels; None for a file that was cut off."""
+    import blosc2
+
+    try:
+        return list(blosc2.open(str(path), mode="r").shape[1:])
+    except RuntimeError:
+        return None
+
+
+def _owners(folder: Path, own: str) -> Iterator[tuple[str, PlansManager, str]]:
+    """Name, plans and configuration of all others, beside the plans called `own`, whose data lie in this folder."""
+    for path in sorted(folder.parent.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # nobody can have preprocessed with it
+        if path.stem == own or not isinstance(content, dict) or "configurations" not in content:
+            continue
+        plans = PlansManager(content)
+        for name in plans.available_configurations:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that plans are old
+                    is_owner = plans.get_configuration(name).data_identifier == folder.name
+            except (KeyError, ValueError, RuntimeError, TypeError):
+                continue  # no data can belong to it
+            if is_owner:
+                yield path.stem, plans, name
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, Sequence) and isinstance(other, Sequence) and not isinstance(one, str):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float) and isinstance(other, int | float):
+        return isclose(one, other, rel_tol=1e-5) or (np.isnan(one) and bool(np.isnan(other)))
+    return bool(one == other)

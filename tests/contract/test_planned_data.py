@@ -1,0 +1,191 @@
+"""Which preprocessed data new plans use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+
+from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+from nnunet_ext.plans.reversible_unet_planner import ReversibleUNetPlanner
+
+SHAPES, SPACINGS = [[40, 48, 52], [44, 40, 48]], [[1.0, 1.0, 1.0], [1.1, 1.0, 1.0]]
+OWN, SHARED = "nnUNetReversiblePlans_3d_fullres", "nnUNetPlans_3d_fullres"
+_numbers = count(950)
+
+
+@pytest.fixture(autouse=True)
+def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch and batch as nnU-Net chooses them: only data and axes matter here."""
+    monkeypatch.setattr(FreedMemoryPlanner, "_fitted", lambda self, plan, asked, draft=False: plan)
+    monkeypatch.setattr(  # nnU-Net starts twelve processes for it
+        "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner."
+        "get_filenames_of_train_images_and_targets",
+        lambda raw, _: {case: {"images": [f"{raw}/imagesTr/{case}_0000.nii.gz"]} for case in "ab"},
+    )
+
+
+@pytest.fixture
+def folder(workspace: Path) -> Path:
+    """A data set of two cases with a fingerprint, not planned; its folder in nnUNet_preprocessed."""
+    name = f"Dataset{next(_numbers)}_Planned"
+    raw, folder = workspace / "raw" / name, workspace / "preprocessed" / name
+    for part in (raw / "imagesTr", raw / "labelsTr", folder):
+        part.mkdir(parents=True)
+    image = sitk.GetImageFromArray(np.zeros((4, 4, 4), dtype=np.uint8))
+    for case in ("a", "b"):
+        sitk.WriteImage(image, str(raw / "imagesTr" / f"{case}_0000.nii.gz"))
+        sitk.WriteImage(image, str(raw / "labelsTr" / f"{case}.nii.gz"))
+    description = {"labels": {"background": 0, "a": 1}, "numTraining": 2, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, **description}))
+    write_fingerprint(folder, SHAPES, SPACINGS)
+    return folder
+
+
+def write_fingerprint(folder: Path, shapes: Any, spacings: Any, mean: float = 5.0) -> None:
+    statistics = dict.fromkeys(("max", "median", "min", "percentile_00_5", "percentile_99_5", "std"), 1.0)
+    content = {
+        "shapes_after_crop": shapes,
+        "spacings": spacings,
+        "foreground_intensity_properties_per_channel": {"0": {"mean": mean, **statistics}},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    (folder / "dataset_fingerprint.json").write_text(json.dumps(content))
+
+
+def plan(folder: Path, planner: type = ReversibleUNetPlanner, **options: Any) -> dict[str, Any]:
+    """Plans as they lie on disk."""
+    made = planner(folder.name, **options)
+    made.plan_experiment()
+    return json.loads((folder / f"{made.plans_identifier}.json").read_text())
+
+
+def identifier(plans: dict[str, Any]) -> str:
+    return plans["configurations"]["3d_fullres"]["data_identifier"]
+
+
+def write_data(folder: Path, spacing: tuple[float, ...] = (1.05, 1.0, 1.0)) -> None:
+    """What preprocessing with this spacing leaves in the folder of default nnU-Net."""
+    (folder / SHARED).mkdir()
+    for case, shape, own in zip("ab", SHAPES, SPACINGS, strict=True):
+        data = np.zeros((1, *compute_new_shape(shape, own, spacing)), dtype=np.float32)
+        blosc2.asarray(data, urlpath=str(folder / SHARED / f"{case}.b2nd"))
+
+
+def test_data_of_default_plans_are_reused_where_they_are_the_same(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(folder, ExperimentPlanner)
+    write_data(folder)
+    assert identifier(plan(folder)) == SHARED
+    assert "-plans_name nnUNetReversiblePlans -c 2d\n" in capsys.readouterr().out
+
+
+def test_data_of_another_spacing_are_left_alone_and_the_command_for_own_ones_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(folder, ExperimentPlanner, overwrite_target_spacing=[2.0, 2.0, 2.0])
+    write_data(folder, (2.0, 2.0, 2.0))
+    plans = plan(folder)
+    assert identifier(plans) == OWN
+    assert plans["configurations"]["2d"]["data_identifier"] == "nnUNetReversiblePlans_2d"
+    said = capsys.readouterr().out
+    assert (
+        f"does not use the preprocessed data {SHARED}: nnUNetPlans has other spacing, [2.0, 2.0, 2.0]" in said
+    )
+    number = folder.name[len("Dataset") :][:3]
+    assert f"nnUNetv2_preprocess -d {number} -plans_name nnUNetReversiblePlans -c 2d 3d_fullres\n" in said
+
+
+def set_in_configuration(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda plans: plans["configurations"]["3d_fullres"].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            set_in_configuration("normalization_schemes", ["ZScoreNormalization"]),
+            "other normalization_schemes",
+        ),
+        (set_in_configuration("use_mask_for_norm", [True]), "other use_mask_for_norm"),
+        (set_in_configuration("preprocessor_name", "Mine"), "other preprocessor_name"),
+        (set_in_configuration("resampling_fn_data", "resample_torch_fornnunet"), "other resampling_fn_data"),
+        (
+            set_in_configuration("resampling_fn_seg_kwargs", {"is_seg": True}),
+            "other resampling_fn_seg_kwargs",
+        ),
+        (lambda plans: plans.update(transpose_forward=[1, 0, 2]), "other transpose_forward"),
+        (lambda plans: plans.update(image_reader_writer="NibabelIO"), "other image_reader_writer"),
+        (
+            lambda plans: plans["configurations"]["3d_fullres"].pop("normalization_schemes"),
+            "does not say how",
+        ),
+    ],
+)
+def test_data_made_in_another_way_are_left_alone(
+    change: Callable[[dict[str, Any]], None],
+    reason: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plans = plan(folder, ExperimentPlanner)
+    change(plans)
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert identifier(plan(folder)) == OWN
+    assert reason in capsys.readouterr().out
+
+
+def test_a_configuration_that_inherits_owns_its_data_too(folder: Path) -> None:
+    plans = plan(folder, ExperimentPlanner)
+    plans["configurations"]["coarse"] = {"inherits_from": "3d_fullres", "spacing": [2.0, 2.0, 2.0]}
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert identifier(plan(folder)) == OWN
+
+
+def test_data_of_an_older_fingerprint_are_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(folder, ExperimentPlanner)
+    write_fingerprint(folder, SHAPES, SPACINGS, mean=6.0)
+    assert identifier(plan(folder)) == OWN
+    assert "other intensities of the data set's fingerprint" in capsys.readouterr().out
+
+
+def test_data_that_are_not_what_their_plans_say_are_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(folder, (2.0, 2.0, 2.0))
+    plan(folder, ExperimentPlanner)  # planned again and not preprocessed
+    assert identifier(plan(folder)) == OWN
+    assert (
+        "a.b2nd there has the shape [20, 24, 26], with this spacing it has [38, 48, 52]"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_fingerprint_of_other_cases_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_fingerprint(folder, SHAPES[:1], SPACINGS[:1])
+    plan(folder)
+    assert "knows 1 cases, the data set has 2: extract it again" in capsys.readouterr().out
+
+
+def test_broken_files_beside_the_plans_do_not_matter(folder: Path) -> None:
+    plan(folder, ExperimentPlanner)
+    loop = {
+        "plans_name": "Loop",
+        "configurations": {"x": {"inherits_from": "y"}, "y": {"inherits_from": "x"}},
+    }
+    (folder / "Loop.json").write_text(json.dumps(loop))
+    (folder / "cut.json").write_text('{"configurations": {')
+    (folder / "splits_final.json").write_text("[]")
+    assert identifier(plan(folder)) == SHARED
