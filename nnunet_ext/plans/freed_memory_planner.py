@@ -9,9 +9,11 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from torch import nn
 
@@ -38,6 +40,7 @@ class FreedMemoryPlanner(ExperimentPlanner):
     counted by `benchmark.training_memory`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch
     holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration notes under ``memory`` what is
     expected and what limits it. Preprocessed data of `nnUNetPlans` is reused where it was made in the same way.
+    Images of one voxel along an axis are planned as slices across it.
 
     Attributes:
         network_class: network that is planned.
@@ -80,6 +83,34 @@ class FreedMemoryPlanner(ExperimentPlanner):
         # Of each configuration: what nnU-Net asked for, by the identifier of its data.
         self._asked: dict[str, tuple[Any, Any, float]] = {}
         self._known: dict[tuple[int, bool], dict[tuple[str, int], Choice]] = {}
+
+    def determine_transpose(self) -> tuple[list[int], list[int]]:
+        """As nnU-Net, but an axis of one voxel comes first: nnU-Net then plans no 3D, which it could not train.
+
+        Raises:
+            ValueError: images of one voxel along two axes, or axes that may not be exchanged.
+        """
+        forward, backward = super().determine_transpose()
+        flat = [axis for axis, n in enumerate(self._median_shape()) if n == 1]
+        if not flat or flat == [forward[0]]:
+            return forward, backward
+        if len(flat) > 1 or self.suppress_transpose:
+            raise ValueError(
+                f"{type(self).__name__} plans 3D images, or 2D ones whose single axis it may put first, got a typical "
+                f"size of {[int(n) for n in self._median_shape()]} voxels"
+                f"{' without transposing' if self.suppress_transpose else ''}: correct the images."
+            )
+        print(f"The images have one voxel along axis {flat[0]}: they are planned in 2D, as slices across it.")
+        forward = [*flat, *(axis for axis in range(3) if axis not in flat)]
+        return forward, [forward.index(axis) for axis in range(3)]
+
+    def _median_shape(self) -> Any:
+        """Voxels per axis of a typical image at the target spacing, as nnU-Net counts them."""
+        spacing = self.determine_fullres_target_spacing()
+        found = zip(
+            self.dataset_fingerprint["shapes_after_crop"], self.dataset_fingerprint["spacings"], strict=True
+        )
+        return np.median([compute_new_shape(shape, own, spacing) for shape, own in found], 0)
 
     def generate_data_identifier(self, configuration_name: str) -> str:
         """That of nnU-Net's default plans where nothing else is asked for; `save_plans` looks whether they agree."""

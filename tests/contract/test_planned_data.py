@@ -1,4 +1,4 @@
-"""Which preprocessed data new plans use."""
+"""Which preprocessed data new plans use, and what becomes of images with an axis of one voxel."""
 
 from __future__ import annotations
 
@@ -189,3 +189,40 @@ def test_broken_files_beside_the_plans_do_not_matter(folder: Path) -> None:
     (folder / "cut.json").write_text('{"configurations": {')
     (folder / "splits_final.json").write_text("[]")
     assert identifier(plan(folder)) == SHARED
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("thick", [False, True], ids=["cubic", "thick slices"])
+def test_images_with_an_axis_of_one_voxel_are_planned_in_2d_across_it(
+    axis: int, thick: bool, folder: Path
+) -> None:
+    shape, spacing = [200, 200, 200], [1.0, 1.0, 1.0]
+    shape[axis], spacing[axis] = 1, 5.0 if thick else 1.0
+    write_fingerprint(folder, [shape] * 2, [spacing] * 2)
+    plans = plan(folder)
+    assert list(plans["configurations"]) == ["2d"]
+    assert min(plans["configurations"]["2d"]["patch_size"]) >= 100
+    assert plans["transpose_forward"][0] == axis
+    forward, backward = plans["transpose_forward"], plans["transpose_backward"]
+    assert [forward[i] for i in backward] == [0, 1, 2]
+
+
+def test_images_that_become_one_voxel_by_resampling_are_2d_too(folder: Path) -> None:
+    write_fingerprint(folder, [[200, 200, 2]] * 2, [[1.0, 1.0, 1.0]] * 2)
+    plans = plan(folder, overwrite_target_spacing=[1.0, 1.0, 3.0])
+    assert list(plans["configurations"]) == ["2d"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ([1, 200, 1], {}, "size of \\[1, 200, 1\\] voxels: "),
+        ([200, 200, 1], {"suppress_transpose": True}, "without"),
+    ],
+)
+def test_images_that_can_not_be_planned_are_refused(
+    shape: list[int], options: dict[str, Any], message: str, folder: Path
+) -> None:
+    write_fingerprint(folder, [shape] * 2, [[1.0, 1.0, 1.0]] * 2)
+    with pytest.raises(ValueError, match=message):
+        plan(folder, **options)
