@@ -13,6 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext.files import write_text
+
 MEASURED = Path(__file__).parents[1] / "nnunet_ext" / "measured.json"
 QUANTITIES = {
     "parameters": "parameters",
@@ -47,7 +49,7 @@ def main() -> None:
     for network, record in records(json.loads(options.benchmark.read_text()), options.date).items():
         if not options.networks or network in options.networks:
             stored[network] = record
-    MEASURED.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    write_text(MEASURED, json.dumps(stored, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
 from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.benchmark.memory import GIB, measure_step
+from nnunet_ext.files import write_text
 
 FEATURES = [32, 64, 128, 256, 320, 320]
 PATCH, BATCH, CLASSES = (128, 128, 128), 2, 3
@@ -195,7 +196,7 @@ def record(memory: list[dict[str, Any]], times: list[dict[str, Any]], device: st
         "date": date.today().isoformat(),
         "command": command,
     }
-    path.write_text(json.dumps(stored, indent=2) + "\n")
+    write_text(path, json.dumps(stored, indent=2) + "\n")
 
 
 def main() -> None:

@@ -386,18 +386,18 @@ def _run(stage: Stage, images: Path, output: Path, prior: Path | None, options: 
             num_processes_segmentation_export=options.export,
             folder_with_segs_from_prev_stage=None if prior is None else str(prior),
         )
-    except RuntimeError as error:
-        if "workers died" not in str(error):
+    except (OSError, RuntimeError) as error:
+        if "workers died" in str(error):
+            raise UsageError(
+                f"a process that reads or writes scans of {images} ended, its message is above: repair the scan, or "
+                "use -npp 1 -nps 1 where memory is short, then call again with --continue_prediction."
+            ) from error
+        if not isinstance(error, OSError) and "ImageFileWriter" not in str(error):  # ITK's only kind of error
             raise
-        raise UsageError(
-            f"a process that reads or writes scans of {images} ended, its message is above: repair the scan, or use "
-            "-npp 1 -nps 1 where memory is short, then call again with --continue_prediction."
-        ) from error
-    except OSError as error:
         free = shutil.disk_usage(output).free // 2**20
         raise UsageError(
-            f"can't write to {output} ({error}; {free} MiB are free): make room or choose another folder, then call "
-            "again with --continue_prediction."
+            f"can't write to {output} ({one_line(error)}; {free} MiB are free): make room or choose another folder, "
+            "then call again with --continue_prediction."
         ) from error
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -52,10 +55,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     parsed.argv = arguments
     try:
-        return int(parsed.run(parsed))
+        status = int(parsed.run(parsed))
+        sys.stdout.flush()  # here a full disk, or a reader that has gone, shows at the latest
+        return status
     except UsageError as error:
         print(printable(f"nnunet-ext {parsed.command}: {error}"), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if parsed.command == "run" or not _is_of_disk(error):
+            raise
+        _close_output()
+        if error.errno != errno.EPIPE:  # `nnunet-ext list | head` is no error of the user
+            reason = f"can't write {error.filename or 'its output'}: {error.strerror or error}"
+            print(
+                printable(f"nnunet-ext {parsed.command}: {reason}. Free space, then call again."),
+                file=sys.stderr,
+            )
         return 2
     except KeyboardInterrupt:
         print(f"nnunet-ext {parsed.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_of_disk(error: OSError) -> bool:
+    """Whether a disk, a quota or a pipe takes no more: nothing that the code could do about."""
+    names = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EPIPE")
+    return error.errno in {getattr(errno, name, -1) for name in names} or "usable temporary" in str(error)
+
+
+def _close_output() -> None:
+    """Let Python's own flush at the end write to nowhere, if it can't write to the standard output."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # tests replace the stream by one without a descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

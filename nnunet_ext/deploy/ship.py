@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -161,7 +162,9 @@ class _Fold:
             self._check_range(network)
         deployed = DeployedNetwork(network, DTYPES[self._options.dtype]).eval()
         path = self._folder / "checkpoint_final.pth"
-        torch.save(self._checkpoint(deployed), path)
+        content = io.BytesIO()
+        torch.save(self._checkpoint(deployed), content)
+        path.write_bytes(content.getvalue())  # torch.save itself reports a full disk as RuntimeError
         return Shipped(
             _count(trained),
             _count(network),

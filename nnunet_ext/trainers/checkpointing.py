@@ -37,7 +37,11 @@ class AtomicCheckpointMixin:
             super().run_training()  # type: ignore[misc]
 
     def save_checkpoint(self: Any, filename: str) -> None:
-        """Save as nnU-Net does, atomically; on failure the previous checkpoint stays and the error is raised."""
+        """Save as nnU-Net does, atomically.
+
+        Raises:
+            OSError: it can't be written; the previous checkpoint stays.
+        """
         if self.local_rank != 0 or self.disable_checkpointing:  # nnU-Net writes nothing
             super().save_checkpoint(filename)  # type: ignore[misc]
             return
@@ -45,9 +49,10 @@ class AtomicCheckpointMixin:
         try:
             with whole_file(path) as part:
                 super().save_checkpoint(str(part))  # type: ignore[misc]
-        except (OSError, RuntimeError):  # torch.save reports a full disk as RuntimeError
-            self.print_to_log_file(_failure(path))
-            raise
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            sentence = _failure(path, error)
+            self.print_to_log_file(sentence, also_print_to_console=False)
+            raise OSError(sentence) from error  # the last line of the traceback
 
     def load_checkpoint(self: Any, *arguments: Any, **options: Any) -> None:
         """Load as nnU-Net does; the best moving average counts the epoch after which the file was written.
@@ -59,11 +64,11 @@ class AtomicCheckpointMixin:
         self._best_ema = max((v for v in values if v is not None and not math.isnan(v)), default=None)
 
 
-def _failure(path: Path) -> str:
+def _failure(path: Path, error: Exception) -> str:
     """What a checkpoint that can't be written means for the user."""
     kept = f"The previous {path.name} is unchanged" if path.is_file() else f"There is no {path.name} yet"
     free = shutil.disk_usage(path.parent).free // 2**20
     return (
-        f"ERROR: can't write {path} ({free} MiB are free; a checkpoint needs its size once more beside the one that it "
-        f"replaces). {kept}: make room, then continue with --c."
+        f"can't write {path} ({' '.join(str(error).split())}; {free} MiB are free, and a checkpoint needs its size "
+        f"once more beside the one that it replaces). {kept}: make room, then continue with --c."
     )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -86,3 +91,61 @@ def test_mistake_of_the_user_is_one_line(
     monkeypatch.setattr("nnunet_ext.cli.list.run", fail)
     assert cli.main(["list"]) == status
     assert capsys.readouterr().err == f"nnunet-ext list: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/out/x"),
+            "can't write /out/x: No space left on device",
+        ),
+        (OSError(errno.EROFS, "Read-only file system"), "can't write its output: Read-only file system"),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            "No usable temporary directory",
+        ),
+    ],
+)
+def test_disk_that_takes_no_more_is_one_line_from_every_command(
+    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr("nnunet_ext.cli.list.run", fail)
+    assert cli.main(["list"]) == 2
+    printed = capsys.readouterr().err
+    assert line in printed
+    assert printed.count("\n") == 1
+
+
+def test_other_errors_of_files_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> int:
+        raise FileNotFoundError(2, "No such file", "a mistake of ours")
+
+    monkeypatch.setattr("nnunet_ext.cli.list.run", fail)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["list"])
+
+
+LIST = [sys.executable, "-c", "from nnunet_ext.cli import main; raise SystemExit(main(['list']))"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_output_to_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(LIST, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "can't write its output: No space left on device" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise")
+def test_reader_that_goes_away_is_no_error_message() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        done = subprocess.run(LIST, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode == 2

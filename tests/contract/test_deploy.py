@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,27 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert message in error
     assert not output.exists() or (how == "output exists" and not list(output.iterdir()))
     assert not [path for path in model.parent.iterdir() if ".partial-" in path.name]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+@pytest.mark.parametrize("limit", [0, 3000, 50_000])
+def test_full_disk_is_one_sentence_and_leaves_nothing(
+    limit: int, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    before = sorted(model.parent.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # real writes fail beyond it
+    try:
+        status = main(["deploy", "-m", str(model), "-o", str(model.parent / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert f"can't write {model.parent / 'out'}: File too large" in lines[-1]
+    assert not [line for line in lines if "Traceback" in line]
+    assert sorted(model.parent.iterdir()) == before
 
 
 def test_a_deployed_model_is_not_deployed_again_and_not_trained(
