@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.blocks.chain import Chain
+from nnunet_ext.architectures.blocks.coupling import ExactRange
 from nnunet_ext.architectures.blocks.levels import Ascend, Descend, Squeeze, Tap
 from nnunet_ext.architectures.blocks.mixed_precision import convolve
 from nnunet_ext.architectures.blocks.planned_memory import (
@@ -229,6 +230,7 @@ class InvertibleUNet(VAENetwork):
             nonlin_kwargs or {},
         )
         self.group_elements = group_elements(spec)
+        self.exact_range = ExactRange()
         coupling = CouplingSpec(reversible, exact, preactivation)
         mixing = resampling == "orthogonal"
         self.encoder = Encoder(input_channels, spec, self.stages, coupling, mixing)
@@ -249,7 +251,7 @@ class InvertibleUNet(VAENetwork):
         """The bijection from the first feature map to the last."""
         tap = [Tap()] if bottleneck_tap else []
         steps = [*self.encoder.steps(), *tap, *self.decoder.steps()]
-        return Chain(steps, self.exact, self.reversible, self.group_elements)
+        return Chain(steps, self.exact, self.reversible, self.group_elements, self.exact_range)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

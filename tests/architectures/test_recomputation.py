@@ -235,3 +235,20 @@ def test_mixing_is_inverted_in_full_precision_and_the_setting_stays(precision: s
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+def test_prediction_between_training_steps_is_compiled_in_one_graph(network_class: type[nn.Module]) -> None:
+    torch._dynamo.reset()
+    network = network_class(2, 3, **arguments([8, 16, 16]))
+    compiled = torch.compile(network, backend="aot_eager")
+    x = torch.randn(2, 2, 8, 8, 8)
+    compiled(x)[0].sum().backward()
+    network.eval()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for found, wanted in zip(compiled(x), network(x), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -9,7 +9,7 @@ forward passes. New against the papers: skips between levels are walked back too
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class Chain:
         group_elements: run the samples in groups of at most this many elements of the input (at least one sample),
             which lowers the peak of the backward pass. Only right where all modules treat samples independently:
             not with batch norm. None: all samples at once.
-        exact_range: shared by the chains of a network, which then waits once per step for what the exact mode checks.
+        exact_range: checks the exact mode; shared by the chains of a network, which then waits once per step. None:
+            nothing is checked.
 
     Raises:
         ValueError: odd number of channels; exact mode on a dtype other than float32 or float64.
@@ -48,7 +49,7 @@ class Chain:
     exact: bool = False
     reversible: bool = True
     group_elements: int | None = None
-    exact_range: ExactRange = field(default_factory=ExactRange)
+    exact_range: ExactRange | None = None
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -153,7 +154,8 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_taps: Tensor | None) -> tuple[Tensor | None, ...]:
         chain: Chain = ctx.chain
-        chain.exact_range.look()
+        if chain.exact_range is not None:
+            chain.exact_range.look()
         y, *weights = ctx.saved_tensors
         _, x_needs_grad, *needs_grad = ctx.needs_input_grad
         n = len(chain.steps)
@@ -195,7 +197,7 @@ def _advance(ctx: Any, chain: Chain, weights: Sequence[Tensor | None], start: in
             first = first + _run(ctx, (start, i, "f"), step, step.f, second)
             second = second + _run(ctx, (start, i, "g"), step, step.g, first)
             streams = Streams((first, second), streams.skips)
-            if chain.exact:
+            if chain.exact and chain.exact_range is not None:
                 chain.exact_range.note(first, second)
             del first, second
         elif isinstance(step, Tap):

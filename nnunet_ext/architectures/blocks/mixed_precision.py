@@ -8,7 +8,7 @@ instead of 1.4 GiB (tests/architectures/test_reversible_unet.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,31 +22,30 @@ def lowered(x: Tensor) -> Tensor:
     return x
 
 
-@contextmanager
-def full_precision_products() -> Iterator[None]:
+def full_precision_products() -> AbstractContextManager[None]:
     """Multiply matrices of float32 in float32, whatever `torch.set_float32_matmul_precision` allows.
 
-    PyTorch's older switch is used where there is no other; a compiled graph keeps the precision it was made with.
+    A compiled graph keeps the precision that it was made with.
     """
+    return nullcontext() if torch.compiler.is_compiling() else _full_precision_products()
+
+
+@contextmanager
+def _full_precision_products() -> Iterator[None]:
     backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     switches = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # from PyTorch 2.9 on
-    if torch.compiler.is_compiling():
-        yield
-    elif switches:
-        before = [switch.fp32_precision for switch in switches]
-        try:
-            for switch in switches:
-                switch.fp32_precision = "ieee"
-            yield
-        finally:
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
-    else:
-        precision = torch.get_float32_matmul_precision()
-        try:
+    before = [switch.fp32_precision for switch in switches]
+    precision = None if switches else torch.get_float32_matmul_precision()
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        if precision is not None:
             torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+        if precision is not None:
             torch.set_float32_matmul_precision(precision)
 
 
