@@ -37,6 +37,7 @@ from nnunet_ext.architectures.blocks.faster_fusion import (
 from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
 from nnunet_ext.architectures.blocks.onednn import is_exporting, is_observed
+from nnunet_ext.architectures.blocks.plan_sizes import check_patch_size, patch_divisors
 from nnunet_ext.architectures.blocks.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class FasterFusionUNet(nn.Module):
         patch divisible by the cumulative strides.
 
     Raises:
-        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, a list of divisors that does not fit
-            n_stages, an unknown option, an even kernel.
+        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, lists that do not fit n_stages, fewer
+            than two stages, even kernels, a depth below 1, an unknown option; in forward, another patch.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class FasterFusionUNet(nn.Module):
             deep_supervision=deep_supervision,
         )
         self.encoder, self.decoder = host.encoder, host.decoder
+        self.patch_divisors = patch_divisors(self.encoder.strides)
         divisors = [divisor] * n_stages if isinstance(divisor, int) else list(divisor)
         if len(divisors) != n_stages:
             raise ValueError(f"divisor needs one number or {n_stages} of them (n_stages), got {divisors}.")
@@ -184,6 +186,7 @@ class FasterFusionUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
+        check_patch_size(x, self.patch_divisors)
         network = self._fused_twin() if self.form is None and self._predicts_fused(x) else self
         return network._logits(x)
 

@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.blocks.implicit_decoder import Maps, PointDecoder
+from nnunet_ext.architectures.blocks.plan_sizes import check_stages
 from nnunet_ext.architectures.blocks.planned_memory import counted_elements
 from nnunet_ext.architectures.blocks.point_sampling import points_per_patch
 from nnunet_ext.architectures.blocks.sparse_inference import Mesh, Refinement, SparsePrediction, dense_logits
@@ -35,7 +36,10 @@ def per_stage(value: Any, n_stages: int, dim: int) -> list[tuple[int, ...]]:
     values = [value] * n_stages if isinstance(value, int) else list(value)
     if len(values) != n_stages:
         raise ValueError(f"The plans hold {len(values)} values for {n_stages} stages: {value}.")
-    return [(v,) * dim if isinstance(v, int) else tuple(int(n) for n in v) for v in values]
+    per_axis = [(v,) * dim if isinstance(v, int) else tuple(int(n) for n in v) for v in values]
+    if any(len(v) != dim for v in per_axis):
+        raise ValueError(f"The plans must hold one number or {dim} per stage, got {value}.")
+    return per_axis
 
 
 class ImplicitUNet(nn.Module):
@@ -114,6 +118,7 @@ class ImplicitUNet(nn.Module):
         super().__init__()
         _check_options(decoder_width, decoder_depth, frequencies, mesh_spacing, dropout, n_points, max_stride)
         self.dim = convert_conv_op_to_dim(conv_op)
+        check_stages("U-Net", n_stages, least=1)
         kernels = per_stage(kernel_sizes, n_stages, self.dim)
         if any(n % 2 == 0 for kernel in kernels for n in kernel):
             raise ValueError(f"ImplicitUNet needs odd kernels, got {kernel_sizes}: even ones shift the maps.")
@@ -167,10 +172,14 @@ class ImplicitUNet(nn.Module):
             return self.point_decoder(features, points, patch)
         samples = [[f[i : i + 1] for f in features] for i in range(len(features[0]))]
         logits = torch.stack([self._dense(sample, patch) for sample in samples])
-        if self.smooth:
-            pool = F.avg_pool2d if self.dim == 2 else F.avg_pool3d
-            logits = pool(logits, 3, 1, 1, count_include_pad=False)
-        return logits
+        return self._smoothed(logits) if self.smooth else logits
+
+    def _smoothed(self, logits: Tensor) -> Tensor:
+        """Mean over 3 voxels per axis, fewer at borders, also where an axis has fewer."""
+        pool = F.avg_pool2d if self.dim == 2 else F.avg_pool3d
+        inside = torch.ones_like(logits[:1, :1])
+        margin = [1, 1] * self.dim
+        return pool(F.pad(logits, margin), 3, 1) / pool(F.pad(inside, margin), 3, 1)
 
     def _dense(self, features: list[Tensor], patch: tuple[int, ...]) -> Tensor:
         """Logits of all voxels of one sample. Shape: maps (1, C_l, *) -> (num_classes, *patch)."""

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
+from nnunet_ext.architectures.blocks.plan_sizes import check_patch_size, patch_divisors
 
 BRANCHES = 2
 
@@ -47,7 +48,8 @@ class DualMeUNet(nn.Module):
         patch divisible by the cumulative strides.
 
     Raises:
-        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage.
+        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, lists that do not fit n_stages, fewer
+            than two stages, even kernels, a depth below 1; in forward, another patch.
     """
 
     def __init__(
@@ -97,10 +99,13 @@ class DualMeUNet(nn.Module):
             )
             for _ in range(BRANCHES)
         )
+        first: Any = self.branches[0]
+        self.patch_divisors = patch_divisors(first.encoder.strides)
         self.regions = regions
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
+        check_patch_size(x, self.patch_divisors)
         outputs = [branch(x) for branch in self.branches]
         mean = mean_of_sigmoids if self.regions else mean_of_softmaxes
         if isinstance(outputs[0], Tensor):

@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
 from nnunet_ext.architectures.blocks.partial_pass import downsample_labels
+from nnunet_ext.architectures.blocks.plan_sizes import check_patch_size, patch_divisors
 
 Resampling = Literal["nearest", "max"]
 
@@ -51,7 +52,8 @@ class PostConcatUNet(nn.Module):
 
     Raises:
         ValueError: no channel is left for the image, an unknown option, both or neither of n_conv_per_stage and
-            n_blocks_per_stage; in forward, an input without the prior.
+            n_blocks_per_stage, lists that do not fit n_stages, fewer than two stages, even kernels, a depth below 1; in
+            forward, an input without the prior, or another patch.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class PostConcatUNet(nn.Module):
             deep_supervision=deep_supervision,
         )
         self.encoder, self.decoder = host.encoder, host.decoder
+        self.patch_divisors = patch_divisors(self.encoder.strides)
         if self.joined_channels:
             self.decoder = PriorDecoder(
                 self.encoder,
@@ -130,6 +133,7 @@ class PostConcatUNet(nn.Module):
                 f"{self.prior_channels} of the previous stage's segmentation, got {x.shape[1]} in all: predict with "
                 "the previous stage first, then give its folder (-prev_stage_predictions)."
             )
+        check_patch_size(x, self.patch_divisors)
         if not self.joined_channels:
             return self.decoder(self.encoder(x))
         image, prior = x.split([self.input_channels - self.joined_channels, self.joined_channels], dim=1)

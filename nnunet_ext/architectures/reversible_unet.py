@@ -30,7 +30,13 @@ from nnunet_ext.architectures.blocks.planned_memory import (
     walk_back_bytes,
 )
 from nnunet_ext.architectures.blocks.recomputation import uncompiled
-from nnunet_ext.architectures.blocks.stages import ConvSpec, CouplingSpec, StageSpec, stage_specs
+from nnunet_ext.architectures.blocks.stages import (
+    ConvSpec,
+    CouplingSpec,
+    StageSpec,
+    check_patch,
+    stage_specs,
+)
 
 
 class Encoder(nn.Module):
@@ -189,6 +195,7 @@ class ReversibleUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
+        check_patch(x, self.stages)
         return self.decoder(self.encoder(x))
 
     @staticmethod

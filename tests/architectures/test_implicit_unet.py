@@ -196,6 +196,15 @@ def test_smoothing_averages_three_voxels_per_axis(case: str) -> None:
     torch.testing.assert_close(found, window.flatten(2).mean(2), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("patch", [(1, 8, 8), (2, 8, 8), (8, 1, 16), (3, 8, 8)])
+def test_smoothing_of_short_axes_averages_what_there_is(patch: tuple[int, ...]) -> None:
+    x = torch.randn(1, 2, *patch)
+    with torch.inference_mode():
+        plain, smooth = (network("3d", smooth=s).eval()(x) for s in (False, True))
+    corner = plain[(..., *[slice(min(2, n)) for n in patch])]
+    torch.testing.assert_close(smooth[..., 0, 0, 0], corner.flatten(2).mean(2), rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_network_gives_the_same_at_points_and_in_evaluation() -> None:
     torch._dynamo.reset()
     made = network(dropout=0.0)

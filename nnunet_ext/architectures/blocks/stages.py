@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
-from dynamic_network_architectures.building_blocks.helper import (
-    convert_conv_op_to_dim,
-    maybe_convert_scalar_to_list,
-)
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -18,6 +13,15 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling, ExactRange
+from nnunet_ext.architectures.blocks.plan_sizes import (
+    check_depths,
+    check_odd,
+    check_patch_size,
+    check_stages,
+    patch_divisors,
+    per_stage_and_axis,
+    per_stage_list,
+)
 from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 
 # Samples are recomputed together up to this many elements of a stage's feature map (32 MiB in float32): enough
@@ -138,15 +142,6 @@ def group_elements(spec: ConvSpec) -> int | None:
     return GROUP_ELEMENTS if spec.samples_are_independent else None
 
 
-def per_stage_list(name: str, values: Any, n: int) -> list[Any]:
-    """Repeat one value `n` times; check the length of a list."""
-    if isinstance(values, int):
-        return [values] * n
-    if len(values) != n:
-        raise ValueError(f"{name} needs one number or {n} of them (n_stages), got {list(values)}.")
-    return list(values)
-
-
 def stage_specs(
     conv_op: type[_ConvNd],
     n_stages: int,
@@ -176,21 +171,16 @@ def stage_specs(
             "A reversible network needs either n_conv_per_stage (default plans) or n_blocks_per_stage (ResEnc plans), "
             f"got {n_conv_per_stage} and {n_blocks_per_stage}."
         )
-    encoder_blocks, decoder_blocks = n_conv_per_stage or n_blocks_per_stage, n_conv_per_stage_decoder
+    encoder_blocks = n_blocks_per_stage if n_conv_per_stage is None else n_conv_per_stage
+    decoder_blocks = n_conv_per_stage_decoder
     if blocks_per_stage is not None:
         per_stage = per_stage_list("blocks_per_stage", blocks_per_stage, n_stages)
         encoder_blocks, decoder_blocks = per_stage, per_stage[-2::-1]
-    if n_stages < 2:
-        raise ValueError(
-            f"A reversible network needs at least 2 stages, got n_stages={n_stages}: plan a larger patch."
-        )
-    dim = convert_conv_op_to_dim(conv_op)
+    check_stages("reversible network", n_stages)
     features = per_stage_list("features_per_stage", features_per_stage, n_stages)
-    kernels = [
-        _per_axis("kernel_sizes", conv_op, dim, k)
-        for k in per_stage_list("kernel_sizes", kernel_sizes, n_stages)
-    ]
-    steps = [_per_axis("strides", conv_op, dim, s) for s in per_stage_list("strides", strides, n_stages)]
+    kernels = per_stage_and_axis("kernel_sizes", conv_op, kernel_sizes, n_stages)
+    check_odd(kernels)
+    steps = per_stage_and_axis("strides", conv_op, strides, n_stages)
     features = fit(features, steps) if fit else features
     encoder = per_stage_list("blocks per encoder stage", encoder_blocks, n_stages)
     decoder = per_stage_list("n_conv_per_stage_decoder", decoder_blocks, n_stages - 1)[::-1]
@@ -198,25 +188,13 @@ def stage_specs(
         if channels % 2:
             raise ValueError(
                 f"Reversible stages split their channels in two halves: stage {i} has {channels} features; "
-                f"use {channels - 1} or {channels + 1} in features_per_stage {features}."
+                f"use {max(2, channels - 1)} or {channels + 1} in features_per_stage {features}."
             )
-        if any(k % 2 == 0 for k in kernels[i]):
-            raise ValueError(f"Kernels must be odd to keep the size, stage {i} has kernel size {kernels[i]}.")
-    if min(*encoder, *decoder) < 1:
-        raise ValueError(
-            f"Every stage needs at least one block, got encoder {encoder}, decoder {decoder[::-1]}."
-        )
+    check_depths(encoder, decoder[::-1])
     # The coarsest stage has no decoder.
     return [
         StageSpec(*values) for values in zip(features, kernels, steps, encoder, [*decoder, 0], strict=True)
     ]
-
-
-def _per_axis(name: str, conv_op: type[_ConvNd], dim: int, value: Any) -> list[int]:
-    values = list(maybe_convert_scalar_to_list(conv_op, value))
-    if len(values) != dim:
-        raise ValueError(f"{name} need {dim} numbers per stage for {conv_op.__name__}, got {values}.")
-    return values
 
 
 def check_patch(x: Tensor, stages: Sequence[StageSpec]) -> None:
@@ -225,9 +203,4 @@ def check_patch(x: Tensor, stages: Sequence[StageSpec]) -> None:
     Raises:
         ValueError: names the divisor of each axis.
     """
-    divisors = [prod(axis) for axis in zip(*(stage.stride for stage in stages), strict=True)]
-    if any(size % divisor for size, divisor in zip(x.shape[2:], divisors, strict=True)):
-        raise ValueError(
-            f"The patch must be divisible by {divisors}, the product of the strides, got {list(x.shape[2:])}: use the "
-            "patch of nnU-Net's plans, or round it up."
-        )
+    check_patch_size(x, patch_divisors([stage.stride for stage in stages]))
