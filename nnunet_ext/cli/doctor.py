@@ -1,33 +1,64 @@
-"""Prove that nnU-Net's commands find every registered name, and say what to repair.
+"""Prove that nnU-Net's commands find every registered name, or check a raw data set; say what to repair.
 
-Runs nnU-Net's own lookup in a fresh process with the Python of the nnUNetv2_train on PATH. The exit status is
-0 where nothing fails; warnings don't count.
+Runs nnU-Net's own lookup in a fresh process with the Python of the nnUNetv2_train on PATH. With --dataset, reads every
+image and label of a data set with nnU-Net's own reader instead. The exit status is 0 where nothing fails; warnings
+don't count.
 
-example: nnunet-ext doctor --json
+examples: nnunet-ext doctor --json
+          nnunet-ext doctor --dataset 4
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from nnunet_ext import doctor
 from nnunet_ext.doctor.finding import Finding
+from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import printable
+
+_SECONDS_BETWEEN_LINES = 20.0  # where the output is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext doctor``."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--dataset", metavar="D", help="number, name or folder of a raw data set to check")
+    parser.add_argument(
+        "-np", type=int, metavar="N", help="processes that read the data set; default: as nnU-Net"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; return 1 where one of them is a failure."""
-    findings = doctor.examine()
+    findings = doctor.examine() if args.dataset is None else _examine_dataset(args.dataset, args.np)
     print(json.dumps([asdict(finding) for finding in findings], indent=2) if args.json else text(findings))
     return int(any(finding.level == "failure" for finding in findings))
+
+
+def _examine_dataset(dataset: str, processes: int | None) -> list[Finding]:
+    from nnunet_ext.doctor import raw_dataset
+
+    if processes is not None and processes < 1:
+        raise UsageError(f"-np must be at least 1, got {processes}: use 1.")
+    with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints while it looks
+        folder = raw_dataset.find(dataset)
+        last = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            nonlocal last
+            if sys.stderr.isatty() or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+                end = "\r" if sys.stderr.isatty() and done < total else "\n"
+                print(f"{folder.name}: {done} of {total} cases read", end=end, file=sys.stderr, flush=True)
+                last = time.monotonic()
+
+        return raw_dataset.examine(folder, processes or raw_dataset.default_processes(), show)
 
 
 def text(findings: Sequence[Finding]) -> str:

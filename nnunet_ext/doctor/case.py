@@ -160,17 +160,9 @@ def _about_channels(case: Case, images: Sequence[_Volume], rules: Rules) -> Iter
         )
     for image in images[1:]:
         yield from _about_grids(case, images[0], image)
-    shape, spacing = images[0].shape, images[0].spacing
+    spacing = images[0].spacing
     if not all(step > 0 for step in spacing):
         yield failure(case.name, f"{images[0].path} has the spacing {_row(spacing)}", "correct its header")
-    # Readers give 2D images a first axis of one voxel and a spacing that is the largest.
-    if 1 in shape and not (shape[0] == 1 and spacing[0] == max(spacing) and shape.count(1) == 1):
-        yield warning(
-            case.name,
-            f"{images[0].path} has one voxel along an axis that is not that of the largest spacing: shape "
-            f"{_row(shape)}, spacing {_row(spacing)}",
-            "take it out of 3D data; where all are like this, see the finding about the whole data set",
-        )
 
 
 def _about_values(case: Case, image: _Volume) -> Iterator[Finding]:

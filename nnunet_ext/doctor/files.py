@@ -1,0 +1,64 @@
+"""Checks names of files by nnU-Net's rule: every file with the right ending counts, hidden ones too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nnunet_ext.doctor.finding import Finding, failure, warning
+
+_MOST = 5  # names that a finding holds
+_BESIDE = (".tif", ".tiff")  # have their spacing in a .json
+
+
+def of_folder(folder: Path, ending: str, has_channels: bool) -> Iterator[Finding]:
+    """What is wrong with the names in a folder of images or labels.
+
+    Args:
+        folder: of the files.
+        ending: of those that count.
+        has_channels: whether names end with the channel, CASE_0000.
+    """
+    entries = sorted(folder.iterdir())
+    gone = [path.name for path in entries if path.is_symlink() and not path.exists()]
+    if gone:
+        yield failure(
+            folder.name, f"holds links to files that are gone: {_some(gone)}", "restore them, or link anew"
+        )
+    names = [path.name for path in entries if path.is_file()]
+    hidden = [name for name in names if name.startswith(".")]
+    taken = [name for name in hidden if name.endswith(ending)]
+    if taken:
+        level = failure if has_channels else warning
+        yield level(
+            folder.name,
+            f"holds hidden files, which nnU-Net takes for cases: {_some(taken)}",
+            f"they are companions that macOS made: find {folder} -name '._*' -delete",
+        )
+    if rest := [name for name in hidden if name not in taken]:
+        yield warning(folder.name, f"holds hidden files: {_some(rest)}", "delete them, nnU-Net ignores them")
+    seen = [name for name in names if name not in hidden]
+    beside = ".json" if ending.lower() in _BESIDE else ending
+    if other := [name for name in seen if not name.endswith((ending, beside))]:
+        yield warning(
+            folder.name,
+            f"holds files that don't end with {ending}, which nnU-Net ignores: {_some(other)}",
+            "convert or rename them where they are cases, else move them away",
+        )
+    unnumbered = [name for name in seen if name.endswith(ending) and not _has_channel(name, ending)]
+    if has_channels and unnumbered:
+        yield failure(
+            folder.name,
+            f"holds files that are not called CASE_0000{ending}: {_some(unnumbered)}",
+            "add the number of the channel to their names",
+        )
+
+
+def _has_channel(name: str, ending: str) -> bool:
+    return re.fullmatch(r".+_\d{4}", name[: -len(ending)]) is not None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(names[:_MOST]) + more
