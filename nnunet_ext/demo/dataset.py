@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext.datasets import number_of
+from nnunet_ext.doctor.case import Case, look
+from nnunet_ext.doctor.description import describe
+from nnunet_ext.doctor.raw_dataset import about_cases, default_processes, list_cases, rules
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
 
@@ -24,16 +30,14 @@ class RawDataset:
     Args:
         folder: DatasetXXX_Name.
         description: content of its dataset.json.
-        training: names of the cases to train on.
-        unseen: names of the cases to predict.
-        unseen_part: "Ts" where they lie in imagesTs and labelsTs, "Tr" where they were held out.
+        training: cases to train on.
+        unseen: cases to predict.
     """
 
     folder: Path
     description: dict[str, Any]
-    training: tuple[str, ...]
-    unseen: tuple[str, ...]
-    unseen_part: str
+    training: tuple[Case, ...]
+    unseen: tuple[Case, ...]
 
 
 def read_raw(folder: Path) -> RawDataset:
@@ -42,26 +46,24 @@ def read_raw(folder: Path) -> RawDataset:
     Raises:
         UsageError: it is not in nnU-Net's raw format, or has too few cases.
     """
-    if re.fullmatch(r"Dataset\d{3}_\w[\w-]*", folder.name) is None:
+    if number_of(folder.name) is None:
         raise UsageError(
             f"--raw needs a folder called DatasetXXX_Name (XXX: digits), got {folder}: rename it."
         )
     if not folder.is_dir():
         raise UsageError(f"--raw needs an existing folder, got {folder}: correct the path.")
     description = _read_description(folder)
-    for part in ("imagesTr", "labelsTr"):
+    for part in ("imagesTr", "labelsTr") if "dataset" not in description else ():
         if not (folder / part).is_dir():
             raise UsageError(f"--raw needs a folder {part} in the data set, {folder} has none: add it.")
-    ending = str(description["file_ending"])
-    cases = _cases(folder / "imagesTr", ending)
-    unlabelled = [case for case in cases if not (folder / "labelsTr" / f"{case}{ending}").is_file()]
+    cases, _ = list_cases(folder, description)
+    unlabelled = [case.label for case in cases if case.label is not None and not case.label.is_file()]
     if unlabelled:
         raise UsageError(
-            f"--raw needs a label for every training case, {folder / 'labelsTr'} has no "
-            f"{unlabelled[0]}{ending} ({len(unlabelled)} missing): add it or remove the image."
+            f"--raw needs a label for every training case, {unlabelled[0].parent} has no "
+            f"{unlabelled[0].name} ({len(unlabelled)} missing): add it or remove the image."
         )
-    test = _cases(folder / "imagesTs", ending)
-    test = [case for case in test if (folder / "labelsTs" / f"{case}{ending}").is_file()]
+    test = _test_cases(folder, str(description["file_ending"]))
     needed = _MIN_TRAINING if test else _MIN_TRAINING + N_UNSEEN
     if len(cases) < needed:
         held_out = "" if test else f", and {N_UNSEEN} are held out to be predicted"
@@ -70,8 +72,26 @@ def read_raw(folder: Path) -> RawDataset:
             f"{folder} has {len(cases)}: add some."
         )
     if test:
-        return RawDataset(folder, description, tuple(cases), tuple(test[:N_UNSEEN]), "Ts")
-    return RawDataset(folder, description, tuple(cases[:-N_UNSEEN]), tuple(cases[-N_UNSEEN:]), "Tr")
+        return RawDataset(folder, description, tuple(cases), tuple(test[:N_UNSEEN]))
+    return RawDataset(folder, description, tuple(cases[:-N_UNSEEN]), tuple(cases[-N_UNSEEN:]))
+
+
+def check(raw: RawDataset, on_progress: Callable[[int, int], None]) -> None:
+    """Read all cases, as `nnunet-ext doctor --dataset` does.
+
+    Raises:
+        UsageError: one would spoil a training.
+    """
+    _, findings = describe(raw.folder / "dataset.json")
+    cases = (*raw.training, *raw.unseen)
+    findings += about_cases(raw.description, cases, default_processes(), on_progress)
+    failures = [found for found in findings if found.level == "failure"]
+    if failures:
+        first, command = failures[0], f"nnunet-ext doctor --dataset {shlex.quote(str(raw.folder))}"
+        raise UsageError(
+            f"--raw needs a data set without faults, {first.subject} {first.detail}: {first.cure} "
+            f"(failures: {len(failures)}; `{command}` shows all)."
+        )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -89,19 +109,18 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if missing:
         names = ", ".join(missing)
         raise UsageError(f"--raw needs {', '.join(required)} in {path}, it lacks {names}: add them.")
-    if "dataset" in description:
-        raise UsageError(
-            f"--raw needs the cases in imagesTr and labelsTr, {path} lists them under 'dataset': "
-            "copy or link the files there and remove that key."
-        )
     return dict(description)
 
 
-def _cases(folder: Path, ending: str) -> list[str]:
-    """Names of the cases in a folder of images, <case>_<four digits of the channel><ending>."""
-    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
-    matches = [pattern.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted({match[1] for match in matches if match is not None})
+def _test_cases(folder: Path, ending: str) -> list[Case]:
+    """Cases of imagesTs that have a label in labelsTs."""
+    pattern = re.compile(r"([^.].*)_\d{4}" + re.escape(ending))
+    found: dict[str, list[Path]] = {}
+    for path in sorted((folder / "imagesTs").iterdir()) if (folder / "imagesTs").is_dir() else ():
+        if match := pattern.fullmatch(path.name):
+            found.setdefault(match[1], []).append(path)
+    labels = {name: folder / "labelsTs" / f"{name}{ending}" for name in found}
+    return [Case(name, tuple(found[name]), labels[name]) for name in sorted(found) if labels[name].is_file()]
 
 
 def link(raw: RawDataset, target: Path) -> None:
@@ -111,27 +130,50 @@ def link(raw: RawDataset, target: Path) -> None:
         UsageError: `target` can't be written.
     """
     description = raw.description | {"numTraining": len(raw.training)}
+    description.pop("dataset", None)  # all lie in imagesTr and labelsTr now
+    ending = str(description["file_ending"])
     with whole_folder(target, replace=True) as partial:
-        for cases, source_part, part in ((raw.training, "Tr", "Tr"), (raw.unseen, raw.unseen_part, "Ts")):
-            for kind in ("images", "labels"):
-                (partial / f"{kind}{part}").mkdir()
-                source, belongs = raw.folder / f"{kind}{source_part}", _belongs_to(kind, cases, description)
-                files = [path for path in sorted(source.iterdir()) if belongs(path.name)]
-                _link_files(files, partial / f"{kind}{part}")
+        for part, cases in (("Tr", raw.training), ("Ts", raw.unseen)):
+            images, labels = partial / f"images{part}", partial / f"labels{part}"
+            images.mkdir()
+            labels.mkdir()
+            for case in cases:
+                for channel, path in enumerate(case.images):
+                    _link(path, images / f"{case.name}_{channel:04d}{ending}")
+                # Readers of .tif look for the spacing there.
+                _link(_beside(case.images[0], len(f"_0000{ending}")), images / f"{case.name}.json")
+                if case.label is not None:
+                    _link(case.label, labels / f"{case.name}{ending}")
+                    _link(_beside(case.label, len(ending)), labels / f"{case.name}.json")
         (partial / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def _belongs_to(kind: str, cases: tuple[str, ...], description: dict[str, Any]) -> Callable[[str], bool]:
-    """Tell files of the cases: images or labels, and the .json that nnU-Net wants beside .tif."""
-    channel = r"_\d{4}" if kind == "images" else ""
-    any_case = "|".join(re.escape(case) for case in cases)
-    pattern = rf"(?:{any_case})(?:{channel}{re.escape(str(description['file_ending']))}|\.json)"
-    return lambda name: re.fullmatch(pattern, name) is not None
+def are_predicted(data: Path, predictions: Path, cases: Sequence[str]) -> bool:
+    """Whether every unseen case has a prediction that is whole, of its image's shape, with labels of the data set.
+
+    Args:
+        data: data set that `link` made, or the phantom.
+        predictions: folder of segmentations.
+        cases: names.
+    """
+    description = _read_description(data)
+    ending = str(description["file_ending"])
+    for case in cases:
+        images = tuple(sorted((data / "imagesTs").glob(f"{escape(case)}_????{ending}")))
+        seen = look((Case(case, images, predictions / f"{case}{ending}"), rules(description, images[0])))
+        if any(found.level == "failure" for found in seen.findings):
+            return False
+    return True
 
 
-def _link_files(paths: list[Path], target: Path) -> None:
-    for path in paths:
-        try:
-            (target / path.name).symlink_to(path.resolve())
-        except (OSError, NotImplementedError):  # Windows without the right, file systems without links
-            shutil.copyfile(path, target / path.name)
+def _beside(path: Path, end: int) -> Path:
+    return path.with_name(f"{path.name[:-end]}.json")
+
+
+def _link(path: Path, target: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        target.symlink_to(path.resolve())
+    except (OSError, NotImplementedError):  # Windows without the right, file systems without links
+        shutil.copyfile(path, target)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext import files, registry
+from nnunet_ext.datasets import number_of
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import PARTIAL, write_text, writing
 
@@ -65,7 +66,7 @@ class Demo:
     @property
     def dataset_id(self) -> str:
         """The data set's number, as the commands take it."""
-        return str(int(self.dataset[len("Dataset") :][:3]))
+        return str(number_of(self.dataset))
 
     @property
     def raw(self) -> Path:

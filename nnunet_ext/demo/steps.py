@@ -14,7 +14,9 @@ from nnunet_ext.demo import dataset, phantom, report
 from nnunet_ext.demo.settings import PLANS, Demo, read_json
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import writing
+from nnunet_ext.whole import is_whole
 
+_PREPROCESSED = (".pkl", ".b2nd", "_seg.b2nd")
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 
 Status = Callable[[str], None]
@@ -59,9 +61,10 @@ def _data(demo: Demo, raw: dataset.RawDataset | None) -> Step:
         if raw is None:
             phantom.write_dataset(demo.raw, phantom.PhantomSpec(), lambda i, n: status(f"scan {i}/{n}"))
         else:
+            dataset.check(raw, lambda i, n: status(f"case {i}/{n}"))
             dataset.link(raw, demo.raw)
 
-    title = "generate the phantom" if raw is None else f"link {raw.folder.name}"
+    title = "generate the phantom" if raw is None else f"check and link {raw.folder.name}"
     return Step("data", title, (demo.dataset,), work, lambda: (demo.raw / "dataset.json").is_file())
 
 
@@ -87,7 +90,7 @@ def _plan(demo: Demo, run: RunCommand) -> Step:
         folder = demo.preprocessed / str(
             read_json(plans)["configurations"].get(demo.configuration, {}).get("data_identifier")
         )
-        return all((folder / f"{case}.pkl").is_file() for case in demo.cases("Tr"))
+        return all(is_whole(folder / f"{case}{end}") for case in demo.cases("Tr") for end in _PREPROCESSED)
 
     return Step("plan", "plan and preprocess", command, work, results, ("data",))
 
@@ -104,7 +107,7 @@ def _train(demo: Demo, trainer: str, run: RunCommand) -> Step:
         run(f"train_{scheduled}", (*command, *_continue_option(fold)), lambda text: status(watch.read(text)))
 
     def results() -> bool:
-        return (fold / _CHECKPOINTS[0]).is_file() and (fold / "validation" / "summary.json").is_file()
+        return is_whole(fold / _CHECKPOINTS[0]) and is_whole(fold / "validation" / "summary.json")
 
     return Step(f"train_{scheduled}", f"train {trainer}", command, work, results, ("plan",))
 
@@ -120,8 +123,7 @@ def _predict(demo: Demo, trainer: str, run: RunCommand) -> Step:
         run(f"predict_{scheduled}", command, lambda _: status(""))
 
     def results() -> bool:
-        ending = demo.description()["file_ending"]
-        return all((folder / f"{case}{ending}").is_file() for case in demo.cases("Ts"))
+        return dataset.are_predicted(demo.raw, folder, demo.cases("Ts"))
 
     title, needs = f"predict with {trainer}", (f"train_{scheduled}",)
     return Step(f"predict_{scheduled}", title, command, work, results, needs)

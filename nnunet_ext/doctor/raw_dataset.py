@@ -78,14 +78,7 @@ def examine(folder: Path, processes: int, on_progress: Progress) -> list[Finding
     cases, found = list_cases(folder, description)
     findings += found
     findings += _about_number(folder, description, cases)
-    if cases:
-        looks = read_cases(description, cases, processes, on_progress)
-        findings += [found for seen in looks for found in seen.findings]
-        findings += [
-            *_about_all(looks, rules(description, None)),
-            ok(SUBJECT, f"{len(looks)} cases were read"),
-        ]
-    return findings
+    return findings + (about_cases(description, cases, processes, on_progress) if cases else [])
 
 
 def list_cases(folder: Path, description: Mapping[str, Any]) -> tuple[list[Case], list[Finding]]:
@@ -138,9 +131,9 @@ def rules(description: Mapping[str, Any], example: Path | None) -> Rules:
     return Rules(reader, channels, tuple(manager.foreground_labels), manager.ignore_label)
 
 
-def read_cases(
+def about_cases(
     description: Mapping[str, Any], cases: Sequence[Case], processes: int, on_progress: Progress
-) -> list[Look]:
+) -> list[Finding]:
     """Read and check all files of the cases.
 
     Raises:
@@ -148,12 +141,13 @@ def read_cases(
     """
     example = next((path for case in cases for path in case.images if is_whole(path)), None)
     common = rules(description, example)
-    looks = []
+    looks: list[Look] = []
     jobs = [(case, common) for case in cases]
     for seen in mapped(look, jobs, processes if len(jobs) > _FEW else 1):
         looks.append(seen)
         on_progress(len(looks), len(jobs))
-    return looks
+    findings = [found for seen in looks for found in seen.findings]
+    return [*findings, *_about_all(looks, common), ok(SUBJECT, f"{len(looks)} cases were read")]
 
 
 def _about_name(folder: Path) -> Iterator[Finding]:
@@ -225,8 +219,8 @@ def _about_axes(looks: Sequence[Look]) -> Iterator[Finding]:
     """Axes of one voxel; 2D images have one, that of the largest spacing, by nnU-Net's convention."""
     if not looks:
         return
-    shape = np.median([seen.shape for seen in looks], axis=0)
-    spacing = np.median([seen.spacing for seen in looks], axis=0)
+    shape = np.median([seen.shape for seen in looks], axis=0).tolist()
+    spacing = np.median([seen.spacing for seen in looks], axis=0).tolist()
     flat = [axis for axis in range(3) if shape[axis] == 1]
     if flat and flat != [int(np.argmax(spacing))]:
         yield failure(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import blosc2
+import numpy as np
 import pytest
 import torch
 
@@ -61,7 +64,10 @@ class FakeNnunet:
         }
         (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
         for label in (raw / "labelsTr").iterdir():
-            (folder / "data" / f"{label.name.partition('.')[0]}.pkl").touch()
+            case = label.name.partition(".")[0]
+            (folder / "data" / f"{case}.pkl").write_bytes(pickle.dumps({}))
+            for end in ("", "_seg"):
+                blosc2.asarray(np.zeros(8), urlpath=str(folder / "data" / f"{case}{end}.b2nd"))
 
     def nnUNetv2_train(self, folders: Any, arguments: Any, options: Any) -> None:  # noqa: N802
         raw = next(folders["raw"].glob("Dataset*"))

@@ -95,9 +95,8 @@ def test_own_data_set_is_trained_predicted_and_left_as_it_was(tmp_path: Path) ->
 def test_failing_command_is_one_clear_message(tmp_path: Path) -> None:
     raw = tmp_path / "Dataset123_Own"
     write_dataset(raw, PhantomSpec(n_training=7, n_test=0, spacing=(9.0, 9.0, 9.0)))
-    (raw / "labelsTr" / "phantom_000.nii.gz").write_bytes(b"no image")
-    process = demo(tmp_path, "--raw", str(raw))
+    process = demo(tmp_path, "--raw", str(raw), "--device", "mps")
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 1, output
-    assert "nnunet-ext demo: `nnUNetv2_plan_and_preprocess -d 123 -c 3d_fullres" in output
+    assert "nnunet-ext demo: `nnUNetv2_train 123 3d_fullres 0" in output
     assert "ended with exit code 1. Log " in output

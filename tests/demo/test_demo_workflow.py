@@ -116,6 +116,27 @@ def test_lost_results_are_redone_with_all_that_builds_on_them(
 
 
 @pytest.mark.parametrize(
+    ("cut", "redone"),
+    [
+        ("predictions/*/*.nii.gz", [PREDICT]),
+        ("nnUNet_results/*/*/fold_0/validation/summary.json", [f"{TRAIN} --c", PREDICT]),
+        ("nnUNet_results/*/*/fold_0/checkpoint_final.pth", [TRAIN, PREDICT]),
+        ("nnUNet_preprocessed/*/data/*_000.pkl", [PLAN, f"{TRAIN} --c", PREDICT]),
+        ("nnUNet_preprocessed/*/data/*_001.b2nd", [PLAN, f"{TRAIN} --c", PREDICT]),
+    ],
+)
+def test_results_that_were_cut_off_are_redone(
+    run: Run, nnunet: FakeNnunet, settings: Settings, cut: str, redone: list[str]
+) -> None:
+    run()
+    (path, *_) = settings.output.glob(cut)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    run()
+    assert nnunet.names == redone
+
+
+@pytest.mark.parametrize(
     ("command", "rest"),
     [
         (PLAN, [PLAN, TRAIN, PREDICT]),
@@ -223,6 +244,24 @@ def test_own_data_set_replaces_the_phantom_and_another_one_is_refused(
     assert nnunet.commands == []
     with pytest.raises(UsageError, match=r"raw .*Dataset007_Mine, now .*Dataset008_Other"):
         run(raw=tmp_path / "Dataset008_Other")
+
+
+def test_own_data_set_with_a_cut_scan_is_refused_before_anything_runs(
+    run: Run, nnunet: FakeNnunet, tmp_path: Path
+) -> None:
+    raw = tmp_path / "Dataset007_Mine"
+    write_dataset(raw, PhantomSpec(n_training=7, n_test=0, spacing=(9.0, 9.0, 9.0)))
+    path = raw / "imagesTr" / "phantom_002_0000.nii.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        UsageError, match=r"phantom_002 .*can't be read: it is cut off.*failures: 1; `nnunet-ext doctor"
+    ):
+        run(raw=raw)
+    assert nnunet.commands == []
+    path.write_bytes(content)
+    run(raw=raw)
+    assert nnunet.names == [PLAN, TRAIN, PREDICT]
 
 
 def test_configuration_that_was_not_planned_is_refused(run: Run) -> None:

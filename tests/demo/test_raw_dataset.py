@@ -13,6 +13,7 @@ import pytest
 
 from nnunet_ext.demo import dataset
 from nnunet_ext.demo.dataset import link, read_raw
+from nnunet_ext.demo.settings import Demo
 from nnunet_ext.errors import UsageError
 
 DESCRIPTION = {
@@ -71,7 +72,6 @@ def with_broken_json(folder: Path) -> None:
         ("Dataset004_X", {}, with_broken_json, r"readable dataset\.json.*repair it"),
         ("Dataset004_X", {"description": {"labels": {}}}, None, r"it lacks channel_names, file_ending"),
         ("Dataset004_X", {"description": [1]}, None, r"it lacks channel_names, labels, file_ending"),
-        ("Dataset004_X", {"description": {**DESCRIPTION, "dataset": {}}}, None, r"under 'dataset'"),
         ("Dataset004_X", {"n_training": 0}, None, r"a folder imagesTr.*has none: add it"),
         ("Dataset004_X", {}, without_labels, r"a folder labelsTr.*has none: add it"),
         ("Dataset004_X", {}, without_one_label, r"has no Tr_v1\.0003\.nii\.gz \(1 missing\)"),
@@ -125,9 +125,9 @@ def test_cases_whose_names_begin_alike_are_kept_apart(tmp_path: Path) -> None:
     for channel in ("0000", "0001"):
         (folder / "imagesTr" / f"a_0001_{channel}.nii.gz").write_text("x")
     raw = read_raw(folder)
-    assert {"a", "a_0001"} <= {*raw.training, *raw.unseen}
     target = tmp_path / "own" / "Dataset004_X"
-    link(dataset.RawDataset(folder, DESCRIPTION, ("a",), ("a_0001",), "Tr"), target)
+    cases = {case.name: case for case in (*raw.training, *raw.unseen)}
+    link(dataset.RawDataset(folder, DESCRIPTION, (cases["a"],), (cases["a_0001"],)), target)
     assert listing(target) == {
         "imagesTr": ["a_0000.nii.gz", "a_0001.nii.gz"],
         "labelsTr": ["a.nii.gz"],
@@ -171,3 +171,33 @@ def test_links_hold_when_the_data_set_was_given_by_a_relative_path(
     monkeypatch.chdir(tmp_path)
     link(read_raw(Path("Dataset004_X")), tmp_path / "own")
     assert all(re.fullmatch(r"label|000\d", p.read_text()) for p in (tmp_path / "own").rglob("*.nii.gz"))
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("Dataset1234_X", "1234"), ("Dataset004", "4"), ("Dataset004_X.v2", "4")]
+)
+def test_names_that_nnunet_takes_are_taken(tmp_path: Path, name: str, number: str) -> None:
+    raw = read_raw(make(tmp_path / name))
+    demo = Demo(tmp_path, raw.folder.name, (), "full", "2d", "cpu")
+    assert demo.dataset_id == number
+
+
+def test_cases_that_dataset_json_lists_are_linked_where_nnunet_finds_them_unlisted(tmp_path: Path) -> None:
+    folder = make(tmp_path / "Dataset004_X", n_training=7)
+    (folder / "imagesTr").rename(folder / "elsewhere")
+    listed = {
+        f"c{i}": {
+            "images": [f"elsewhere/Tr_v1.{i:04d}_{channel:04d}.nii.gz" for channel in (0, 1)],
+            "label": f"labelsTr/Tr_v1.{i:04d}.nii.gz",
+        }
+        for i in range(7)
+    }
+    (folder / "dataset.json").write_text(json.dumps({**DESCRIPTION, "dataset": listed}))
+    link(read_raw(folder), tmp_path / "own")
+    assert listing(tmp_path / "own")["imagesTs"] == [
+        f"c{i}_000{channel}.nii.gz" for i in (5, 6) for channel in (0, 1)
+    ]
+    assert (
+        tmp_path / "own" / "imagesTs" / "c6_0001.nii.gz"
+    ).resolve() == folder / "elsewhere/Tr_v1.0006_0001.nii.gz"
+    assert "dataset" not in json.loads((tmp_path / "own" / "dataset.json").read_text())
