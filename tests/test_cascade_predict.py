@@ -15,6 +15,7 @@ import torch
 
 from nnunet_ext import cascade_predict, cli
 from nnunet_ext.cascade_predict import Options, Stage
+from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import CONFIGURATION
 
 DATASET = {
@@ -319,3 +320,33 @@ def test_the_number_of_a_data_set_is_found_as_nnunet_finds_it(name: str, runs: R
     results.rename(results.with_name(name))
     command = [word if word != "7" else "1234" for word in COMMAND]
     assert cli.main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "can't write to .*No space left on device"),
+        (
+            RuntimeError("Exception thrown in SimpleITK ImageFileWriter_Execute:\nFile too large"),
+            "can't write to",
+        ),
+        (RuntimeError("Some background workers died"), "a process that reads or writes scans"),
+    ],
+)
+def test_what_a_predictor_can_not_write_is_one_sentence(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Predictor:
+        def __init__(self, **_: object) -> None: ...
+
+        def initialize_from_trained_model_folder(self, *_: object) -> None: ...
+
+        def predict_from_files(self, *_: object, **__: object) -> None:
+            raise error
+
+    monkeypatch.setattr("nnunetv2.inference.predict_from_raw_data.nnUNetPredictor", Predictor)
+    stage = Stage(tmp_path, ("0",), "checkpoint_final.pth")
+    with pytest.raises(UsageError, match=message) as caught:
+        cascade_predict._run(stage, tmp_path, tmp_path, None, Options(device="cpu"))
+    assert "\n" not in str(caught.value)
+    assert "--continue_prediction" in str(caught.value)
