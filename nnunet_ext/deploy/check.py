@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.doctor.case import Case, Rules, look
 from nnunet_ext.errors import UsageError
 
 # Voxels per axis of the coarsest feature map: odd, and more than a kernel's half.
@@ -65,7 +66,8 @@ def real_patch(setting: Setting, folder: Path) -> tuple[str, Tensor]:
         folder: images in nnU-Net's format, CASE_0000.nii.gz.
 
     Raises:
-        UsageError: there is no image, or the configuration also needs the prediction of a previous stage.
+        UsageError: there is no image, it is cut off or has other channels, or the configuration also needs the
+            prediction of a previous stage.
     """
     from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
@@ -76,15 +78,20 @@ def real_patch(setting: Setting, folder: Path) -> tuple[str, Tensor]:
             f"{configuration.previous_stage_name}: leave it out; a random image is checked."
         )
     ending = str(setting.dataset["file_ending"])
-    cases = create_lists_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else []
+    listed = create_lists_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else []
+    cases = [case for case in listed if case and not Path(case[0]).name.startswith(".")]
     if not cases:
         raise UsageError(
             f"-i needs a folder of images CASE_0000{ending}, got {folder}: correct it, or leave it out."
         )
+    name = Path(cases[0][0]).name.removesuffix(ending).rpartition("_")[0]
+    rules = Rules(setting.plans_manager.image_reader_writer_class, setting.input_channels)
+    for found in look((Case(name, tuple(map(Path, cases[0]))), rules)).findings:
+        if found.level == "failure":
+            raise UsageError(f"-i needs images that are whole, {name}: {found.detail}: {found.cure}.")
     data, *_ = configuration.preprocessor_class(verbose=False).run_case(
         cases[0], None, setting.plans_manager, configuration, dict(setting.dataset)
     )
-    name = Path(cases[0][0]).name.removesuffix(ending).rpartition("_")[0]
     return name, middle(torch.as_tensor(data).float()[None], setting)
 
 

@@ -193,6 +193,18 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert not [path for path in model.parent.iterdir() if ".partial-" in path.name]
 
 
+def test_an_image_that_was_cut_off_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_images(model, tmp_path)
+    path = images / "patient_7_0000.nii.gz"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (images / "._patient_7_0000.nii.gz").write_bytes(b"Mac")
+    assert main(["deploy", "-m", str(model), "-o", str(tmp_path / "out"), "-i", str(images)]) == 2
+    assert f"patient_7: {path} can't be read: it is cut off" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
 @pytest.mark.parametrize("limit", [0, 3000, 50_000])
 def test_full_disk_is_one_sentence_and_leaves_nothing(
