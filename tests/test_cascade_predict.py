@@ -18,6 +18,8 @@ from nnunet_ext.cascade_predict import Options, Stage
 from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import CONFIGURATION
 
+REAL_RUN = cascade_predict._run  # other tests replace it
+
 DATASET = {
     "channel_names": {"0": "T1", "1": "T2"},
     "labels": {"background": 0, "a": 1},
@@ -347,6 +349,6 @@ def test_what_a_predictor_can_not_write_is_one_sentence(
     monkeypatch.setattr("nnunetv2.inference.predict_from_raw_data.nnUNetPredictor", Predictor)
     stage = Stage(tmp_path, ("0",), "checkpoint_final.pth")
     with pytest.raises(UsageError, match=message) as caught:
-        cascade_predict._run(stage, tmp_path, tmp_path, None, Options(device="cpu"))
+        REAL_RUN(stage, tmp_path, tmp_path, None, Options(device="cpu"))
     assert "\n" not in str(caught.value)
     assert "--continue_prediction" in str(caught.value)
