@@ -102,7 +102,7 @@ def configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def is_plain_name(value: Any) -> bool:
     """Whether a value can be the name of a file or folder, and no path to another place."""
-    return isinstance(value, str) and value not in ("", ".", "..") and not re.search(r"[/\\\x00-\x1f]", value)
+    return isinstance(value, str) and value.isprintable() and not re.fullmatch(r"|\.\.?|.*[/\\].*", value)
 
 
 def _check_names(names: Mapping[str, Any], path: Path, cure: str) -> None:

@@ -25,6 +25,7 @@ _MARKERS, _LINES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":")
 # Okabe and Ito (2008), safe for colour-blind readers; hatches, markers and lines serve greyscale prints.
 _COLOURS = ("#999999", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
 _STYLE: dict[str, Any] = {
+    "text.parse_math": False,  # names may hold "$"
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,

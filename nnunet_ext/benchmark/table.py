@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nnunet_ext import escaping
 from nnunet_ext.benchmark.memory import GIB
 from nnunet_ext.benchmark.records import Method, Report, Spread
 
@@ -174,9 +175,9 @@ def markdown(report: Report, command: str) -> str:
         command: line that made it.
     """
     lines = [
-        f"# Benchmark: {report.plans}, {report.configuration}",
+        f"# Benchmark: {escaping.markdown(f'{report.plans}, {report.configuration}')}",
         "",
-        f"`{command}`",
+        escaping.code_block(command),
         "",
         headline(report),
         "",
@@ -186,7 +187,7 @@ def markdown(report: Report, command: str) -> str:
         header = [" ".join(cell) for cell in table.header]
         rows = [["".join(row[0]), *(" ".join(cell) for cell in row[1:])] for row in table.rows]
         lines += [_line(header), _line(["---"] * len(header)), *map(_line, rows), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in notes(report)), ""])
+    return "\n".join([*lines, *(f"- {escaping.markdown(note)}" for note in notes(report)), ""])
 
 
 def headline(report: Report) -> str:
@@ -196,7 +197,7 @@ def headline(report: Report) -> str:
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(escaping.markdown_cell, cells))} |"
 
 
 def shape(size: tuple[int, ...]) -> str:

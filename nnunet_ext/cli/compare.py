@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_ext.files import check_folder
+from nnunet_ext.printable import printable
 from nnunet_ext.trust import OPTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from rich.text import Text
 
     from nnunet_ext.comparison.compare import Comparison
 
@@ -154,7 +157,7 @@ def _status() -> Iterator[Callable[[str], None]]:
         yield lambda _: None
         return
     with console.status("reading") as status:
-        yield status.update
+        yield lambda line: status.update(_text(line))
 
 
 def _print(comparison: Comparison) -> None:
@@ -168,11 +171,18 @@ def _print(comparison: Comparison) -> None:
         content = tables.accuracy(evaluation, "Dice")
         table = Table(title=f"Dice, {evaluation.name}", title_justify="left")
         for i, name in enumerate(content.header):
-            table.add_column(name, justify="right" if i else "left", overflow="fold")
+            table.add_column(_text(name), justify="right" if i else "left", overflow="fold")
         for row in content.rows:
-            table.add_row(*row)
+            table.add_row(*map(_text, row))
         console.print(table)
         for line in report.conclusions(comparison, evaluation):
-            console.print(line, markup=False, highlight=False)
+            console.print(_text(line), highlight=False)
     for line in comparison.warnings:
-        print(f"warning: {line}", file=sys.stderr)
+        print(printable(f"warning: {line}"), file=sys.stderr)
+
+
+def _text(text: str) -> Text:
+    """Text for the terminal that means nothing to it, nor to rich."""
+    from rich.text import Text
+
+    return Text(printable(text))

@@ -177,9 +177,9 @@ def plan_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 def _described(run: Run) -> dict[str, str]:
     settings = run.settings
     architecture = settings.get("architecture", {})
-    flat = {
-        **{k: v for k, v in settings.items() if k != "architecture"},
-        **architecture.get("arch_kwargs", {}),
-    }
+    flat = {k: v for k, v in settings.items() if k != "architecture"}
+    # A network may call an argument as nnU-Net calls a setting.
+    arguments = architecture.get("arch_kwargs", {})
+    flat |= {(f"network: {key}" if key in flat else key): value for key, value in arguments.items()}
     flat["network_class_name"] = architecture.get("network_class_name", settings.get("UNet_class_name", ""))
     return {key: str(value) for key, value in sorted(flat.items())}

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 
 from nnunet_ext.comparison.cost import Cost
-from nnunet_ext.comparison.results import MEAN, Evaluation
+from nnunet_ext.comparison.results import MEAN, Evaluation, Structure
 from nnunet_ext.comparison.style import WIDTH, Look, looks, page, png, tidy
 from nnunet_ext.comparison.training import Training
+from nnunet_ext.escaping import drawn
 
 _PER_ROW = 6  # structures in a row of box plots
+_WRAP = 18  # characters of a line below a box plot
 _LEGEND = 0.22  # inches of a row of the legend
 GIB, GIGA, MEGA = 2**30, 1e9, 1e6
 
 
 def box_plots(evaluation: Evaluation, metric: str = "Dice") -> bytes:
     """One box per structure and run, with every case as a point."""
-    names = [MEAN, *evaluation.structures] if len(evaluation.structures) > 1 else list(evaluation.structures)
+    names = _shown(evaluation)
     rows = [names[i : i + _PER_ROW] for i in range(0, len(names), _PER_ROW)]
     look = looks(evaluation.labels)
     with page(2.5 * len(rows) + 0.4) as figure:
@@ -28,11 +31,17 @@ def box_plots(evaluation: Evaluation, metric: str = "Dice") -> bytes:
         for axis, row in zip(axes, rows, strict=True):
             for place, structure in enumerate(row):
                 _boxes(axis, place, evaluation.values(metric, structure), look)
-            axis.set_xticks(range(len(row)), row)
+            axis.set_xticks(range(len(row)), [fill(drawn(evaluation.name_of(s)), _WRAP) for s in row])
             axis.set_xlim(-0.5, max(len(rows[0]), 2) - 0.5 if len(rows) > 1 else len(row) - 0.5)
             axis.set_ylabel(f"{metric} [mm]" if metric == "HD95" else metric)
             tidy(axis, "y")
         return _with_legend(figure, look, patches=True)
+
+
+def _shown(evaluation: Evaluation) -> list[Structure]:
+    """The structures and, of several, their mean."""
+    several = len(evaluation.structures) > 1
+    return [MEAN, *evaluation.structures] if several else list(evaluation.structures)
 
 
 def _boxes(axis: Any, place: int, values: Any, look: Mapping[str, Look]) -> None:
@@ -57,7 +66,7 @@ def _boxes(axis: Any, place: int, values: Any, look: Mapping[str, Look]) -> None
 def differences(evaluation: Evaluation, margin: float) -> bytes:
     """Mean difference to the baseline and its interval for each structure; the margin as a band."""
     baseline, *others = evaluation.labels
-    names = [MEAN, *evaluation.structures] if len(evaluation.structures) > 1 else list(evaluation.structures)
+    names = _shown(evaluation)
     look = looks(evaluation.labels)
     with page(0.9 + 0.2 * len(names) * (len(others) + 0.8)) as figure:
         axis = figure.subplots()
@@ -72,9 +81,9 @@ def differences(evaluation: Evaluation, margin: float) -> bytes:
                     [100 * found.low, 100 * found.high], [height] * 2, color=style.colour, linewidth=1.6
                 )
                 axis.plot(100 * found.mean, height, style.marker, color=style.colour, markersize=4.5)
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), [drawn(evaluation.name_of(structure)) for structure in names])
         axis.set_ylim(len(names) - 0.4, -0.6)
-        axis.set_xlabel(f"Dice points to {baseline}, mean and 95 % interval (right: better)")
+        axis.set_xlabel(f"Dice points to {drawn(baseline)}, mean and 95 % interval (right: better)")
         tidy(axis, "x")
         return _with_legend(figure, {label: look[label] for label in others}, extra=axis)
 
@@ -105,8 +114,8 @@ def paired_cases(evaluation: Evaluation) -> bytes:
                 xlim=(low, 1),
                 ylim=(low, 1),
                 aspect="equal",
-                xlabel=f"Dice, {baseline}",
-                ylabel=f"Dice, {label}",
+                xlabel=f"Dice, {drawn(baseline)}",
+                ylabel=f"Dice, {drawn(label)}",
             )
             axis.set_title(f"better in {found.better}, worse in {found.worse} of {found.n} cases")
             tidy(axis)
@@ -132,7 +141,7 @@ def ranks(evaluation: Evaluation) -> bytes:
                     colour = "white" if float(grey) < 0.5 else "black"
                     axis.text(start + width / 2, y, text, ha="center", va="center", color=colour, fontsize=7)
             left += share
-        axis.set_yticks(range(len(table)), table.index)
+        axis.set_yticks(range(len(table)), [drawn(label) for label in table.index])
         axis.invert_yaxis()
         axis.set(xlim=(0, 1), xlabel=f"share of {total} cases in which a run takes this rank by mean Dice")
         axis.spines[["top", "right"]].set_visible(False)
@@ -213,9 +222,11 @@ def _with_legend(
     from matplotlib.patches import Patch
 
     handles: list[Any] = [
-        Patch(facecolor=f"{s.colour}99", edgecolor="black", hatch=s.hatch, linewidth=0.7, label=label)
+        Patch(facecolor=f"{s.colour}99", edgecolor="black", hatch=s.hatch, linewidth=0.7, label=drawn(label))
         if patches
-        else Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.line if lines else "", label=label)
+        else Line2D(
+            [], [], color=s.colour, marker=s.marker, linestyle=s.line if lines else "", label=drawn(label)
+        )
         for label, s in look.items()
     ]
     if extra is not None:

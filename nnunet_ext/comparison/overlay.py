@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_ext.comparison.style import page, png
+from nnunet_ext.escaping import drawn
 
 # Okabe and Ito (2008), safe for colour-blind readers; the labels' numbers serve greyscale prints.
 LABEL_COLOURS = ("#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#E69F00", "#0072B2")
@@ -79,7 +80,8 @@ def overlay(scan: Scan) -> bytes:
         for row, plane in zip(axes, planes, strict=True):
             for axis, (title, labels) in zip(row, columns, strict=True):
                 _show(axis, plane, scan, labels)
-                axis.set_title(title if plane is planes[0] else "")
+                shown = "\n".join(map(drawn, title.splitlines()))
+                axis.set_title(shown if plane is planes[0] else "")
             place = (plane.index + 0.5) * scan.spacing[plane.axis]
             row[0].set_ylabel(f"{'zyx'[plane.axis]} = {place:.0f} mm\n{'zyx'[plane.vertical]} [mm]")
         for axis in axes[-1]:
@@ -148,7 +150,7 @@ def _label_legend(figure: Any, scan: Scan, planes: list[_Plane]) -> None:
             facecolor=_colour(label),
             edgecolor="black",
             linewidth=0.5,
-            label=f"{label} {scan.names.get(label, '')}",
+            label=f"{label} {drawn(scan.names.get(label, ''))}",
         )
         for label in labels
     ]

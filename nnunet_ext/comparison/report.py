@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from nnunet_ext.comparison import figures, overlay, statistics, tables, worst_ca
 from nnunet_ext.comparison.compare import Comparison, Status
 from nnunet_ext.comparison.results import MEAN, Evaluation
 from nnunet_ext.comparison.tables import Table
+from nnunet_ext.escaping import code_block, csv_cell, html, markdown, markdown_cell
 from nnunet_ext.files import write_files
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -111,16 +112,22 @@ def write(
 
 def _render(template: str, context: dict[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def escaped(escape: Callable[[str], str]) -> Callable[[Any], Markup]:
+        """What the templates themselves make is `Markup`; all other text may be of others."""
+        return lambda value: value if isinstance(value, Markup) else Markup(escape(str(value)))
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
-        autoescape=template.endswith(".html.jinja"),
+        autoescape=True,
+        finalize=escaped(html if template.endswith(".html.jinja") else markdown),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    environment.filters |= {"cell": escaped(markdown_cell), "code": escaped(code_block)}
     return environment.get_template(template).render(context)
 
 
@@ -172,7 +179,10 @@ def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str
     scans, found = worst_cases.scans(comparison, evaluation)
     warnings += found
     caption = "the worst case of a run, in slices through its smallest structure."
-    items += [Figure(f"{prefix}-worst-{s.name}", f"{s.name}, {caption}", overlay.overlay(s)) for s in scans]
+    items += [
+        Figure(f"{prefix}-worst-{place}", f"{s.name}, {caption}", overlay.overlay(s))
+        for place, s in enumerate(scans, start=1)
+    ]
     text = (
         f"{len(evaluation.cases)} cases that all runs have; structures: {', '.join(evaluation.structures)}."
     )
@@ -288,11 +298,11 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "cases": evaluation.cases,
         "structures": evaluation.structures,
         "metrics": evaluation.metrics,
-        "mean_of_structures": MEAN,
-        "means": [asdict(mean) for mean in evaluation.means],
+        "mean_of_structures": evaluation.name_of(MEAN),
+        "means": [{**asdict(m), "structure": evaluation.name_of(m.structure)} for m in evaluation.means],
         "differences": [
             {
-                **{"run": c.run, "metric": c.metric, "structure": c.structure},
+                **{"run": c.run, "metric": c.metric, "structure": evaluation.name_of(c.structure)},
                 **asdict(c.difference),
                 **{"p_holm": c.p_holm, "verdict": c.verdict or None},
             }
@@ -323,6 +333,7 @@ def _csv(parts: Sequence[Any]) -> str:
     table = pd.concat(parts, ignore_index=True)
     first = ["evaluation", "run", "fold", "case", "structure", "compared"]
     ordered = table[[*first, *(name for name in table if name not in first)]]
+    ordered = ordered.assign(**{name: ordered[name].map(csv_cell) for name in first if name != "compared"})
     return str(ordered.to_csv(index=False, lineterminator="\n"))
 
 

@@ -12,7 +12,8 @@ from nnunet_ext.comparison.scores import by_structure, case_means, common_cases
 from nnunet_ext.comparison.statistics import Difference, difference, holm, rank_frequencies, verdict
 from nnunet_ext.errors import UsageError
 
-MEAN = "mean"  # of all structures
+MEAN = None  # in the place of a structure's name: the mean of all; any name may be a structure's
+Structure = str | None
 WORST = 5
 LESS_IS_BETTER = ("HD95",)
 
@@ -29,7 +30,7 @@ class Mean:
 
     run: str
     metric: str
-    structure: str
+    structure: Structure
     mean: float
     standard_deviation: float
     n: int
@@ -49,7 +50,7 @@ class Comparand:
 
     run: str
     metric: str
-    structure: str
+    structure: Structure
     difference: Difference
     p_holm: float
     verdict: str
@@ -87,15 +88,24 @@ class Evaluation:
         """Rows of the common cases."""
         return self.scores[self.scores["compared"]]
 
-    def values(self, metric: str, structure: str) -> pd.DataFrame:
+    def name_of(self, structure: Structure) -> str:
+        """A structure's name; of `MEAN` one that no structure has."""
+        if structure is not MEAN:
+            return structure
+        name = "mean"
+        while name in self.structures:
+            name += " of structures"
+        return name
+
+    def values(self, metric: str, structure: Structure) -> pd.DataFrame:
         """Values of the common cases, (case, run)."""
         return _values(self.compared, metric, structure)[list(self.labels)]
 
-    def mean(self, run: str, metric: str = "Dice", structure: str = MEAN) -> Mean:
+    def mean(self, run: str, metric: str = "Dice", structure: Structure = MEAN) -> Mean:
         """The mean of these."""
         return next(m for m in self.means if (m.run, m.metric, m.structure) == (run, metric, structure))
 
-    def comparand(self, run: str, metric: str = "Dice", structure: str = MEAN) -> Comparand:
+    def comparand(self, run: str, metric: str = "Dice", structure: Structure = MEAN) -> Comparand:
         """The difference of these."""
         return next(c for c in self.comparands if (c.run, c.metric, c.structure) == (run, metric, structure))
 
@@ -139,8 +149,8 @@ def evaluate(name: str, scores: pd.DataFrame, labels: Sequence[str], margin: flo
     )
 
 
-def _values(scores: pd.DataFrame, metric: str, structure: str) -> pd.DataFrame:
-    return case_means(scores, metric) if structure == MEAN else by_structure(scores, structure, metric)
+def _values(scores: pd.DataFrame, metric: str, structure: Structure) -> pd.DataFrame:
+    return case_means(scores, metric) if structure is MEAN else by_structure(scores, structure, metric)
 
 
 def _means(
@@ -189,7 +199,8 @@ def _comparands(
     baseline, *others = labels
     found = []
     for metric in metrics:
-        for family in ((MEAN,), tuple(structures)):
+        families: tuple[tuple[Structure, ...], ...] = ((MEAN,), tuple(structures))
+        for family in families:
             tables = {structure: _values(kept, metric, structure) for structure in family}
             pairs = [(label, structure) for structure in family for label in others]
             differences = [difference(tables[s][label], tables[s][baseline]) for label, s in pairs]

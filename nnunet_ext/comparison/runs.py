@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,10 +158,8 @@ def trained_folds(run: Run) -> list[str]:
 
 def validate_command(run: Run, fold: str) -> str:
     """nnU-Net's command that validates a trained fold once more."""
-    return (
-        f"nnUNetv2_train {run.plans.get('dataset_name', 'DATASET')} {run.configuration} {fold} "
-        f"-tr {run.trainer} -p {run.plans_name} --val"
-    )
+    named = (str(run.plans.get("dataset_name", "DATASET")), run.configuration, fold)
+    return shlex.join(["nnUNetv2_train", *named, "-tr", run.trainer, "-p", run.plans_name, "--val"])
 
 
 def labelled(runs: Sequence[Run], names: Sequence[str] = ()) -> list[Run]:

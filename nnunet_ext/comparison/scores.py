@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -107,7 +107,7 @@ def case_name(prediction_file: str, file_ending: str) -> str:
     Raises:
         ValueError: the file has another ending.
     """
-    name = PureWindowsPath(prediction_file).name
+    name = re.split(r"[/\\]", prediction_file)[-1]
     if not name.endswith(file_ending):
         raise ValueError(f"{name} does not end in {file_ending}")
     return name.removesuffix(file_ending)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ _RC: dict[str, Any] = {
     "legend.fontsize": 7.5,
     "axes.linewidth": 0.6,
     "hatch.linewidth": 0.5,
+    # names may hold "$"
+    "text.parse_math": False,
+    "text.usetex": False,
 }
 # Okabe and Ito (2008)
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -52,7 +56,10 @@ def page(height: float, width: float = WIDTH) -> Iterator[Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_RC):
+    with rc_context(_RC), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", r"(Glyph|constrained_layout)"
+        )  # names in any script and of any length
         yield Figure(figsize=(width, height), layout="constrained")
 
 

@@ -58,7 +58,7 @@ def accuracy(evaluation: Evaluation, metric: str) -> Table:
         counts = list(dict.fromkeys(str(m.n) for m in means))
         digits = 2 if metric == "HD95" else 4
         values = (f"{number(m.mean, digits)} ± {number(m.standard_deviation, digits - 1)}" for m in means)
-        rows.append((structure, " / ".join(counts), *values))
+        rows.append((evaluation.name_of(structure), " / ".join(counts), *values))
     caption = f"{metric}{unit}, mean ± standard deviation over cases; n: cases with a value, per run where they differ."
     return Table(caption, ("structure", "n", *evaluation.labels), tuple(rows))
 
@@ -77,7 +77,8 @@ def differences(evaluation: Evaluation, metric: str, margin: float) -> Table:
             span = (
                 f"{signed(factor * d.low)} to {signed(factor * d.high)}" if not math.isnan(d.low) else MISSING
             )
-            row = (structure, label, str(d.n), signed(factor * d.mean), span, p_value(d.p), p_value(c.p_holm))
+            name = evaluation.name_of(structure)
+            row = (name, label, str(d.n), signed(factor * d.mean), span, p_value(d.p), p_value(c.p_holm))
             rows.append((*row, f"{d.better} / {d.worse}", *([c.verdict] if c.verdict else [])))
     sense = "less is better" if metric in LESS_IS_BETTER else "more is better"
     caption = (

@@ -13,6 +13,7 @@ from nnunet_ext.comparison.overlay import Scan
 from nnunet_ext.comparison.results import MEAN, Evaluation
 from nnunet_ext.comparison.scores import structures
 from nnunet_ext.errors import UsageError
+from nnunet_ext.printable import printable
 from nnunet_ext.whole import check_whole
 
 _MOST = 4  # cases that are drawn
@@ -45,7 +46,7 @@ def _scan(comparison: Comparison, evaluation: Evaluation, case: str) -> Scan:
         segmentation, _ = read_labels(path, dataset)
         if segmentation.shape != truth.shape:
             raise UsageError(f"{path} has the shape {segmentation.shape}, its reference {truth.shape}.")
-        labels[f"{label}\nDice {dice[label]:.2f}"] = segmentation
+        labels[f"{printable(label)}\nDice {dice[label]:.2f}"] = segmentation
     names = {key[0]: name for key, name in structures(dataset["labels"]).items() if len(key) == 1}
     if truth.ndim == 2:  # one slice
         image, truth, spacing = image[None], truth[None], (1.0, *spacing)
@@ -74,9 +75,10 @@ def _files(
     else:
         reference = request.references / f"{case}{ending}" if request.references else None
         predictions = {label: request.predictions[label] / f"{case}{ending}" for label in evaluation.labels}
-    for what, path in {"its image": image, "its reference": reference, **predictions}.items():
+    wanted = [("its image", image), ("its reference", reference), *predictions.items()]
+    for what, path in wanted:
         if path is None or not path.is_file():
-            where = " (set nnUNet_raw or give --images)" if what == "its image" else ""
+            where = " (set nnUNet_raw or give --images)" if path is image else ""
             raise UsageError(f"{what if path is None else path} is missing{where}.")
     if image is None or reference is None:
         raise UsageError("its image or reference is missing.")

@@ -153,7 +153,7 @@ def test_markdown_tables_have_as_many_cells_in_every_line() -> None:
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines()}) == 1
     assert "| nnUNetTrainerAcme | 31.2 (1.00x) | 477 (1.00x) | 1.40 (0.21x) |" in text
-    assert f"`{COMMAND}`" in text
+    assert f"```bash\n{COMMAND}\n```" in text
 
 
 def test_json_has_the_documented_keys_and_no_nan() -> None:

@@ -72,7 +72,7 @@ def test_names_with_markup_are_escaped(comparison: Comparison, tmp_path: Path) -
     assert "<C|>" not in page
     assert "compare &lt;x&gt;" in page
     markdown = (tmp_path / "out" / "report.md").read_text()
-    assert "nnUNetTrainer<C\\|>" in markdown
+    assert "nnUNetTrainer&#60;C\\|>" in markdown
     widths = [line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("|")]
     assert min(widths) >= 3
 
@@ -232,7 +232,7 @@ def test_plain_folders_are_compared_and_the_worst_case_is_drawn(
     assert evaluation.worst["B"][0] == ("c2", 0.0)
     report.write(found, tmp_path / "out")
     drawn = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
-    assert {"held-out-worst-c2", "held-out-nsd", "held-out-hd95", "held-out-differences"} <= drawn
+    assert {"held-out-worst-1", "held-out-nsd", "held-out-hd95", "held-out-differences"} <= drawn
 
 
 def test_missing_images_and_missing_predictions_are_warned_of(

@@ -1,0 +1,59 @@
+"""Names of other people's files, made safe for where they are shown: one function for each kind of document.
+
+Structures, cases, runs and plans are called whatever somebody called them; to a document a name may be a heading, a
+tag, a formula or mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+from html import escape
+
+from nnunet_ext.printable import printable
+
+# An underscore inside a word emphasises nothing, "<" alone is no tag, "&" alone no entity: they stay readable.
+_MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])")
+_HTML = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+_FIRST = re.compile(r"^(\s*)([-+=#:>])|^(\s*\d+)([.)])(?=\s|$)")  # what begins a list, a heading, a quotation
+_FORMULA = "=+-@\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}"
+_SHORT = 40  # characters in a figure
+
+
+def markdown(text: str) -> str:
+    """One line of Markdown that shows `text`, whatever stands in it: a paragraph, an item, a heading."""
+    return _FIRST.sub(
+        lambda match: f"{match[1] or match[3] or ''}&#{ord(match[2] or match[4])};", markdown_cell(text)
+    )
+
+
+def markdown_cell(text: str) -> str:
+    """Cell of a table in Markdown that shows `text`, whatever stands in it."""
+    escaped = _MARKUP.sub(r"\\\g<0>", printable(text))
+    return _HTML.sub(lambda match: f"&#{ord(match[0])};", escaped)
+
+
+def code_block(text: str) -> str:
+    """Lines of a shell as a block of Markdown, whose fence is longer than any in them."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([f"{fence}bash", *map(printable, text.split("\n")), fence])
+
+
+def html(text: str) -> str:
+    """Text of a page, or of an attribute between quotes; lines stay lines."""
+    return "\n".join(escape(printable(line)) for line in text.split("\n"))
+
+
+def csv_cell(text: str) -> str:
+    """A cell of a CSV file that no spreadsheet takes for a formula: it then begins with an apostrophe."""
+    cell = printable(text)
+    return f"'{cell}" if cell.lstrip()[:1] in (*_FORMULA, "'") else cell
+
+
+def drawn(text: str) -> str:
+    """A name in a figure: one line, short, and no "_" at the start, which matplotlib's legends leave out."""
+    line = printable(text)
+    if len(line) > _SHORT:
+        half = _SHORT // 2
+        line = f"{line[: half - 1]}\N{HORIZONTAL ELLIPSIS}{line[-half:]}"
+    return f" {line}" if line.startswith("_") else line
