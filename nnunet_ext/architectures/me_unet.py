@@ -112,6 +112,15 @@ class DualMeUNet(nn.Module):
             return mean(outputs)
         return [mean(level) for level in zip(*outputs, strict=True)]
 
+    def weights_from_host(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State_dict whose branches both hold these weights of nnU-Net's own network, to start a training from.
+
+        Args:
+            weights: state_dict of a network from the same plans.
+        """
+        branches = {f"branches.{i}.{key}": value for i in range(BRANCHES) for key, value in weights.items()}
+        return {"_extra_state": self.get_extra_state(), **branches}
+
     @property
     def decoder(self) -> Decoders:
         """The decoders of the branches, for nnU-Net's switch of deep supervision."""

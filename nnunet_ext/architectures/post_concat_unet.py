@@ -139,6 +139,22 @@ class PostConcatUNet(nn.Module):
         image, prior = x.split([self.input_channels - self.joined_channels, self.joined_channels], dim=1)
         return self.decoder(self.encoder(image), prior)
 
+    def weights_from_host(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State_dict that computes what nnU-Net's own network does with these weights, to start a training from.
+
+        Weights on the prior, the last inputs of a convolution, are zero.
+
+        Args:
+            weights: state_dict of a network from the same plans, of the image alone.
+        """
+        widened = dict(weights)
+        for key, own in self.state_dict().items():
+            missing = own.shape[1] - weights[key].shape[1] if own.dim() > 1 else 0
+            if missing > 0:
+                zeros = weights[key].new_zeros(len(weights[key]), missing, *own.shape[2:])
+                widened[key] = torch.cat((weights[key], zeros), dim=1)
+        return widened
+
     @staticmethod
     def initialize(module: nn.Module) -> None:
         """Initialise a module as nnU-Net's own networks do; meant for `Module.apply`."""

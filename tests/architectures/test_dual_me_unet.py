@@ -100,3 +100,12 @@ def test_what_is_planned_for_is_one_branch_because_they_train_in_turn() -> None:
 def test_plans_of_neither_kind_are_refused() -> None:
     with pytest.raises(ValueError, match=r"either n_conv_per_stage .* got None and None"):
         DualMeUNet(2, 3, **{**arguments("3d"), "n_conv_per_stage": None})
+
+
+@pytest.mark.parametrize("case", PATCHES)
+def test_weights_of_the_host_make_both_branches_say_what_it_says(case: str) -> None:
+    network, x = build(case).eval(), image(case)
+    host_class = ResidualEncoderUNet if case == "resenc" else PlainConvUNet
+    host = host_class(input_channels=2, num_classes=3, **arguments(case)).double().eval()
+    network.load_state_dict(network.weights_from_host(host.state_dict()), strict=True)
+    torch.testing.assert_close(network(x), host(x).log_softmax(1), rtol=1e-5, atol=1e-6)

@@ -190,3 +190,12 @@ def test_unknown_options_are_refused(options: dict[str, str], message: str) -> N
 def test_a_prior_that_leaves_no_image_is_refused(prior: int) -> None:
     with pytest.raises(ValueError, match=f"got {prior} of 4"):
         PostConcatUNet(4, 3, prior_channels=prior, **arguments("3d"))
+
+
+@pytest.mark.parametrize("case", PATCHES)
+@pytest.mark.parametrize("fusion", ["post", "pre"])
+def test_weights_of_the_host_make_it_the_host_whatever_the_prior(case: str, fusion: str) -> None:
+    network, host = ours_of(case, 2, fusion=fusion).eval(), host_of(case).eval()
+    network.load_state_dict(network.weights_from_host(host.state_dict()), strict=True)
+    x = batch(case, 2)
+    torch.testing.assert_close(network(x), host(x[:, :CHANNELS]), rtol=1e-4, atol=1e-4)

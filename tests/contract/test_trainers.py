@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 from nnunet_ext import registry
@@ -111,6 +112,19 @@ def test_network_for_prediction_takes_the_weights_of_training(
     arguments = (trainer.plans_manager, trainer.configuration_manager, 2, 3)
     network = type(trainer).build_network_architecture(*arguments, enable_deep_supervision=False)
     network.load_state_dict(trainer.network.state_dict(), strict=True)
+
+
+def test_pretrained_weights_of_the_same_trainer_are_taken_but_for_the_heads(
+    name: str, dataset: Callable[[str], int], tmp_path: Path
+) -> None:
+    trainer = trainer_of(name, dataset("labels"))
+    arguments = (trainer.plans_manager, trainer.configuration_manager, 2, 3)
+    pretrained, network = (type(trainer).build_network_architecture(*arguments) for _ in range(2))
+    torch.save({"network_weights": pretrained.state_dict()}, tmp_path / "pretrained.pth")
+    heads = {key: value.clone() for key, value in network.state_dict().items() if ".seg_layers." in key}
+    load_pretrained_weights(network, str(tmp_path / "pretrained.pth"))
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(value, heads.get(key, pretrained.state_dict()[key]), rtol=0, atol=0)
 
 
 def test_a_failed_save_leaves_the_last_checkpoint_whole(
