@@ -15,7 +15,6 @@ from math import lcm, prod
 from typing import Any, Literal
 
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
-from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
@@ -252,11 +251,6 @@ class InvertibleUNet(VAENetwork):
         tap = [Tap()] if bottleneck_tap else []
         steps = [*self.encoder.steps(), *tap, *self.decoder.steps()]
         return Chain(steps, self.exact, self.reversible, self.group_elements, self.exact_range)
-
-    @staticmethod
-    def initialize(module: nn.Module) -> None:
-        """Initialise a module as nnU-Net's own networks do (He et al. 2015); meant for `Module.apply`."""
-        InitWeights_He(1e-2)(module)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, get_matching_pool_op
-from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
@@ -220,11 +219,6 @@ class PartiallyInvertibleUNet(VAENetwork):
         if self.vae is None or not self.training:
             return outputs
         return outputs, self.vae(skips[-1], x[:, : self.image_channels])
-
-    @staticmethod
-    def initialize(module: nn.Module) -> None:
-        """Initialise a module as nnU-Net's own networks do (He et al. 2015); meant for `Module.apply`."""
-        InitWeights_He(1e-2)(module)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.

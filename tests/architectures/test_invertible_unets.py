@@ -40,6 +40,9 @@ def pair(
     torch.manual_seed(0)
     values = arguments([8, 16, 24], dim, **changes)
     ours = network_class(3, 4, **values).double().train()
+    if ours.vae is not None:  # away from the zeros that the latent starts with
+        for conv in (ours.vae.mean, ours.vae.log_variance):
+            nn.init.normal_(conv.weight, std=0.1)
     plain = network_class(3, 4, reversible=False, **values).double().train()
     plain.load_state_dict(ours.state_dict())
     return ours, plain, torch.randn(2, 3, *[8] * dim, dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import nn
 
-from nnunet_ext.architectures.blocks.vae_branch import Reconstruction
+from nnunet_ext.architectures.blocks.vae_branch import Reconstruction, VAEBranch
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
 from nnunet_ext.trainers.vae import VAELoss, VAETrainerMixin, image_channels
@@ -76,6 +76,37 @@ def test_terms_are_logged_every_epoch() -> None:
 def test_previous_stage_of_a_cascade_is_not_reconstructed() -> None:
     configuration: Any = SimpleNamespace(normalization_schemes=["ZScoreNormalization"] * 2)
     assert image_channels(configuration) == 2
+
+
+def branch_of(network: nn.Module) -> VAEBranch:
+    torch.manual_seed(0)
+    branch = network.vae
+    for conv in (branch.mean, branch.log_variance):
+        nn.init.normal_(conv.weight)
+    return branch.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latent_is_float32_under_autocast(dtype: torch.dtype) -> None:
+    branch = branch_of(InvertibleUNet(1, 2, vae=True, **arguments("2d")))
+    features, image = torch.randn(1, 32, 4, 4), torch.zeros(1, 1, 16, 16)
+    with torch.autocast("cpu", dtype=dtype):
+        record = branch(features.to(dtype), image)
+    expected = branch.mean(features.to(dtype).float())
+    torch.testing.assert_close(record.mean, expected, rtol=0, atol=0)
+    assert record.log_variance.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1e3, -1e3])
+def test_kl_brings_a_log_variance_beyond_the_limits_back(size: float) -> None:
+    branch = branch_of(InvertibleUNet(1, 2, vae=True, **arguments("2d")))
+    nn.init.constant_(branch.log_variance.bias, size)
+    record = branch(torch.randn(1, 32, 4, 4), torch.zeros(1, 1, 16, 16))
+    assert record.log_variance.abs().max() == 10
+    record.losses()[1].backward()
+    gradient = branch.log_variance.bias.grad
+    assert gradient.isfinite().all()
+    assert (gradient.sign() == torch.tensor(size).sign()).all()
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)

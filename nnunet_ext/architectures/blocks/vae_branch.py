@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.blocks.copying import copied
@@ -18,6 +19,7 @@ from nnunet_ext.architectures.blocks.recomputation import run_recomputed
 from nnunet_ext.architectures.blocks.stages import ConvSpec, StageSpec
 
 _FEWEST = 8  # channels of a block
+_LIMIT = 10.0  # of the log variance, to both sides
 
 
 class Reconstruction(NamedTuple):
@@ -50,6 +52,13 @@ class VAENetwork(nn.Module):
 
     vae: VAEBranch | None
 
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialise a module as nnU-Net's own networks do (He et al. 2015); meant for `Module.apply`."""
+        InitWeights_He(1e-2)(module)
+        if isinstance(module, VAEBranch):  # `apply` comes to it after its convolutions
+            module.start_at_prior()
+
     def fuse(self) -> VAENetwork:
         """Return the network for prediction: a copy without the branch."""
         network = copied(self)
@@ -74,6 +83,10 @@ class VAEBranch(nn.Module):
 
     Each block: convolution, norm, nonlinearity, linear upsampling by the stride of its level; channels halve from an
     eighth of the bottleneck's down to 8.
+
+    The latent starts as the prior, N(0, 1), and is computed in float32 under autocast too: the bottleneck of a chain of
+    couplings is not normalised, and the gradient of ``exp(log_variance)`` soon leaves float16, first of all beneath a
+    gradient scaler (tests/trainers/test_vae.py).
 
     Args:
         image_channels: channels of the image to reconstruct.
@@ -104,10 +117,17 @@ class VAEBranch(nn.Module):
             latent = fewer
         self.blocks = nn.ModuleList(blocks)
         self.image = spec.conv(latent, image_channels, stages[0].kernel_size, ones)
+        self.start_at_prior()
+
+    def start_at_prior(self) -> None:
+        """Let the latent be N(0, 1) whatever the bottleneck is; its convolutions learn from the first step on."""
+        for conv in (self.mean, self.log_variance):
+            for parameter in conv.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor, image: Tensor) -> Reconstruction:
         """Return the reconstruction of `image` from `features`."""
-        mean, log_variance = self.mean(features), self.log_variance(features).clamp(-10, 10)
+        mean, log_variance = self._latent(features)
         x = mean
         if self.training:
             x = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
@@ -117,6 +137,14 @@ class VAEBranch(nn.Module):
         # In one piece, because its input has not the size of the image yet.
         x = self._run(nn.Sequential(before, last, self.image), x)
         return Reconstruction(x, image, mean, log_variance)
+
+    def _latent(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance; beyond its limits the latter keeps its gradient, by which KL brings it back."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(next(self.mean.parameters()).dtype)
+            mean, log_variance = self.mean(features), self.log_variance(features)
+        limited = log_variance.clamp(-_LIMIT, _LIMIT)
+        return mean, log_variance + (limited - log_variance).detach()
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
         return run_recomputed(module, self.recomputed, x)
