@@ -9,6 +9,7 @@ import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nnunet_ext.architectures.blocks import partial_pass
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop, downsample_labels
@@ -174,9 +175,13 @@ def test_compiled_beside_a_compiled_network_has_the_same_gradients(kind: str) ->
     network = build(case)
     expanded = ExpandedPass(network)
     expected = gradients(network, [expanded(image(case)), *network(image(case))])
-    compiled = torch.compile(network, backend="aot_eager")
-    expanded.compile_levels(backend="aot_eager")
-    found = gradients(network, [expanded(image(case)), *compiled(image(case))])
+    names = list(expanded.state_dict())
+    compiled, counter = torch.compile(network, backend="aot_eager"), CompileCounterWithBackend("aot_eager")
+    expanded.compile_levels(backend=counter)
+    outputs = expanded(image(case))
+    assert counter.frame_count >= 2  # a graph of each part
+    assert list(expanded.state_dict()) == names
+    found = gradients(network, [outputs, *compiled(image(case))])
     for name, wanted in expected.items():
         torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-5)
 

@@ -42,14 +42,16 @@ class ExpandedPass(nn.Module):
         decoder = _replaced(network.decoder, **_without_finest(network.decoder))
         decoder.deep_supervision = deep_supervision
         self.deep = nn.Sequential(encoder, decoder)
+        self._levels: tuple[Any, Any] = self.shallow, self.deep  # what is called, a tuple to hide it from state_dict
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits."""
+        shallow, deep = self._levels
         with torch.no_grad(), evaluating(self.shallow):
             channels = next(self.shallow.parameters()).shape[0]
             size = max(1, GROUP_ELEMENTS // max(1, channels * x[0, 0].numel()))
-            below = torch.cat([self.shallow(samples) for samples in x.split(size)])
-        logits: Tensor | list[Tensor] = self.deep(below)
+            below = torch.cat([shallow(samples) for samples in x.split(size)])
+        logits: Tensor | list[Tensor] = deep(below)
         return logits
 
     def compile_levels(self, **options: Any) -> None:
@@ -58,8 +60,8 @@ class ExpandedPass(nn.Module):
         Args:
             options: of `torch.compile`.
         """
-        self.shallow.compile(**options)
-        self.deep.compile(**options)
+        # Not `Module.compile`, which leaves a bare Sequential as it is up to PyTorch 2.11, without a word.
+        self._levels = torch.compile(self.shallow, **options), torch.compile(self.deep, **options)
 
 
 def centre_crop(x: Tensor, size: Sequence[int]) -> Tensor:
