@@ -223,9 +223,8 @@ class FasterFusionUNet(nn.Module):
     def _fused_twin(self) -> FasterFusionUNet:
         """Return the fused network; make it again when anything has changed that it was made of."""
         if self._fused is None or not self._fused.made_of.fits(self):
-            with torch.inference_mode(
-                False
-            ):  # weights moved by nnU-Net are inference tensors, their copies are not
+            # nnU-Net's move to the device makes inference tensors of the weights; copies need not be any.
+            with torch.inference_mode(False):
                 self._fused = _Fused(self.fuse(), Snapshot.of(self))
         return self._fused.network
 

@@ -419,10 +419,15 @@ def test_a_fused_network_moved_within_inference_mode_predicts_the_same(options: 
         assert distance(fused(image(dtype=torch.float64)), wanted) <= 1e-5
 
 
-def test_the_fused_form_is_made_once_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_fused_form_is_made_once_while_nothing_changes(
+    moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, made, fuse = build(), [], FasterFusionUNet.fuse
     monkeypatch.setattr(FasterFusionUNet, "fuse", lambda self: made.append(self) or fuse(self))
     with torch.inference_mode():
+        if moved:
+            network.double().float()
         for _ in range(3):
             network(image())
     assert len(made) == 1

@@ -22,7 +22,7 @@ class Snapshot:
     """Modules of a network with their settings, and copies of its parameters and buffers.
 
     Args:
-        settings: modules in order, each with its attributes that are numbers, words, tuples or None.
+        settings: modules in order, each with its public attributes that are numbers, words, tuples or None.
         tensors: copies of parameters and buffers.
     """
 
@@ -40,10 +40,11 @@ class Snapshot:
 
 
 def _settings(network: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    return [
-        (module, {key: value for key, value in vars(module).items() if type(value) in _PLAIN})
-        for module in network.modules()
-    ]
+    return [(module, _public(vars(module))) for module in network.modules()]
+
+
+def _public(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {key: v for key, v in attributes.items() if type(v) in _PLAIN and not key.startswith("_")}
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:
