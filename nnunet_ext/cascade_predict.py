@@ -195,9 +195,9 @@ def predict(
     """
     first, second = stages
     configuration = first.model.name.rpartition("__")[2]
-    output = output.resolve()
-    keep = (output.with_name(f"{output.name}_{configuration}") if keep is None else keep).resolve()
-    _check_folders(images.resolve(), output, keep)
+    output = _real(output)
+    keep = _real(output.with_name(f"{output.name}_{configuration}") if keep is None else keep)
+    _check_folders(_real(images), output, keep)
     options.check()
     files = _input_files(images, first.dataset)
     report(f"reading {len(files)} cases of {images}")
@@ -215,6 +215,11 @@ def predict(
         _run(second, images, output, keep, options)
         _see_whole(files, output, good, options.save_probabilities)
     return keep
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; `Path.resolve` raises where links lead in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _results_of(dataset: str) -> Path:

@@ -15,7 +15,6 @@ from typing import Any
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
-from nnunet_ext.trust import check_host_names
 
 _NAMES = ("dataset_name", "plans_name")
 _LINKS = ("previous_stage", "next_stage", "inherits_from")
@@ -65,7 +64,6 @@ def read_dataset(path: Path, cure: str, needed: Iterable[str] = ("labels", "file
     for key, (is_right, rule) in _DATASET.items():
         if content.get(key) is not None and not is_right(content[key]):
             raise UsageError(f"{path}: {key} must be {rule}, got {_shown(content[key])}: {cure}.")
-    check_host_names(content)
     return content
 
 
@@ -142,7 +140,8 @@ def _is_list_of(value: Any, is_right: Any) -> bool:
 
 def _is_label(value: Any) -> bool:
     def is_number(value: Any) -> bool:
-        return _is_int(value) or (isinstance(value, str) and value.isdecimal())
+        is_text, is_float = isinstance(value, str), isinstance(value, float)
+        return _is_int(value) or (is_text and value.isdecimal()) or (is_float and value.is_integer())
 
     return is_number(value) or (_is_list_of(value, is_number) and len(value) > 0)
 

@@ -16,6 +16,7 @@ from nnunet_ext.benchmark.machine import DoesNotFitError, gib, is_out_of_memory
 from nnunet_ext.benchmark.records import DepthPoint, Method, Report, Spread
 from nnunet_ext.benchmark.request import BASELINE, Request
 from nnunet_ext.benchmark.timing import Subject, inference, interleave, training
+from nnunet_ext.errors import UsageError
 
 STEP, PATCH = "training step", "inference of a patch"
 # done, total, what comes next
@@ -28,6 +29,9 @@ def run(request: Request, on_progress: OnProgress = lambda done, total, what: No
     Args:
         request: what is measured.
         on_progress: called before every piece of work.
+
+    Raises:
+        UsageError: not one network can be built.
     """
     return _Run(request, on_progress).report()
 
@@ -51,6 +55,12 @@ class _Run:
         for name in self._methods:
             self._next(f"{name}: counting")
             self._methods[name] = count(self._request, name)
+        if not self._built():
+            reason = self._methods[BASELINE].reason
+            raise UsageError(
+                f"no network can be built from the plans {self._setting.plans.get('plans_name', '')}, "
+                f"{self._setting.configuration} ({reason}): plan the data set again, or name other trainers (-tr)."
+            )
         with self._machine.settings():
             if self._machine.is_cuda:
                 for name in self._built():

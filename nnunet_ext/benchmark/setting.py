@@ -91,17 +91,44 @@ class Setting:
 
     @property
     def input_channels(self) -> int:
-        """Channels of the image, and those of the previous stage in a cascade."""
+        """Channels of the image, and those of the previous stage in a cascade.
+
+        Raises:
+            UsageError: dataset.json lacks them, or its labels break nnU-Net's rules.
+        """
         from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-        return int(
-            determine_num_input_channels(self.plans_manager, self.configuration_manager, dict(self.dataset))
-        )
+        _ = self.label_manager  # says which rule of the labels is broken
+        try:
+            return int(
+                determine_num_input_channels(
+                    self.plans_manager, self.configuration_manager, dict(self.dataset)
+                )
+            )
+        except Exception as error:  # whatever nnU-Net meets in a dataset.json that it did not write
+            raise UsageError(
+                f"dataset.json must hold channel_names, nnU-Net fails with {error!r}: give the one of the plans."
+            ) from error
+
+    @property
+    def label_manager(self) -> Any:
+        """nnU-Net's view of the labels.
+
+        Raises:
+            UsageError: they break its rules.
+        """
+        try:
+            return self.plans_manager.get_label_manager(dict(self.dataset))
+        except Exception as error:  # of nnU-Net's own checks
+            raise UsageError(
+                f"the labels of dataset.json must keep nnU-Net's rules, it says: {error}: correct them, or give the "
+                "dataset.json of the plans."
+            ) from error
 
     @property
     def num_classes(self) -> int:
         """Channels of the network's output."""
-        return int(self.plans_manager.get_label_manager(dict(self.dataset)).num_segmentation_heads)
+        return int(self.label_manager.num_segmentation_heads)
 
     def builder(self, trainer: str, deep_supervision: bool = True) -> Callable[[], nn.Module]:
         """Return a function that builds the trainer's network as `nnUNetv2_train` does.

@@ -58,7 +58,7 @@ class Source:
             setting = setting_of_patch(self.patch, self._dataset_json({}))
         elif self.plans_file is not None:
             dataset_file = self.plans_file.parent / "dataset.json"
-            found = read_dataset(dataset_file, _PLAN, ()) if dataset_file.is_file() else {}
+            found = read_dataset(dataset_file, _PLAN, ()) if os.path.lexists(dataset_file) else {}
             setting = self._read(self.plans_file, found)
         else:
             folder = _dataset_folder(str(self.dataset))

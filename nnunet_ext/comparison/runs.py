@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -110,9 +111,10 @@ def read_run(folder: Path, folds: Sequence[str] | None = None) -> Run:
     Raises:
         UsageError: the folder isn't nnU-Net's, or an asked fold was not validated.
     """
-    folder = folder.resolve()
+    found = folder.is_dir()
+    folder = Path(os.path.realpath(folder))  # of links in a circle too
     parts = folder.name.split("__")
-    if not folder.is_dir() or len(parts) != 3:
+    if not found or len(parts) != 3:
         raise UsageError(
             f"a run must be an existing folder TRAINER__PLANS__CONFIGURATION, got {folder}: correct the path, or give "
             "its original name back."

@@ -18,6 +18,7 @@ from nnunet_ext.comparison.runs import Run, validate_command
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 
+_LONGEST_NAME = 255  # bytes, on all common file systems
 COUNTS = ("TP", "FP", "FN")
 COLUMNS = ("run", "fold", "case", "structure", "Dice", "IoU", *COUNTS)
 
@@ -84,11 +85,11 @@ def read_summary(path: Path, dataset: Mapping[str, Any], cure: str) -> Iterator[
             raise UsageError(f"{path} must hold every case once, it holds {case} twice: {cure}.")
         seen.add(case)
         for key, name in expected.items():
-            dice = scores[key]["Dice"]
-            if not (math.isnan(dice) or 0 <= dice <= 1):
-                raise UsageError(
-                    f"{path}, {case}, {name}: Dice must lie between 0 and 1, got {dice:g}: {cure}."
-                )
+            for what, value in scores[key].items():
+                most = math.inf if what in COUNTS else 1
+                if not math.isnan(value) and not (0 <= value <= most and value < math.inf):
+                    rule = "be a number of voxels" if what in COUNTS else "lie between 0 and 1"
+                    raise UsageError(f"{path}, {case}, {name}: {what} must {rule}, got {value:g}: {cure}.")
             yield {"case": case, "structure": name, **scores[key]}
 
 
@@ -105,11 +106,13 @@ def case_name(prediction_file: str, file_ending: str) -> str:
     """Name of a case, from the path of its prediction on any operating system.
 
     Raises:
-        ValueError: the file has another ending.
+        ValueError: the file has another ending, or a name that no file has.
     """
     name = re.split(r"[/\\]", prediction_file)[-1]
     if not name.endswith(file_ending):
         raise ValueError(f"{name} does not end in {file_ending}")
+    if "\0" in name or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+        raise ValueError(f"{name[:40]}... can't be the name of a file")
     return name.removesuffix(file_ending)
 
 

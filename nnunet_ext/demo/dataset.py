@@ -18,6 +18,7 @@ from nnunet_ext.doctor.description import describe
 from nnunet_ext.doctor.raw_dataset import about_cases, default_processes, list_cases, rules
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
+from nnunet_ext.nnunet_files import read_dataset
 
 N_UNSEEN = 2
 _MIN_TRAINING = 5  # nnU-Net makes five folds
@@ -95,21 +96,11 @@ def check(raw: RawDataset, on_progress: Callable[[int, int], None]) -> None:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / "dataset.json"
+    needed = ("channel_names", "labels", "file_ending")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"--raw needs a dataset.json in the data set, {folder} has none: add it.") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--raw needs a readable dataset.json, {path} is not ({error}): repair it."
-        ) from error
-    required = ("channel_names", "labels", "file_ending")
-    missing = [key for key in required if not isinstance(description, dict) or key not in description]
-    if missing:
-        names = ", ".join(missing)
-        raise UsageError(f"--raw needs {', '.join(required)} in {path}, it lacks {names}: add them.")
-    return dict(description)
+        return read_dataset(folder / "dataset.json", "repair or add it", needed)
+    except UsageError as error:
+        raise UsageError(f"--raw needs a dataset.json that nnU-Net can use: {error}") from error
 
 
 def _test_cases(folder: Path, ending: str) -> list[Case]:

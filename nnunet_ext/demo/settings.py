@@ -12,6 +12,7 @@ from nnunet_ext import files, registry
 from nnunet_ext.datasets import number_of
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import PARTIAL, write_text, writing
+from nnunet_ext.nnunet_files import read_dataset
 
 FULL_SCHEDULE = "full"
 PLANS = "nnUNetPlans"
@@ -93,7 +94,7 @@ class Demo:
 
     def description(self) -> dict[str, Any]:
         """Content of dataset.json."""
-        return read_json(self.raw / "dataset.json")
+        return read_dataset(self.raw / "dataset.json", "delete it and call again")
 
     def cases(self, part: str) -> list[str]:
         """Names of the training ("Tr") or unseen ("Ts") cases."""

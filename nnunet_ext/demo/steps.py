@@ -11,14 +11,16 @@ from pathlib import Path
 
 from nnunet_ext import registry
 from nnunet_ext.demo import dataset, phantom, report
-from nnunet_ext.demo.settings import PLANS, Demo, read_json
+from nnunet_ext.demo.settings import PLANS, Demo
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import writing
+from nnunet_ext.nnunet_files import read_plans
 from nnunet_ext.whole import is_whole
 
 _PREPROCESSED = (".pkl", ".b2nd", "_seg.b2nd")
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 
+_AGAIN = "delete it and call again"
 Status = Callable[[str], None]
 # Runs a command of the step of this name to its end and hands over what it writes.
 RunCommand = Callable[[str, tuple[str, ...], Callable[[str], None]], None]
@@ -76,7 +78,7 @@ def _plan(demo: Demo, run: RunCommand) -> Step:
     def work(status: Status) -> None:
         _remove(demo.preprocessed)  # nnU-Net would trust a fingerprint that was cut off
         run("plan", command, lambda _: status(""))
-        configurations = read_json(demo.preprocessed / f"{PLANS}.json")["configurations"]
+        configurations = read_plans(demo.preprocessed / f"{PLANS}.json", _AGAIN)["configurations"]
         if demo.configuration not in configurations:
             raise UsageError(
                 f"-c needs a configuration that nnU-Net planned for {demo.dataset} "
@@ -88,7 +90,7 @@ def _plan(demo: Demo, run: RunCommand) -> Step:
         if not plans.is_file():
             return False
         folder = demo.preprocessed / str(
-            read_json(plans)["configurations"].get(demo.configuration, {}).get("data_identifier")
+            read_plans(plans, _AGAIN)["configurations"].get(demo.configuration, {}).get("data_identifier")
         )
         return all(is_whole(folder / f"{case}{end}") for case in demo.cases("Tr") for end in _PREPROCESSED)
 

@@ -144,9 +144,7 @@ class _Fold:
         self._options = options
         self._images = images
         self._folder = folder / f"fold_{fold}"
-        self._regions = bool(
-            model.setting.plans_manager.get_label_manager(dict(model.setting.dataset)).has_regions
-        )
+        self._regions = bool(model.setting.label_manager.has_regions)
 
     def ship(self) -> Shipped:
         """Fuse, check, write."""

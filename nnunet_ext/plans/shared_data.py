@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ext.datasets import number_of
+from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet_files import read_plans
 
 # What DefaultPreprocessor reads of a configuration, beside its spacing.
 _READ = (
@@ -155,12 +156,11 @@ def _owners(folder: Path, own: str) -> Iterator[tuple[str, PlansManager, str]]:
     """Name, plans and configuration of all others, beside the plans called `own`, whose data lie in this folder."""
     for path in sorted(folder.parent.glob("*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            plans = PlansManager(read_plans(path, "plan again"))
+        except UsageError:
             continue  # nobody can have preprocessed with it
-        if path.stem == own or not isinstance(content, dict) or "configurations" not in content:
+        if path.stem == own:
             continue
-        plans = PlansManager(content)
         for name in plans.available_configurations:
             try:
                 with warnings.catch_warnings():

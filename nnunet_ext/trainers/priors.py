@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
+
+from nnunet_ext.files import read_json
 
 _ENDINGS = (".b2nd", ".npz", ".npy")
 _NAMED = 5  # cases that a message names
@@ -63,11 +64,12 @@ class FirstStage:
 
         Raises:
             ValueError: they are others.
+            UsageError: the file is cut off.
         """
         noted = self.model / "dataset.json"
         if not noted.is_file():
             return
-        trained = load_json(str(noted))
+        trained = read_json(noted, "copy it again, or train stage 1 anew")
         for key in ("labels", "regions_class_order"):
             if trained.get(key) != dataset_json.get(key):
                 raise ValueError(
@@ -141,7 +143,8 @@ def first_stage(trainer: Any) -> FirstStage:
         )
     priors = Path(trainer.folder_with_segs_from_previous_stage)
     splits_file = Path(trainer.preprocessed_dataset_folder_base) / "splits_final.json"
-    splits = load_json(str(splits_file)) if splits_file.is_file() else []
+    cure = "restore it, or delete it and let nnU-Net make it again"
+    splits = read_json(splits_file, cure, list) if splits_file.is_file() else []
     device = "" if trainer.device.type == "cuda" else f" -device {trainer.device.type}"
     return FirstStage(
         command=f"nnUNetv2_train {plans.dataset_name} {previous}",
