@@ -179,7 +179,8 @@ def test_compiled_beside_a_compiled_network_has_the_same_gradients(kind: str) ->
     compiled, counter = torch.compile(network, backend="aot_eager"), CompileCounterWithBackend("aot_eager")
     expanded.compile_levels(backend=counter)
     outputs = expanded(image(case))
-    assert counter.frame_count >= 2  # a graph of each part
+    # Recomputing levels are left out, so that the second part of the reversible network has none.
+    assert counter.frame_count >= {"host": 2, "reversible": 1}[kind]
     assert list(expanded.state_dict()) == names
     found = gradients(network, [outputs, *compiled(image(case))])
     for name, wanted in expected.items():
@@ -217,7 +218,9 @@ def test_labels_are_downsampled_as_nnunet_does(strides: tuple[int, ...], dtype: 
     labels = torch.randint(0, 4, (2, 3, 8, 16, 24)).to(dtype)
     transform = DownsampleSegForDSTransform([[1 / stride for stride in strides]])
     expected = torch.stack([transform._apply_to_segmentation(sample)[0] for sample in labels])
-    torch.testing.assert_close(downsample_labels(labels, strides), expected)
+    found = downsample_labels(labels, strides)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert found.is_contiguous()
 
 
 def test_the_crop_is_the_centre() -> None:
