@@ -42,7 +42,10 @@ class ExpandedPass(nn.Module):
         decoder = _replaced(network.decoder, **_without_finest(network.decoder))
         decoder.deep_supervision = deep_supervision
         self.deep = nn.Sequential(encoder, decoder)
-        self._levels: tuple[Any, Any] = self.shallow, self.deep  # what is called, a tuple to hide it from state_dict
+        self._levels: tuple[Any, Any] = (
+            self.shallow,
+            self.deep,
+        )  # what is called; a tuple is not in state_dict
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits."""
@@ -79,10 +82,8 @@ def downsample_labels(labels: Tensor, strides: Sequence[int]) -> Tensor:
 
     Shape: (B, C, *patch) -> (B, C, *patch / strides), patch divisible by the strides.
     """
-    for axis, stride in enumerate(strides, start=2):
-        nearest = torch.arange(stride // 2, labels.shape[axis], stride, device=labels.device)
-        labels = labels.index_select(axis, nearest)
-    return labels
+    nearest = [slice(stride // 2, None, stride) for stride in strides]
+    return labels[tuple([slice(None)] * 2 + nearest)].contiguous()
 
 
 @contextmanager
