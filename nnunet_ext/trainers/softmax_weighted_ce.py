@@ -6,6 +6,7 @@ Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-r
 
 from __future__ import annotations
 
+import torch
 from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -40,9 +41,9 @@ def class_weights(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
         num_classes: C.
         ignore_index: label that does not count.
     """
-    flat = labels.flatten()
-    index = flat.masked_fill(flat == ignore_index, num_classes)  # a bin of its own, dropped below
-    counts = flat.new_zeros(num_classes + 1).scatter_add_(0, index, flat.new_ones(1).expand_as(flat))[:-1]
+    counted = labels.masked_fill(labels == ignore_index, -1)
+    # Class by class: adding all voxels up in a few bins lets them queue for these on a GPU.
+    counts = torch.stack([(counted == label).sum() for label in range(num_classes)])
     shares = counts / counts.sum().clamp_min(1)
     return num_classes * (-shares).softmax(0)
 

@@ -24,6 +24,15 @@ def test_a_class_that_is_everywhere_weighs_e_times_less_than_an_absent_one() -> 
     assert float(weights[1] / weights[0]) == pytest.approx(e)
 
 
+@pytest.mark.parametrize("ignored", [3, 0, -100])
+def test_shares_are_those_of_bincount(ignored: int) -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 4 if ignored == 3 else 3, (2, 7, 8, 9))
+    counts = torch.bincount(labels[labels != ignored], minlength=3)
+    weights = 3 * (-counts / counts.sum()).softmax(0)
+    torch.testing.assert_close(class_weights(labels, 3, ignored), weights, rtol=0, atol=0)
+
+
 def test_loss_is_the_mean_weighted_by_each_voxels_class() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 4, 5, dtype=torch.float64)
