@@ -158,11 +158,13 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         return expanded + self.backward(branch.whole, self.standard_loss, data, target, 1 - weight)
 
     def _average_over_ranks(self: Any) -> None:
-        """What DDP does with gradients, once they are whole."""
-        for parameter in bare(self.network).parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+        """What DDP does with gradients, once they are whole, in one message."""
+        gradients = [p.grad for p in bare(self.network).parameters() if p.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        together /= dist.get_world_size()
+        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def clip_gradients(self: Any) -> None:
         """Clip as nnU-Net does, each branch by itself."""
