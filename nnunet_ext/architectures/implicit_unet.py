@@ -113,7 +113,7 @@ class ImplicitUNet(nn.Module):
         threshold: float = 0.05,
         second_look: float = 0.25,
         dense_above: float = 0.5,
-        chunk_size: int = 16384,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         _check_options(decoder_width, decoder_depth, frequencies, mesh_spacing, dropout, n_points, max_stride)
@@ -191,7 +191,8 @@ class ImplicitUNet(nn.Module):
             return self.point_decoder.decode(maps, voxels[None])[0]
 
         if not sparsely:
-            return dense_logits(decode, patch, self.refinement.chunk_size, features[0].device)
+            device = features[0].device
+            return dense_logits(decode, patch, self.refinement.chunk_on(device), device)
         mesh = Mesh.fitting(patch, self.mesh_spacing)
         regions = self.point_decoder.seg_layers.regions or self.num_classes == 1
         prediction = SparsePrediction(decode, mesh, self.refinement, regions, self._assumed_share)

@@ -205,3 +205,9 @@ def test_pooling_a_cell_widened_by_a_voxel_sees_its_neighbours() -> None:
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Refinement(**changes)
+
+
+def test_pieces_are_larger_on_cuda_unless_their_size_is_given() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert Refinement().chunk_on(cuda) == 4 * Refinement().chunk_on(cpu) == 65536
+    assert Refinement(chunk_size=7).chunk_on(cpu) == Refinement(chunk_size=7).chunk_on(cuda) == 7
