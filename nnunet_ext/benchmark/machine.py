@@ -71,6 +71,10 @@ class Machine:
         """Context that the forward pass and the loss run in."""
         return torch.autocast(self.kind, enabled=self.precision == "mixed")
 
+    def gradient_scaler(self) -> torch.amp.GradScaler:
+        """The scaler that nnU-Net trains with in float16; elsewhere one that does nothing."""
+        return torch.amp.GradScaler(self.kind, enabled=self.is_cuda and self.precision == "mixed")
+
     @contextmanager
     def settings(self) -> Iterator[None]:
         """Let cuDNN choose the fastest algorithm, as nnU-Net's commands do."""

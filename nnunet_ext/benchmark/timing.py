@@ -1,7 +1,8 @@
-"""Training steps and forward passes of real networks, one turn each, interleaved between networks."""
+"""Training steps and forward passes of real networks, in turns that are interleaved between networks."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,42 +13,62 @@ from torch import Tensor, nn
 
 from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.benchmark.memory import surrogate_loss, training_outputs
+from nnunet_ext.benchmark.two_passes import passes_of
 
 Work = Callable[[], None]
+# Of a turn on a GPU, whose clocks and queue need some steps to settle.
+WARM_UP_STEPS = 3
+FEWEST_STEPS, FEWEST_SECONDS = 3, 0.5
 
 
 class TrainingStep:
     """What nnU-Net's trainer does with a batch, with a surrogate for the loss: forward, backward, clip, SGD.
 
-    The learning rate is 0: the operations are the same, but weights and so all repeats stay the same.
+    The gradient of the surrogate is of the size of that of cross-entropy, and scaled as nnU-Net scales in float16,
+    which could not hold it otherwise: a mean over 2 x 128^3 voxels gives each logit 2e-7 at most. The learning rate is
+    0: the operations are the same, but weights and so all repeats stay the same.
 
     Args:
         network: in training mode, on the device.
-        machine: decides on autocast.
+        machine: decides on autocast and gradient scaler.
     """
 
     def __init__(self, network: nn.Module, machine: Machine) -> None:
         self._network = network
         self._machine = machine
+        self._scaler = machine.gradient_scaler()
         self._parameters = list(network.parameters())
         self._optimizer = torch.optim.SGD(
             self._parameters, lr=0.0, weight_decay=3e-5, momentum=0.99, nesterov=True
         )
 
     def forward(self, x: Tensor) -> Any:
-        """(B, C, *patch) -> logits, with deep supervision a list of them."""
-        with self._machine.autocast():
-            return training_outputs(self._network, x)
+        """(B, C, *patch) -> logits, with deep supervision a list of them; of several passes those of the last."""
+        following = passes_of(self._network, x)
+        part, data = next(following)
+        for after in following:
+            self._backward(self._outputs(part, data))
+            part, data = after
+        return self._outputs(part, data)
 
     def finish(self, outputs: Tensor | list[Tensor]) -> None:
         """Loss, backward, clipping and step; leaves no gradients."""
+        self._backward(outputs)
+        del outputs
+        self._scaler.unscale_(self._optimizer)
+        nn.utils.clip_grad_norm_(self._parameters, 12)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _outputs(self, part: nn.Module, data: Tensor) -> Any:
+        with self._machine.autocast():
+            return training_outputs(part, data)
+
+    def _backward(self, outputs: Any) -> None:
         with self._machine.autocast():
             loss = surrogate_loss(outputs)
-        del outputs
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._parameters, 12)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
 
 
 def training(network: nn.Module, x: Tensor, machine: Machine) -> Work:
@@ -90,7 +111,10 @@ class Subject:
         self._network: nn.Module | None = None
 
     def turn(self, machine: Machine, clock: Callable[[], float]) -> float:
-        """Run once on the device; return the seconds.
+        """Run once on the CPU; on a GPU warm up, then run for `FEWEST_STEPS` and `FEWEST_SECONDS` at least.
+
+        Returns:
+            Seconds of one step or patch.
 
         Raises:
             DoesNotFitError: there is no room for it on the CPU.
@@ -100,16 +124,30 @@ class Subject:
         try:
             network = self._network.to(machine.kind)
             work = self._prepare(network, torch.randn(*self._shape, device=machine.kind), machine)
-            if machine.is_cuda:  # fills the allocator's cache, which the network before has left empty
-                work()
-            machine.synchronize()
-            start = clock()
-            work()
-            machine.synchronize()
-            return clock() - start
+            steps = 1
+            if (
+                machine.is_cuda
+            ):  # the first fills the allocator's cache, which the network before has left empty
+                _seconds(work, WARM_UP_STEPS - 1, machine, clock)
+                steps = _enough(_seconds(work, 1, machine, clock))
+            return _seconds(work, steps, machine, clock) / steps
         finally:
             self._network.zero_grad(set_to_none=True)
             self._network.to("cpu")
+
+
+def _seconds(work: Work, steps: int, machine: Machine, clock: Callable[[], float]) -> float:
+    machine.synchronize()
+    start = clock()
+    for _ in range(steps):
+        work()
+    machine.synchronize()
+    return clock() - start
+
+
+def _enough(seconds: float) -> int:
+    """Steps of a turn, from the seconds of one."""
+    return max(FEWEST_STEPS, math.ceil(FEWEST_SECONDS / max(seconds, 1e-6)))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """One training step of any trainer: its network, its loss, its optimiser, in the order in which nnU-Net runs them.
 
-What a trainer does beside that on the GPU (augmentation, metrics) is not run. Its `initialize` is not called and its
-folders are not made; a step that is more than one pass of the network is what its `training_form` says.
+Images and labels are random. What a trainer does beside that on the GPU (augmentation, metrics) is not run. Its
+`initialize` is not called and its folders are not made; a step that is more than one pass of the network is what its
+`training_form` says.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from nnunet_ext.benchmark.cuda_autocast import mixed_precision
 from nnunet_ext.benchmark.memory import training_outputs
 from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.benchmark.two_passes import passes_of
 from nnunet_ext.lookup import trainer_class
 
 
@@ -84,6 +86,8 @@ class TrainerStep:
         for group in self._optimizer.param_groups:
             if "foreach" in group:
                 group["foreach"] = True  # as on CUDA, where it is the default
+        # A fake one would take the step for one that overflowed, and leave out the optimiser.
+        self._scaler = torch.amp.GradScaler(device, enabled=device != "cpu")
 
     def make_state(self) -> None:
         """Let the optimiser make its state, as in the first step of a training."""
@@ -95,34 +99,36 @@ class TrainerStep:
     def passes(self) -> Iterator[Tensor]:
         """Yield the loss of each pass before its backward pass; those of meU-net run one after the other."""
         x, targets = self._batch()
-        for part, data in _parts(self._form, x):
+        for part, data in passes_of(self._form, x):
             with mixed_precision(self._device):
                 outputs = training_outputs(part, data)
                 loss = self._loss(outputs, targets)
             yield loss
-            loss.backward()
+            self._scaler.scale(loss).backward()
             del outputs, loss
+        self._scaler.unscale_(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, 12)
-        self._optimizer.step()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
 
     def _batch(self) -> tuple[Tensor, dict[tuple[int, ...], Tensor]]:
         """Images, and labels at the scales of deep supervision by their size."""
         setting = self._setting
         batch, patch = setting.batch_size, setting.patch_size
-        x = torch.zeros(batch, setting.input_channels, *patch, device=self._device)
+        x = torch.randn(batch, setting.input_channels, *patch, device=self._device)
         scales = self._trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
         sizes = [tuple(round(n * s) for n, s in zip(patch, scale, strict=True)) for scale in scales]
         return x, {size: self._labels(size) for size in sizes}
 
     def _labels(self, size: Sequence[int]) -> Tensor:
         manager = self._trainer.label_manager
-        channels, dtype = 1, torch.int16
+        channels, values, dtype = 1, len(manager.all_labels), torch.int16
         if manager.has_regions:
             channels = len(manager.foreground_regions) + (manager.ignore_label is not None)
-            dtype = torch.bool
+            values, dtype = 2, torch.bool
         shape = (self._setting.batch_size, channels, *size)
-        return torch.zeros(shape, dtype=dtype, device=self._device)
+        return torch.randint(values, shape, dtype=dtype, device=self._device)
 
     def _loss(self, outputs: Any, targets: dict[tuple[int, ...], Tensor]) -> Tensor:
         """The trainer's own loss, also of one level alone."""
@@ -136,12 +142,3 @@ class TrainerStep:
         ]
         value: Tensor = loss(outputs, found if several else found[0])
         return value
-
-
-def _parts(form: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Modules that have a backward pass of their own, with their input."""
-    passes = getattr(form, "passes", None)
-    if passes is None:
-        yield form, x
-    else:
-        yield from passes(x)

@@ -32,6 +32,29 @@ class _Passes(nn.Module):
             part, data = after
         return part(data)
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile what the passes run, as the trainers do, and not the step as a whole."""
+        for part in self.parts():
+            getattr(part, "compile_levels", part.compile)(*args, **options)
+
+    def parts(self) -> Iterator[nn.Module]:
+        """Yield what the passes run, each once."""
+        raise NotImplementedError
+
+
+def passes_of(form: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield what has a backward pass of its own in a training step, with its input; most trainers have one.
+
+    Args:
+        form: what the trainer's `training_form` gives, or the network itself.
+        x: (B, C, *patch).
+    """
+    passes = getattr(form, "passes", None)
+    if passes is None:
+        yield form, x
+    else:
+        yield from passes(x)
+
 
 class TwoPasses(_Passes):
     """meU-net's training step: the expanded pass, then the standard one.
@@ -55,6 +78,10 @@ class TwoPasses(_Passes):
         """Both passes."""
         yield self.expanded_pass, x
         yield self.trained_network, centre_crop(x, self.standard_patch(x.shape[2:]))
+
+    def parts(self) -> Iterator[nn.Module]:
+        """The expanded pass and the network."""
+        yield from (self.expanded_pass, self.trained_network)
 
 
 class InTurn(_Passes):
@@ -90,6 +117,10 @@ class InTurn(_Passes):
             if size != standard:
                 yield expanded_pass, centre_crop(x, size)
             yield branch, centre_crop(x, standard)
+
+    def parts(self) -> Iterator[nn.Module]:
+        """The expanded passes and the branches."""
+        yield from (*self.expanded_passes, *self.trained_network.branches)
 
 
 def measure_two_passes(

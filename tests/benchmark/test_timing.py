@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nnunet_ext.benchmark.cuda_autocast import CudaAutocast
 from nnunet_ext.benchmark.machine import DoesNotFitError, Machine, gib, is_out_of_memory
 from nnunet_ext.benchmark.memory import GIB
-from nnunet_ext.benchmark.timing import Subject, TrainingStep, inference, interleave, training
+from nnunet_ext.benchmark.timing import (
+    WARM_UP_STEPS,
+    Subject,
+    TrainingStep,
+    inference,
+    interleave,
+    training,
+)
 from nnunet_ext.errors import UsageError
 
 
@@ -80,6 +88,57 @@ def test_turn_is_timed_between_two_readings_of_the_clock(machine: Machine) -> No
     assert events == ["prepare (2, 1, 4, 4)", "clock", "work", "clock"]
     subject.turn(machine, clock)
     assert len(built) == 1
+
+
+class PassesForGpu(Machine):
+    """The CPU that passes for a GPU, in float16 with a gradient scaler."""
+
+    is_cuda = True
+
+    def synchronize(self) -> None:
+        """Nothing is asynchronous."""
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", dtype=torch.float16, enabled=self.precision == "mixed")
+
+
+@pytest.mark.parametrize(("duration", "steps"), [(2.0, 3), (0.11, 5), (0.011, 46)])
+def test_turn_on_a_gpu_warms_up_and_takes_several_steps(duration: float, steps: int) -> None:
+    now, works = [0.0], [0]
+
+    def work() -> None:
+        works[0] += 1
+        now[0] += duration * (10 if works[0] == 1 else 1)  # the first is slow
+
+    subject = Subject(lambda: nn.Conv2d(1, 1, 1), lambda network, x, machine: work, (2, 1, 4, 4), 0)
+    assert subject.turn(PassesForGpu("cpu", "mixed"), lambda: now[0]) == pytest.approx(duration)
+    assert works[0] == WARM_UP_STEPS + steps
+
+
+def test_gradients_of_a_step_are_normal_numbers_of_float16_as_those_of_cross_entropy() -> None:
+    network, x = nn.Conv2d(1, 3, 1), torch.randn(2, 1, 512, 512)
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, given: Any, result: Tensor) -> None:
+        result.register_hook(lambda gradient: seen.append(gradient.detach().float()))
+
+    network.register_forward_hook(watch)
+    machine = PassesForGpu("cpu", "mixed")
+    with CudaAutocast():
+        training(network, x, machine)()
+    with machine.autocast():
+        logits = network(x).float()  # as CUDA's autocast does
+    loss = nn.functional.cross_entropy(logits, torch.randint(3, (2, 512, 512)))
+    torch.amp.GradScaler("cpu").scale(loss).backward()
+    ours, theirs = (gradient.abs().mean() for gradient in seen)
+    assert ours > torch.finfo(torch.float16).smallest_normal
+    assert 0.5 < ours / theirs < 2
+
+
+@pytest.mark.parametrize("precision", ["mixed", "float32"])
+def test_only_float16_on_a_gpu_is_scaled(precision: Any) -> None:
+    assert PassesForGpu("cpu", precision).gradient_scaler().is_enabled() is (precision == "mixed")
+    assert not Machine("cpu", precision).gradient_scaler().is_enabled()
 
 
 def test_training_step_computes_gradients_and_leaves_weights_and_no_gradients(machine: Machine) -> None:

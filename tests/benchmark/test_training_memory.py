@@ -16,6 +16,7 @@ from nnunet_ext.benchmark.memory import measure_step
 from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.benchmark.size import count_parameters
 from nnunet_ext.benchmark.source import Source
+from nnunet_ext.benchmark.trainer_step import TrainerStep
 from nnunet_ext.benchmark.training_memory import TrainingMemory, count_memory, training_memory
 from nnunet_ext.lookup import trainer_class
 from tests.benchmark.conftest import tiny
@@ -39,6 +40,22 @@ def test_every_trainers_step_is_counted(trainer: str, setting: Setting) -> None:
     assert memory.optimizer >= weights
     assert memory.peak >= memory.parameters + memory.optimizer + memory.activations
     assert memory.total == memory.peak + memory.allowance
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_images_and_labels_of_a_real_step_are_random(regions: bool, setting: Setting) -> None:
+    labels: dict[str, Any] = {"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}}
+    if regions:
+        labels = {
+            "labels": {"background": 0, "whole": [1, 2], "core": [2]},
+            "regions_class_order": [1, 2],
+        }
+    step = TrainerStep(with_labels(setting, **labels), "nnUNetTrainer")
+    x, targets = step._batch()
+    assert x.std() > 0.9
+    for target in targets.values():
+        assert set(target.unique().tolist()) == ({False, True} if regions else {0, 1, 2})
+    assert len(list(step.passes())) == 1
 
 
 @pytest.mark.parametrize(("trainer", "states"), [("nnUNetTrainer", 1), ("nnUNetTrainerImplicit", 2)])
