@@ -19,6 +19,42 @@ COMMON_SIZES = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GB 
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a real step took of a GPU.
+
+    Args:
+        allocated: bytes of PyTorch's allocator in use at most: tensors, and workspaces of cuDNN and cuBLAS.
+        reserved: bytes that the allocator held of the GPU at most.
+        outside: bytes of the GPU in use beside these afterwards: CUDA's context, libraries, other programs.
+    """
+
+    allocated: int
+    reserved: int
+    outside: int
+
+    def lines(self, memory: TrainingMemory) -> Iterator[str]:
+        """Beside what was counted, each with what it can be compared with."""
+        rows = (
+            (
+                "allocated, with workspaces",
+                self.allocated,
+                "peak + workspaces",
+                memory.peak + memory.workspace,
+            ),
+            ("reserved and outside", self.reserved + self.outside, "expected", memory.total),
+        )
+        for what, found, name, counted in rows:
+            yield (
+                f"Measured {what}: {found / GIB:.2f} GB; {name} as counted: {counted / GIB:.2f} GB "
+                f"({counted / found - 1:+.1%})."
+            )
+        yield (
+            f"Reserved by PyTorch: {self.reserved / GIB:.2f} GB. Outside of it (context, libraries, other programs): "
+            f"{self.outside / GIB:.2f} GB."
+        )
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a training is expected to need.
 
@@ -27,14 +63,14 @@ class Estimate:
         trainer: name.
         memory: bytes.
         gpu: name and bytes of this machine's GPU, if there is one.
-        measured: bytes that a real step allocated on it at most, if that was asked for.
+        measured: what a real step took of it, if that was asked for.
     """
 
     setting: Setting
     trainer: str
     memory: TrainingMemory
     gpu: tuple[str, int] | None = None
-    measured: int | None = None
+    measured: Measured | None = None
 
     @property
     def enough(self) -> int | None:
@@ -53,7 +89,9 @@ class Estimate:
             "smallest_common_gpu_GB": self.enough,
             "gpu": None if self.gpu is None else {"name": self.gpu[0], "bytes": self.gpu[1]},
             "fits_gpu": None if self.gpu is None else self.memory.total <= self.gpu[1],
-            "measured_peak_bytes": self.measured,
+            "measured_peak_bytes": self.measured and self.measured.allocated,
+            "measured_reserved_bytes": self.measured and self.measured.reserved,
+            "measured_outside_bytes": self.measured and self.measured.outside,
         }
 
     def lines(self) -> Iterator[str]:
@@ -79,9 +117,7 @@ class Estimate:
         yield f"1 GB is 2**30 bytes. The allowance is assumed: context, workspaces, {share} of the peak."
         yield self._verdict()
         if self.measured is not None:
-            difference = memory.peak / self.measured - 1
-            measured = f"{self.measured / GIB:.2f} GB"
-            yield f"Measured peak of a real step: {measured}; the counted one differs by {difference:+.1%}."
+            yield from self.measured.lines(memory)
 
     def _verdict(self) -> str:
         total = self.memory.total
@@ -127,8 +163,8 @@ def estimate(setting: Setting, trainer: str, measure: bool = False) -> Estimate:
     return Estimate(setting, trainer, memory, gpu, _measured(setting, trainer) if measure else None)
 
 
-def _measured(setting: Setting, trainer: str) -> int:
-    """Bytes that the second of two real steps allocates at most; the first lets cuDNN try its algorithms."""
+def _measured(setting: Setting, trainer: str) -> Measured:
+    """Memory of the second of two real steps; the first lets cuDNN try its algorithms."""
     from nnunet_ext.benchmark.trainer_step import TrainerStep
 
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -140,4 +176,6 @@ def _measured(setting: Setting, trainer: str) -> int:
             for _ in step.passes():
                 pass
         torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated())
+        free, size = torch.cuda.mem_get_info()
+        outside = size - free - torch.cuda.memory_reserved()
+        return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), outside)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nnunet_ext import cli
-from nnunet_ext.benchmark.estimate import Estimate
+from nnunet_ext.benchmark.estimate import Estimate, Measured
 from nnunet_ext.benchmark.memory import GIB
 from nnunet_ext.benchmark.training_memory import TrainingMemory
 from tests.benchmark.conftest import planned_dataset, tiny
@@ -38,12 +38,30 @@ def test_parts_add_up_and_gpus_are_named(planned_dataset: Path, capsys: pytest.C
 @pytest.mark.parametrize(("size", "verdict"), [(24, "This GPU has it"), (8, "This GPU does not have it")])
 def test_says_whether_this_gpu_has_it(size: int, verdict: str) -> None:
     memory = TrainingMemory(0, 0, 0, 0, 10 * GIB, 0)
-    found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", size * GIB), 9 * GIB)
+    found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", size * GIB))
     text = "\n".join(found.lines())
     assert verdict in text
-    assert "+11.1%" in text
     assert found.enough == 11
     assert Estimate(tiny(), "nnUNetTrainer", TrainingMemory(0, 0, 0, 0, 999 * GIB, 0)).enough is None
+
+
+def test_measured_memory_stands_beside_what_it_can_be_compared_with() -> None:
+    memory = TrainingMemory(0, 0, 0, 0, peak=10 * GIB, workspace=2 * GIB)  # 13 GB expected with the allowance
+    measured = Measured(allocated=15 * GIB, reserved=16 * GIB, outside=4 * GIB)
+    found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", 24 * GIB), measured)
+    text = "\n".join(found.lines())
+    assert (
+        "Measured allocated, with workspaces: 15.00 GB; peak + workspaces as counted: 12.00 GB (-20.0%)"
+        in text
+    )
+    assert "Measured reserved and outside: 20.00 GB; expected as counted: 13.00 GB (-35.0%)" in text
+    assert "Reserved by PyTorch: 16.00 GB." in text
+    assert "Outside of it (context, libraries, other programs): 4.00 GB." in text
+    assert max(map(len, text.splitlines())) <= 110
+    sizes = found.as_dict()
+    for key, size in (("peak", 15), ("reserved", 16), ("outside", 4)):
+        assert sizes[f"measured_{key}_bytes"] == size * GIB
+    assert Estimate(tiny(), "nnUNetTrainer", memory).as_dict()["measured_outside_bytes"] is None
 
 
 @pytest.mark.parametrize(
