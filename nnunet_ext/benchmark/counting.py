@@ -19,10 +19,21 @@ _LONGEST_REASON = 300
 
 @dataclass(frozen=True)
 class Builders:
-    """Functions that build a trainer's network: `train` for a training step, `deploy` in the form that predicts."""
+    """Functions that build a trainer's network.
+
+    Args:
+        train: for a training step.
+        deploy: in the form that predicts.
+    """
 
     train: Callable[[], nn.Module]
     deploy: Callable[[], nn.Module]
+
+    def compiled(self) -> nn.Module:
+        """Build the network for a training step, compiled where nnU-Net compiles."""
+        network = self.train()
+        network.compile()
+        return network
 
     @classmethod
     def of(cls, request: Request, trainer: str) -> Builders:

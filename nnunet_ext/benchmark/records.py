@@ -19,6 +19,7 @@ QUANTITIES = (
     "reserved_bytes",
     "inference_peak_bytes",
     "step_seconds",
+    "compiled_step_seconds",
     "patch_seconds",
 )
 
@@ -54,7 +55,8 @@ class Method:
         peak_bytes: largest number of bytes alive in a training step.
         reserved_bytes: taken from the GPU by PyTorch's allocator in a training step.
         inference_peak_bytes: largest number of bytes alive in the forward pass of one patch.
-        step_seconds: of a training step.
+        step_seconds: of a training step, not compiled.
+        compiled_step_seconds: of a training step compiled as nnU-Net compiles it.
         patch_seconds: of the forward pass of one patch.
         case_seconds: computed for a case of median size, without mirroring.
         case_seconds_mirrored: the same, mirrored along all axes.
@@ -74,6 +76,7 @@ class Method:
     reserved_bytes: int | None = None
     inference_peak_bytes: int | None = None
     step_seconds: Spread | None = None
+    compiled_step_seconds: Spread | None = None
     patch_seconds: Spread | None = None
     case_seconds: float | None = None
     case_seconds_mirrored: float | None = None

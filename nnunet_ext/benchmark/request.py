@@ -25,6 +25,7 @@ class Request:
         repeats: timed rounds; 0: no times.
         time_patch: voxels per axis for the times; None: the plans' patch.
         depths: for the curve of memory against depth; empty: none.
+        compiled: whether training steps are timed compiled too; None: on CUDA, where nnU-Net compiles.
 
     Raises:
         UsageError: a value that can't be.
@@ -36,6 +37,7 @@ class Request:
     repeats: int = 5
     time_patch: tuple[int, ...] | None = None
     depths: tuple[int, ...] = ()
+    compiled: bool | None = None
 
     def __post_init__(self) -> None:
         if self.repeats < 0:
@@ -60,6 +62,11 @@ class Request:
                 f"--time-patch must be divisible by {' '.join(map(str, strides))} and leave more than one voxel at "
                 f"the coarsest stage, got {shown}: use multiples of these numbers."
             )
+
+    @property
+    def times_compiled(self) -> bool:
+        """Whether training steps are timed compiled too."""
+        return bool(self.repeats) and (self.machine.is_cuda if self.compiled is None else self.compiled)
 
     @property
     def timed_patch(self) -> tuple[int, ...]:

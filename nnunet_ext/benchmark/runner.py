@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -18,7 +18,7 @@ from nnunet_ext.benchmark.request import BASELINE, Request
 from nnunet_ext.benchmark.timing import Subject, inference, interleave, training
 from nnunet_ext.errors import UsageError
 
-STEP, PATCH = "training step", "inference of a patch"
+STEP, COMPILED, PATCH = "training step", "compiled training step", "inference of a patch"
 # done, total, what comes next
 OnProgress = Callable[[int, int, str], None]
 
@@ -46,7 +46,7 @@ class _Run:
         self._on_progress = on_progress
         self._done = 0
         rounds = request.repeats + 1 if request.repeats else 0
-        pieces = 1 + self._machine.is_cuda + 2 * rounds + len(request.depths)
+        pieces = 1 + self._machine.is_cuda + (2 + request.times_compiled) * rounds + len(request.depths)
         self._total = len(request.names) * pieces
         self._methods = {name: Method(name) for name in request.names}
 
@@ -136,6 +136,16 @@ class _Run:
 
     def _time(self) -> None:
         subjects = {(name, what): subject for name in self._built() for what, subject in self._subjects(name)}
+        compiled = {key: subjects.pop(key) for key in list(subjects) if key[1] == COMPILED}
+        self._interleave(subjects)
+        for key, subject in compiled.items():
+            # Alone, as in a training: what is compiled of one network would count in the limits of the next.
+            torch._dynamo.reset()
+            self._interleave({key: subject})
+            torch._dynamo.reset()
+
+    def _interleave(self, subjects: Mapping[tuple[str, str], Subject]) -> None:
+        """Time subjects in turn; note their times, or why there are none."""
 
         def on_turn(name: str, what: str) -> None:
             self._next(f"{name}: {what}")
@@ -148,25 +158,31 @@ class _Run:
                 self._methods[name] = self._with_times(self._methods[name], what, Spread.of(seconds))
 
     def _subjects(self, name: str) -> Iterator[tuple[str, Subject]]:
-        """The two kinds of turns of a method; on the CPU with the memory that they need."""
+        """The kinds of turns of a method; on the CPU with the memory that they need."""
         request = self._request
         builders = Builders.of(request, name)
         shape = (self._setting.input_channels, *request.timed_patch)
-        kinds = (
-            (STEP, builders.train, training, self._setting.batch_size, step_needs),
+        batch = self._setting.batch_size
+        kinds = [
+            (STEP, builders.train, training, batch, step_needs),
+            (COMPILED, builders.compiled, training, batch, step_needs),
             (PATCH, builders.deploy, inference, 1, inference_needs),
-        )
-        for what, build, prepare, batch, needs in kinds:
+        ]
+        for what, build, prepare, samples, needs in kinds:
+            if what == COMPILED and not request.times_compiled:
+                continue
             try:
                 needed = 0 if self._machine.is_cuda else needs(request, builders)
             except Exception as error:
                 self._stop(name, what, error)
             else:
-                yield what, Subject(build, prepare, (batch, *shape), needed)
+                yield what, Subject(build, prepare, (samples, *shape), needed)
 
     def _with_times(self, method: Method, what: str, spread: Spread) -> Method:
         if what == STEP:
             return replace(method, step_seconds=spread)
+        if what == COMPILED:
+            return replace(method, compiled_step_seconds=spread)
         tiles, setting = tiles_per_case(self._setting), self._setting
         if tiles is None or self._request.timed_patch != setting.patch_size:
             return replace(method, patch_seconds=spread)

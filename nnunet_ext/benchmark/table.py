@@ -62,6 +62,7 @@ _SIZES = (
 )
 _TIMES = (
     _Column("training step", "s", "step_seconds"),
+    _Column("compiled", "s", "compiled_step_seconds"),
     _Column("patch", "s", "patch_seconds"),
     _Column("case", "s", "case_seconds"),
     _Column("mirrored", "s", "case_seconds_mirrored"),
@@ -149,6 +150,13 @@ def notes(report: Report) -> Iterator[str]:
         "step is forward, backward and optimiser with a simple loss, not compiled; "
         "a patch is predicted in batches of one."
     )
+    if any(method.compiled_step_seconds for method in report.methods):
+        yield (
+            "Compiled is the same step after torch.compile, as nnU-Net trains on CUDA by default, each network in "
+            "turns of its own."
+        )
+    else:
+        yield "nnU-Net compiles in training on CUDA, which changes the ratios: --compiled measures that too."
     if report.time_patch_size != report.patch_size:
         yield "Times are of a smaller patch than the plans', so no time of a case is computed from them."
     elif report.tiles_per_case is not None:

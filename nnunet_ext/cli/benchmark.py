@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("float32", "mixed"), help="default: mixed on cuda, float32 on cpu")
     add("--repeats", type=int, default=5, metavar="N", help="timed rounds; 0: no times (%(default)s)")
     add("--time-patch", type=int, nargs="+", metavar="N", help="a smaller patch for the times")
+    add(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="time training steps compiled too, as nnU-Net trains on CUDA; default: on cuda",
+    )
     add("--depth", type=int, nargs="+", default=[], metavar="N", help="memory against blocks per stage")
     add("-o", dest="output", type=Path, metavar="OUT", help="folder for JSON, Markdown and figures")
     add("--trust", **OPTION)
@@ -102,6 +107,7 @@ def _measure(args: argparse.Namespace) -> Report:
         args.repeats,
         _tuple(args.time_patch),
         tuple(args.depth),
+        args.compiled,
     )
     with _progress() as show:
         return run_benchmark(request, show)

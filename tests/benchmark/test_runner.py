@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,10 @@ def test_row_holds_every_quantity_and_its_ratio(setting: Setting, machine: Machi
         assert spread is not None
         assert 0 < spread.min <= spread.median <= spread.max
     assert set(baseline.ratios.values()) == {1.0, None}
-    assert [key for key, ratio in baseline.ratios.items() if ratio is None] == ["reserved_bytes"]
+    assert [key for key, ratio in baseline.ratios.items() if ratio is None] == [
+        "reserved_bytes",
+        "compiled_step_seconds",
+    ]
     for key, ratio in ours.ratios.items():
         values = [getattr(method, key) for method in (ours, baseline)]
         values = [value.median if isinstance(value, Spread) else value for value in values]
@@ -79,6 +83,56 @@ def test_baseline_is_first_and_names_count_once(setting: Setting, machine: Machi
 def test_without_repeats_nothing_is_timed(setting: Setting, machine: Machine) -> None:
     report = runner.run(Request(setting, machine, (), repeats=0))
     assert [(m.step_seconds, m.patch_seconds, m.case_seconds) for m in report.methods] == [(None, None, None)]
+
+
+def test_compiled_steps_are_timed_beside_uncompiled_ones(
+    setting: Setting, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    told: list[tuple[int, int, str]] = []
+    request = Request(setting, machine, (OURS,), repeats=1, compiled=True)
+    torch._dynamo.utils.counters.clear()
+    report = runner.run(request, lambda *news: told.append(news))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for method in report.methods:
+        assert method.status == "ok"
+        assert method.step_seconds is not None
+        assert method.compiled_step_seconds is not None
+        assert method.ratios["compiled_step_seconds"] is not None
+    assert [what for *_, what in told][-4:] == [
+        f"{name}: compiled training step" for name in (BASELINE, OURS) for _ in range(2)
+    ]
+    assert {total for _, total, _ in told} == {len(told)}
+
+
+def test_compiler_that_fails_is_a_reason_and_the_other_times_stay(
+    setting: Setting, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("No compiler.")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    (method,) = runner.run(Request(setting, machine, (), repeats=1, compiled=True)).methods
+    assert (method.status, method.reason) == ("failed", "compiled training step: No compiler.")
+    assert method.step_seconds is not None
+    assert method.compiled_step_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "repeats", "asked", "expected"),
+    [
+        ("cuda", 5, None, True),
+        ("cpu", 5, None, False),
+        ("cuda", 5, False, False),
+        ("cpu", 5, True, True),
+        ("cuda", 0, None, False),
+    ],
+)
+def test_compiled_steps_are_timed_on_cuda_unless_asked_otherwise(
+    kind: str, repeats: int, asked: bool | None, expected: bool, setting: Setting
+) -> None:
+    request = Request(setting, Machine(kind, "mixed"), (), repeats, compiled=asked)
+    assert request.times_compiled is expected
 
 
 def test_turns_are_interleaved_and_all_progress_is_told(setting: Setting, machine: Machine) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from nnunet_ext.benchmark.memory import measure_step, surrogate_loss
 from nnunet_ext.benchmark.request import Request
 from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.benchmark.source import Source
-from nnunet_ext.benchmark.timing import TrainingStep
+from nnunet_ext.benchmark.timing import TrainingStep, training
 from nnunet_ext.benchmark.two_passes import InTurn, TwoPasses, measure_two_passes
 
 NAMES = ("nnUNetTrainerMeUNet", "nnUNetTrainerMeReversible")
@@ -55,6 +57,31 @@ def test_a_timed_step_runs_both_passes_on_any_patch(machine: Machine, setting: S
     assert shapes == [(12, 12, 12), (16, 16, 16)]  # level 2 of kP, and P
     assert any(p.grad is not None and p.grad.any() for p in network.expanded_pass.deep.parameters())
     step.finish(outputs)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nnUNetTrainerMeCascade"])
+def test_every_pass_of_a_timed_step_is_scaled_and_compiled(
+    name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine("cpu", "float32")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    monkeypatch.setattr(Machine, "gradient_scaler", lambda self: scaler)
+    scaled: list[float] = []
+    scale = scaler.scale
+    monkeypatch.setattr(scaler, "scale", lambda loss: scaled.append(loss.item()) or scale(loss))
+    compiled: list[str] = []
+
+    def note(module: Any) -> Any:
+        compiled.append(type(getattr(module, "__self__", module)).__name__)
+        return module
+
+    monkeypatch.setattr(torch, "compile", note)
+    network = Builders.of(request_of(machine, setting), name).compiled()
+    training(network, torch.randn(2, 1, 32, 32, 32), machine)()
+    branches = len(getattr(network.trained_network, "branches", [None]))
+    assert len(scaled) == 2 * branches
+    assert compiled.count("Sequential") == 2 * branches  # two parts of each expanded pass
+    assert len(compiled) == 3 * branches
 
 
 def test_where_nothing_is_expanded_the_step_is_the_networks(machine: Machine, setting: Setting) -> None:

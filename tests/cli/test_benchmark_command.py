@@ -41,7 +41,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
 def test_arguments_reach_the_runner(asked: list[Request]) -> None:
     line = "--channels 2 --classes 4 --batch 3 --device cpu --precision mixed --repeats 7 --time-patch 8 8 8"
-    trainers = "-tr nnUNetTrainerReversible nnUNetTrainerAdam --depth 1 2"
+    trainers = "-tr nnUNetTrainerReversible nnUNetTrainerAdam --depth 1 2 --compiled"
     assert cli.main(["benchmark", *PATCH, *line.split(), *trainers.split()]) == 0
     (request,) = asked
     setting = request.setting
@@ -49,6 +49,7 @@ def test_arguments_reach_the_runner(asked: list[Request]) -> None:
     assert (request.machine.kind, request.machine.precision) == ("cpu", "mixed")
     assert request.names == ("nnUNetTrainer", "nnUNetTrainerReversible", "nnUNetTrainerAdam")
     assert (request.repeats, request.timed_patch, request.depths) == (7, (8, 8, 8), (1, 2))
+    assert request.times_compiled
 
 
 def test_table_fits_80_columns(asked: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
