@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -118,10 +119,10 @@ def test_broken_registry_harms_neither_torch_nor_nnunets_names(
     )
 
 
-def test_hook_is_harmless_where_nnunet_is_absent(run_python: RunPython) -> None:
-    folder = str(Path(hook.__file__).parent)
+def test_hook_is_harmless_where_nnunet_is_absent(tmp_path: Path, run_python: RunPython) -> None:
+    shutil.copy(hook.__file__, tmp_path)  # nnU-Net may be installed beside it
     run_python(
-        f"import sys; sys.path.insert(0, {folder!r})\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import _nnunet_ext_hook as hook\n"
         "before = set(sys.modules)\n"
         "hook.install()\n"
