@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ LABELS: dict[str, dict[str, Any]] = {
     "ignore": {"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}},
 }
 IDS = {kind: 901 + i for i, kind in enumerate(LABELS)}
+_unused = count(max(IDS.values()) + 1)
 
 
 def pytest_unconfigure() -> None:
@@ -89,6 +91,12 @@ def prepare(kind: str) -> int:
 def dataset() -> Callable[[str], int]:
     """Give the ID of a preprocessed data set: ``dataset("labels")``, "regions" or "ignore"."""
     return prepare
+
+
+@pytest.fixture(scope="session")
+def unused_number() -> Callable[[], int]:
+    """Give a data set number that no other test has: nnU-Net refuses two data sets of one number."""
+    return lambda: next(_unused)
 
 
 @pytest.fixture

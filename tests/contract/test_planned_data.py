@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from nnunet_ext.plans.reversible_unet_planner import ReversibleUNetPlanner
 
 SHAPES, SPACINGS = [[40, 48, 52], [44, 40, 48]], [[1.0, 1.0, 1.0], [1.1, 1.0, 1.0]]
 OWN, SHARED = "nnUNetReversiblePlans_3d_fullres", "nnUNetPlans_3d_fullres"
-_numbers = count(950)
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +33,9 @@ def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def folder(workspace: Path) -> Path:
+def folder(workspace: Path, unused_number: Callable[[], int]) -> Path:
     """A data set of two cases with a fingerprint, not planned; its folder in nnUNet_preprocessed."""
-    name = f"Dataset{next(_numbers)}_Planned"
+    name = f"Dataset{unused_number()}_Planned"
     raw, folder = workspace / "raw" / name, workspace / "preprocessed" / name
     for part in (raw / "imagesTr", raw / "labelsTr", folder):
         part.mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from nnunet_ext.benchmark.memory import GIB, measure_step
 from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.benchmark.training_memory import training_memory
 
-NUMBERS = {key: 950 + i for i, key in enumerate(FINGERPRINTS)}
 CASES = [
     ("ReversibleUNetPlanner", "ct", 8),
     ("ReversibleUNetPlanner", "tiny", 4),
@@ -39,13 +39,19 @@ SLOW = [
 ]
 
 
-@pytest.fixture
-def number(workspace: Path) -> Callable[[str], int]:
-    """Data set of a fingerprint."""
+@pytest.fixture(scope="module")
+def numbers(unused_number: Callable[[], int]) -> dict[tuple[str, ...], int]:
+    return defaultdict(unused_number)
 
-    def write(key: str) -> int:
-        write_dataset(workspace, NUMBERS[key], FINGERPRINTS[key])
-        return NUMBERS[key]
+
+@pytest.fixture
+def number(workspace: Path, numbers: dict[tuple[str, ...], int]) -> Callable[..., int]:
+    """Write the data set of a fingerprint and give its number: ``number("ct", classes=30)``."""
+
+    def write(key: str, **changes: Any) -> int:
+        found = numbers[(key, *changes)]
+        write_dataset(workspace, found, replace(FINGERPRINTS[key], **changes))
+        return found
 
     return write
 
@@ -70,11 +76,11 @@ def plan_with(planner: str, number: int, target: float, **arguments: Any) -> dic
 
 
 def test_planning_prints_what_the_plans_hold_and_default_beside_it(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, number: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Large images of 30 classes: a low resolution, and a cascade whose second stage gets 29 channels more.
-    write_dataset(workspace, 960, replace(FINGERPRINTS["ct"], classes=30, shape=(500, 400, 400)))
-    plans = plan_with("FasterFusionUNetPlanner", 960, 8)
+    dataset = number("ct", classes=30, shape=(500, 400, 400))
+    plans = plan_with("FasterFusionUNetPlanner", dataset, 8)
     printed = capsys.readouterr().out
     configurations = plans["configurations"]
     assert {"2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"} == set(configurations)
@@ -85,7 +91,7 @@ def test_planning_prints_what_the_plans_hold_and_default_beside_it(
         assert f"{name}: patch {patch}, batch {entry['batch_size']}: {expected:.2f} GB expected" in printed
         assert entry["memory"]["limit"] == "memory"
     assert printed.count("    default: patch ") == 3
-    content = json.loads((workspace / "raw" / "Dataset960_planned" / "dataset.json").read_text())
+    content = json.loads((workspace / "raw" / f"Dataset{dataset}_planned" / "dataset.json").read_text())
     for name, entry in configurations.items():
         total = training_memory(Setting(plans, content, name), "nnUNetTrainerFasterFusionBN").total / GIB
         assert 7.2 <= total <= 8
@@ -115,11 +121,11 @@ def test_a_target_too_small_for_any_patch_is_refused(number: Callable[[str], int
         plan_with("FasterFusionUNetPlanner", number("tiny"), 0.5)
 
 
-def test_a_missing_fingerprint_is_said(workspace: Path) -> None:
-    write_dataset(workspace, 961, FINGERPRINTS["tiny"])
-    (workspace / "preprocessed" / "Dataset961_planned" / "dataset_fingerprint.json").unlink()
+def test_a_missing_fingerprint_is_said(workspace: Path, number: Callable[[str], int]) -> None:
+    dataset = number("tiny")
+    (workspace / "preprocessed" / f"Dataset{dataset}_planned" / "dataset_fingerprint.json").unlink()
     with pytest.raises(RuntimeError, match="Fingerprint missing"):
-        registry.resolve("planners", "ReversibleUNetPlanner")(961, 8)
+        registry.resolve("planners", "ReversibleUNetPlanner")(dataset, 8)
 
 
 def test_readmes_table_is_the_commands(number: Callable[[str], int]) -> None:

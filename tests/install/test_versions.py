@@ -2,7 +2,7 @@
 
 Each environment is new, holds the wheel and what pip's index gives for it, and is deleted afterwards. It needs an
 index that pip reaches, about 7 GB of disk for one environment at a time, as much for pip's ordinary cache of each
-PyTorch (kept: the next call downloads nothing), and an hour in all on two cores. Every command has a time limit and
+PyTorch (kept: the next call downloads nothing), and three hours in all on two cores. Every command has a time limit and
 writes to a log whose path is printed.
 """
 
@@ -172,7 +172,7 @@ def test_model_is_trained_predicted_deployed_and_compared(environment: Environme
 @install
 @pytest.mark.parametrize(("part", "marked"), SLICE)
 def test_part_of_the_suite_passes(environment: Environment, part: str, marked: str) -> None:
-    environment.pytest("-m", marked, part, minutes=40)
+    environment.pytest("-m", marked, "-n", "2", part, minutes=90)
 
 
 # --- Fast: the constraints and pyproject.toml say the same
