@@ -56,6 +56,14 @@ def read_trained(path: Path, cure: str) -> Trained:
     )
 
 
+def _refuse_script(path: Path) -> None:
+    """Refuse a TorchScript archive, which `torch.load` runs before PyTorch 2.6, whatever `weights_only` says."""
+    import torch
+
+    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise ValueError("it is a TorchScript archive, a program")
+
+
 # What NumPy 1 and NumPy 2 call the module whose `scalar` a pickled number asks for.
 _MODULES_OF_SCALAR = ("numpy.core.multiarray", "numpy._core.multiarray")
 
@@ -74,6 +82,7 @@ def read_checkpoint(path: Path, cure: str) -> dict[str, Any]:
 
     check_regular(path, cure)
     try:
+        _refuse_script(path)
         with torch.serialization.safe_globals(_numbers_of_numpy()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a foreign file makes the unpickler meet

@@ -67,3 +67,15 @@ def test_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match="no whole checkpoint"):
         read_checkpoint(tmp_path / "checkpoint.pth", "copy it again")
+
+
+def test_a_torchscript_archive_is_refused_before_pytorch_runs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pth"
+    torch.save(CONTENT, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        archive.writestr("checkpoint/constants.pkl", b"")  # by this PyTorch knows one, and runs it before 2.6
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it has run"))
+    with pytest.raises(UsageError, match="it is a TorchScript archive, a program"):
+        read_checkpoint(path, "copy it again")
