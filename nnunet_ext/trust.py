@@ -23,6 +23,7 @@ OPTION: dict[str, Any] = {
     "help": "run code that the model's own files name; only for models of people whom you trust",
 }
 _SHOWN = 80  # characters of a refused value
+_ALWAYS_IMPORTED = ("conv_op",)  # by trainers that take the batch norm which fits it, whatever the plans say
 _SEARCHED = "dynamic_network_architectures.architectures"  # where nnU-Net looks for a network that has moved
 # What nnU-Net looks up by bare name in a folder of its own: key -> folder, base class or None for a function.
 _HOST: dict[str, tuple[str, str | None]] = {
@@ -52,8 +53,8 @@ def check_network(configuration: Mapping[str, Any]) -> None:
     architecture = configuration["architecture"]
     arguments = architecture["arch_kwargs"]
     _check_path("network_class_name", architecture["network_class_name"])
-    for key in architecture["_kw_requires_import"]:
-        if arguments[key] is not None:
+    for key in dict.fromkeys((*architecture["_kw_requires_import"], *_ALWAYS_IMPORTED)):
+        if arguments.get(key) is not None:
             _check_path(key, arguments[key])
 
 

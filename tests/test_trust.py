@@ -257,6 +257,17 @@ def test_no_command_runs_what_plans_name(
     assert not attack.mark.exists()
 
 
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerBN", "nnUNetTrainerHalfWidthBN"])
+def test_what_a_trainer_imports_is_judged_though_plans_do_not_list_it(
+    trainer: str, attack: Attack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configuration = naming("conv_op", "evil.Conv3d")
+    configuration["architecture"]["_kw_requires_import"] = []
+    assert cli.main(commands(tmp_path, configuration, trainer_name=trainer)["deploy"]) == 2
+    assert "got conv_op 'evil.Conv3d'" in capsys.readouterr().err
+    assert not attack.mark.exists()
+
+
 @pytest.mark.parametrize("command", ["estimate", "benchmark", "compare", "deploy"])
 def test_trusted_models_may_name_anything(
     command: str, attack: Attack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
