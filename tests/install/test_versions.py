@@ -2,7 +2,7 @@
 
 Each environment is new, holds the wheel and what pip's index gives for it, and is deleted afterwards. It needs an
 index that pip reaches, about 7 GB of disk for one environment at a time, as much for pip's ordinary cache of each
-PyTorch (kept: the next call downloads nothing), and three hours in all on two cores. Every command has a time limit and
+PyTorch (kept: the next call downloads nothing), and two hours in all on two cores. Every command has a time limit and
 writes to a log whose path is printed.
 """
 
@@ -23,20 +23,23 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 LOWEST_PYTHON = (3, 10)
-# What meets another version of nnU-Net, PyTorch or NumPy first: each file, and which of its tests.
 FAST, ALL = "not slow and not install", ""
+# What meets another version of nnU-Net, PyTorch or NumPy first: each file, and which of its tests.
 SLICE = (
     ("tests/test_registry.py", FAST),
     ("tests/test_hook.py", FAST),
-    ("tests/test_doctor.py", FAST),
     ("tests/test_checkpoints.py", FAST),
-    ("tests/contract/test_architectures.py", FAST),
     ("tests/contract/test_compiled_training.py", ALL),
     ("tests/contract/test_ddp.py", "install"),
-    ("tests/contract/test_deploy.py", FAST),
-    ("tests/contract/test_planners.py", FAST),
-    ("tests/contract/test_trainers.py", FAST),
-    ("tests/comparison", FAST),
+)
+# Only with the lowest: `make test` runs them with the newest.
+REST = (
+    "tests/test_doctor.py",
+    "tests/contract/test_architectures.py",
+    "tests/contract/test_deploy.py",
+    "tests/contract/test_planners.py",
+    "tests/contract/test_trainers.py",
+    "tests/comparison",
 )
 JOURNEY = "tests/contract/test_journey.py"
 install = pytest.mark.install
@@ -173,6 +176,13 @@ def test_model_is_trained_predicted_deployed_and_compared(environment: Environme
 @pytest.mark.parametrize(("part", "marked"), SLICE)
 def test_part_of_the_suite_passes(environment: Environment, part: str, marked: str) -> None:
     environment.pytest("-m", marked, "-n", "2", part, minutes=90)
+
+
+@install
+def test_rest_of_the_slice_passes_with_the_lowest(environment: Environment) -> None:
+    if environment.constraints is None or environment.constraints.stem != "lowest":
+        pytest.skip("only the lowest versions run it")
+    environment.pytest("-m", FAST, "-n", "2", *REST, minutes=90)
 
 
 # --- Fast: the constraints and pyproject.toml say the same
