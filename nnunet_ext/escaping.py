@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from html import escape
 
-from nnunet_ext.printable import printable
+from nnunet_ext.printable import printable, printable_lines
 
 # An underscore inside a word emphasises nothing, "<" alone is no tag, "&" alone no entity: they stay readable.
 _MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])")
@@ -36,12 +36,12 @@ def code_block(text: str) -> str:
     """Lines of a shell as a block of Markdown, whose fence is longer than any in them."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return "\n".join([f"{fence}bash", *map(printable, text.split("\n")), fence])
+    return f"{fence}bash\n{printable_lines(text)}\n{fence}"
 
 
 def html(text: str) -> str:
     """Text of a page, or of an attribute between quotes; lines stay lines."""
-    return "\n".join(escape(printable(line)) for line in text.split("\n"))
+    return escape(printable_lines(text))
 
 
 def csv_cell(text: str) -> str:

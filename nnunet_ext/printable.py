@@ -10,3 +10,8 @@ def printable(text: str) -> str:
     the direction of writing can show a name as another one, and halves of surrogate pairs can't be encoded.
     """
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text whose lines are meant as lines, such as the end of a log."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -17,6 +17,7 @@ from skimage import io
 
 from nnunet_ext import cli
 from nnunet_ext.doctor import raw_dataset
+from nnunet_ext.doctor.files import of_folder
 from nnunet_ext.doctor.finding import Finding
 
 DESCRIPTION = {
@@ -440,3 +441,11 @@ def test_processes_find_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     cut(folder / IMAGE)
     monkeypatch.setattr(raw_dataset, "_FEW", 1)
     assert raw_dataset.examine(folder, 2, lambda done, total: None) == examine(folder)
+
+
+def test_commands_to_copy_are_quoted(tmp_path: Path) -> None:
+    folder = tmp_path / "images; touch ran"
+    folder.mkdir()
+    (folder / "._a_0000.nii.gz").touch()
+    found = list(of_folder(folder, ".nii.gz", has_channels=True))
+    assert f"find '{folder}' -name" in found[0].cure

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nnunet_ext.printable import printable
+from nnunet_ext.benchmark.counting import one_line
+from nnunet_ext.printable import printable, printable_lines
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,11 @@ from nnunet_ext.printable import printable
 )
 def test_characters_that_are_none_to_look_at_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_lines_of_a_log_stay_lines() -> None:
+    assert printable_lines("one\n\x1b[2Jtwo\r\n") == "one\n\\x1b[2Jtwo\\r\n"
+
+
+def test_what_an_error_says_is_one_line_that_steers_no_terminal() -> None:
+    assert one_line(ValueError("no\n\tlayer \x1b[2J")) == "no layer \\x1b[2J"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from nnunet_ext import cli, registry
+from nnunet_ext.deploy.model import Model
 from nnunet_ext.errors import UsageError
 from nnunet_ext.trust import check_host_names, check_network
 from tests.comparison.conftest import CONFIGURATION, DATASET, dice_counts, write_fold
@@ -295,3 +297,12 @@ def test_a_checkpoints_trainer_is_a_trainer(
 ) -> None:
     assert cli.main(commands(tmp_path, CONFIGURATION, trainer_name=name)[command]) == 2
     assert f"a trainer must be known to nnU-Net or registered, got {name}:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["0; touch ran", "0\x1b[2J", "x", "0 1", "\N{SUPERSCRIPT TWO}"])
+def test_folders_that_are_no_folds_of_nnunet_are_not_deployed(name: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path, {"3d_fullres": CONFIGURATION}, "3d_fullres", {})
+    shutil.copytree(model / "fold_0", model / f"fold_{name}")
+    assert list(Model.read(model, None, "checkpoint_final.pth").checkpoints) == ["0"]
+    with pytest.raises(UsageError, match="choose among 0"):
+        Model.read(model, [name], "checkpoint_final.pth")

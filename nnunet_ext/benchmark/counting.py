@@ -13,6 +13,7 @@ from nnunet_ext.benchmark.memory import measure_inference, measure_step
 from nnunet_ext.benchmark.records import Method
 from nnunet_ext.benchmark.request import Request
 from nnunet_ext.benchmark.size import count_parameters, deployed, measure_size
+from nnunet_ext.printable import printable
 
 _LONGEST_REASON = 300
 
@@ -113,5 +114,5 @@ def inference_needs(request: Request, builders: Builders) -> int:
 
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line; its type where it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."

@@ -14,6 +14,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+from nnunet_ext.printable import printable
 from nnunet_ext.trust import OPTION
 
 FOLDS = ("0", "1", "2", "3", "4")
@@ -89,8 +90,13 @@ def run(args: argparse.Namespace) -> int:
             keep_going=args.continue_prediction,
         )
         kept = cascade_predict.predict(
-            stages, args.images, args.output, args.keep, options, lambda line: print(line, file=sys.stderr)
+            stages,
+            args.images,
+            args.output,
+            args.keep,
+            options,
+            lambda line: print(printable(line), file=sys.stderr),
         )
-    print(f"Stage 1: {kept}")
-    print(f"Result: {args.output}")
+    print(printable(f"Stage 1: {kept}"))
+    print(printable(f"Result: {args.output}"))
     return 0

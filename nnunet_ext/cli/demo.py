@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ext.errors import UsageError
+from nnunet_ext.printable import printable_lines
 
 if TYPE_CHECKING:
     from nnunet_ext.demo.settings import Demo
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             written = workflow.run(asked, _print_start, printer.show)
     except ChildError as error:
         printer.end_line()
-        print(f"nnunet-ext demo: {error}", file=sys.stderr)
+        print(printable_lines(f"nnunet-ext demo: {error}"), file=sys.stderr)
         return 1
     except UsageError:
         printer.end_line()

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext.printable import printable
 from nnunet_ext.trust import OPTION
 
 if TYPE_CHECKING:
@@ -60,12 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
         model = Model.read(args.model, args.folds, args.checkpoint, args.trust)
         options = Options(args.dtype, args.form, args.onnx, args.images)
-        shipped = ship(model, args.output, options, lambda what: print(what, file=sys.stderr))
+        shipped = ship(model, args.output, options, lambda what: print(printable(what), file=sys.stderr))
     for fold, result in shipped.items():
-        print("\n".join(_lines(fold, result)))
+        print("\n".join(map(printable, _lines(fold, result))))
     if args.dtype != "float32":
         print(precision_note(args.dtype))
-    print(f"Predict: nnUNetv2_predict_from_modelfolder -m {args.output} -i IN -o OUT -f {' '.join(shipped)}")
+    command = ["nnUNetv2_predict_from_modelfolder", "-m", str(args.output), "-i", "IN", "-o", "OUT", "-f", *shipped]
+    print(printable(f"Predict: {shlex.join(command)}"))
     return 0
 
 

@@ -55,7 +55,8 @@ def _examine_dataset(dataset: str, processes: int | None) -> list[Finding]:
             nonlocal last
             if sys.stderr.isatty() or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 end = "\r" if sys.stderr.isatty() and done < total else "\n"
-                print(f"{folder.name}: {done} of {total} cases read", end=end, file=sys.stderr, flush=True)
+                line = printable(f"{folder.name}: {done} of {total} cases read")
+                print(line, end=end, file=sys.stderr, flush=True)
                 last = time.monotonic()
 
         return raw_dataset.examine(folder, processes or raw_dataset.default_processes(), show)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ class Model:
 
 
 def _checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
-    found = {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
+    paths = {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
+    found = {fold: path for fold, path in paths.items() if re.fullmatch(r"[0-9]+|all", fold)}  # of nnU-Net
     if not found:
         raise UsageError(
             f"{folder} must hold fold_*/{name}, there is none: train to the end, or name it by -chk."

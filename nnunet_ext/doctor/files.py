@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def of_folder(folder: Path, ending: str, has_channels: bool) -> Iterator[Finding
         yield level(
             folder.name,
             f"holds hidden files, which nnU-Net takes for cases: {_some(taken)}",
-            f"they are companions that macOS made: find {folder} -name '._*' -delete",
+            f"they are companions that macOS made: find {shlex.quote(str(folder))} -name '._*' -delete",
         )
     if rest := [name for name in hidden if name not in taken]:
         yield warning(folder.name, f"holds hidden files: {_some(rest)}", "delete them, nnU-Net ignores them")

@@ -80,6 +80,7 @@ def test_running_step_rewrites_one_line_on_a_terminal(
     [
         (UsageError("--raw needs a, got b: do c."), 2, "nnunet-ext demo: --raw needs a, got b: do c.\n"),
         (ChildError("`x` ended with exit code 3."), 1, "nnunet-ext demo: `x` ended with exit code 3.\n"),
+        (ChildError("its end:\n  | case \x1b[2J"), 1, "nnunet-ext demo: its end:\n  | case \\x1b[2J\n"),
         (KeyboardInterrupt(), 130, "nnunet-ext demo: interrupted\n"),
     ],
 )

@@ -77,8 +77,9 @@ def test_folds_are_shipped_in_the_precision_that_was_asked_for(
     dtype: str, model: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = write_images(model, tmp_path)
-    arguments = ["deploy", "-m", str(model), "-o", str(tmp_path / "out"), "--dtype", dtype, "-i", str(images)]
+    arguments = ["deploy", "-m", str(model), "-o", str(tmp_path / "o t"), "--dtype", dtype, "-i", str(images)]
     assert main(arguments) == 0
+    (tmp_path / "o t").rename(tmp_path / "out")
     stored = torch.load(tmp_path / "out" / "fold_1" / "checkpoint_final.pth", weights_only=True)
     assert {t.dtype for t in stored["network_weights"].values()} == {getattr(torch, dtype)}
     wanted, found = logits_of(model, (0, 1)), logits_of(tmp_path / "out", (0, 1))
@@ -90,7 +91,7 @@ def test_folds_are_shipped_in_the_precision_that_was_asked_for(
     assert [d["image"] for d in report["folds"]["1"]["differences"]] == ["random", "patient_7"]
     printed = capsys.readouterr().out
     assert "image patient_7: logits differ by up to" in printed
-    assert f"-m {tmp_path / 'out'} -i IN -o OUT -f 0 1" in printed
+    assert f"-m '{tmp_path / 'o t'}' -i IN -o OUT -f 0 1" in printed
 
 
 def write_images(model: Path, folder: Path) -> Path:
