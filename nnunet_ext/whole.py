@@ -1,7 +1,7 @@
 """Tells files that a kill or a full disk cut off, also where their readers do not: ITK fills them up with zeros.
 
 What a file is, its content says: nnU-Net's readers don't mind a plain NIfTI file called .nii.gz either. Formats whose
-readers raise themselves (.nrrd, .mha, .png, .bmp, .tif) are left to them.
+readers say so themselves (.nrrd, .png, .bmp) are left to them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickletools
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -19,8 +20,11 @@ from typing import IO, Any, cast
 import numpy as np
 
 _PIECE = 2**24  # bytes read at once
-_HEADER = 540  # bytes of the longest header, that of NIfTI-2
+_HEADER = 4096  # bytes; NIfTI-2 has 540, MetaImage lines of text
 _GIPL = (719555000, 4026526128)  # magic numbers at the end of its header
+_META_BYTES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}  # or more
+_TIFF_BYTES = {3: 2, 4: 4, 13: 4, 16: 8, 18: 8}  # of a whole number, by its kind
+_TIFF_STRIPS = (273, 279, 324, 325)  # tags that say where strips and tiles are, and how long
 _GIPL_BITS = {1: 1, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}
 
 
@@ -34,7 +38,9 @@ def is_whole(path: Path) -> bool:
 
 
 def check_whole(path: Path) -> int:
-    """Read a file to the end of what it holds: gzip, NIfTI, GIPL, zip (.npz, .pth), .b2nd, .pkl (not run), .json.
+    """Read a file to the end of what it holds.
+
+    That is gzip, NIfTI, MetaImage, GIPL, TIFF, zip (.npz, .pth), .b2nd, .pkl (not run), .json.
 
     Returns:
         How many numbers of a NIfTI file are NaN or infinite: ITK reads them as zeros.
@@ -57,11 +63,11 @@ def check_whole(path: Path) -> int:
 
 
 def _check_image(stream: IO[bytes], to_the_end: bool) -> int:
-    """Compare the bytes that a NIfTI or GIPL header promises with those that follow; a gzip stream has a checksum."""
+    """Compare the bytes that a header promises with those that follow; a gzip stream has a checksum."""
     header = stream.read(_HEADER)
     if not header:
         raise ValueError("it is empty")
-    start, needed, dtype = _nifti_layout(header) or _gipl_layout(header)
+    start, needed, dtype = _nifti_layout(header) or _meta_layout(header) or _gipl_layout(header)
     stream.seek(start)
     there, odd = start, 0
     while (to_the_end or there < needed) and (piece := stream.read(_PIECE)):
@@ -77,14 +83,35 @@ def _check_image(stream: IO[bytes], to_the_end: bool) -> int:
 def _nifti_layout(header: bytes) -> tuple[int, int, np.dtype[Any]] | None:
     """Where the numbers of a NIfTI file in one piece start and end, in bytes, and what they are."""
     from nibabel import Nifti1Header, Nifti2Header
+    from nibabel.spatialimages import HeaderDataError
 
     for kind in (Nifti1Header, Nifti2Header):
         size, place = kind.template_dtype.itemsize, kind.template_dtype.fields["magic"][1]
         if len(header) >= size and header[place : place + 3] in (b"n+1", b"n+2"):
             found = kind(header[:size], check=False)
-            start, dtype = int(found.get_data_offset()), found.get_data_dtype()
-            return start, start + prod(map(int, found.get_data_shape())) * dtype.itemsize, dtype
+            try:
+                start, dtype = int(found.get_data_offset()), found.get_data_dtype()
+                return start, start + prod(map(int, found.get_data_shape())) * dtype.itemsize, dtype
+            except (HeaderDataError, LookupError, ValueError, OverflowError) as error:
+                raise ValueError("its header is damaged") from error
     return None
+
+
+def _meta_layout(header: bytes) -> tuple[int, int, np.dtype[Any]] | None:
+    """The same of a MetaImage (.mha), whose reader raises "No such file"; its numbers need no look."""
+    lines, mark, rest = header.partition(b"ElementDataFile = LOCAL\n")
+    pairs = [line.split(" = ", 1) for line in lines.decode("latin-1").splitlines() if " = " in line]
+    found = {key: value.strip() for key, value in pairs}
+    if not mark or "DimSize" not in found:
+        return None
+    start = len(header) - len(rest)
+    kind = found.get("ElementType", "").removeprefix("MET_").removeprefix("U")
+    try:
+        voxels = prod(map(int, found["DimSize"].split())) * int(found.get("ElementNumberOfChannels", 1))
+        size = int(found.get("CompressedDataSize", voxels * _META_BYTES.get(kind, 0)))
+    except ValueError as error:
+        raise ValueError("its header is damaged") from error
+    return start, start + size, np.dtype("u1")
 
 
 def _gipl_layout(header: bytes) -> tuple[int, int, np.dtype[Any]]:
@@ -117,6 +144,40 @@ def _check_blosc(path: Path) -> None:
         raise ValueError(f"it is cut off or damaged: {error}") from error
 
 
+def _check_tiff(path: Path) -> None:
+    """Follow the chain of pages to its end: readers take the pages and strips that they find for all."""
+    from tifffile import TiffFile, TiffFileError
+
+    try:
+        with TiffFile(path) as file:
+            stream, layout = file.filehandle, file.tiff
+            tag = f"{layout.byteorder}HHQQ" if layout.offsetsize == 8 else f"{layout.byteorder}HHII"
+            places, needed = {0}, 0
+            stream.seek(layout.offsetsize)  # where the place of the first page is written
+            while (place := _next(stream, layout.offsetformat)[0]) not in places:
+                places.add(place)
+                stream.seek(place)
+                for _ in range(_next(stream, layout.tagnoformat)[0]):
+                    name, kind, count, value = _next(stream, tag)
+                    size = count * _TIFF_BYTES.get(kind, 0)
+                    if (
+                        name in _TIFF_STRIPS and size > layout.offsetsize
+                    ):  # else the value itself stands there
+                        needed = max(needed, value + size)
+            if place:
+                raise ValueError("it is damaged: its pages lead in a circle")
+            ends = [map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)) for page in file.pages]
+            needed, there = max(needed, *(end for page in ends for end in page)), stream.size
+    except (TiffFileError, struct.error) as error:
+        raise ValueError(f"it is cut off or damaged: {error}") from error
+    if needed > there:
+        raise ValueError(f"it is cut off: {there} of {needed} bytes are there")
+
+
+def _next(stream: Any, layout: str) -> tuple[int, ...]:
+    return struct.unpack(layout, stream.read(struct.calcsize(layout)))
+
+
 def _check_json(path: Path) -> None:
     json.loads(path.read_text(encoding="utf-8"))
 
@@ -127,4 +188,6 @@ _BY_SUFFIX: Mapping[str, Callable[[Path], None]] = {
     ".b2nd": _check_blosc,
     ".pkl": _check_pickle,
     ".json": _check_json,
+    ".tif": _check_tiff,
+    ".tiff": _check_tiff,
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 import torch
 
 from nnunet_ext.whole import check_whole, is_whole
@@ -41,6 +42,10 @@ def compressed_half(path: Path) -> None:
     path.write_bytes(gzip.compress(path.with_name("plain.nii").read_bytes()[:1000]))
 
 
+def compressed(path: Path) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(volume()), str(path), useCompression=True)
+
+
 def blosc(path: Path) -> None:
     import blosc2
 
@@ -54,6 +59,8 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "two.nii": nifti2,
     "two.nii.gz": nifti2,
     "a.gipl": image,
+    "a.mha": image,
+    "compressed.mha": compressed,
     "a.npz": lambda path: np.savez_compressed(path, a=volume()),
     "a.b2nd": blosc,
     "a.pkl": lambda path: path.write_bytes(pickle.dumps({"a": list(range(1000))})),
@@ -71,6 +78,49 @@ def test_whole_files_pass_and_cut_ones_do_not(name: str, tmp_path: Path) -> None
     for n in (0, len(content) // 2, len(content) * 99 // 100, len(content) - 1):
         path.write_bytes(content[:n])
         assert not is_whole(path)
+
+
+TIFF: dict[str, Callable[[Path], None]] = {
+    "of itk": image,
+    "of tifffile": lambda path: tifffile.imwrite(path, volume()),
+    "in strips": lambda path: tifffile.imwrite(path, volume(), rowsperstrip=2, photometric="minisblack"),
+    "big, in compressed tiles": lambda path: tifffile.imwrite(
+        path, volume(), tile=(16, 16), bigtiff=True, compression="zlib"
+    ),
+    "of imagej": lambda path: tifffile.imwrite(path, volume(), imagej=True),
+}
+
+
+@pytest.mark.parametrize("kind", TIFF)
+def test_a_tiff_without_its_last_pages_or_strips_is_not_whole(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    TIFF[kind](path)
+    content = path.read_bytes()
+    assert is_whole(path)
+    for n in range(0, len(content), 7):
+        path.write_bytes(content[:n])
+        assert not is_whole(path) or (tifffile.imread(path) == volume()).all()
+
+
+def test_a_tiff_whose_pages_lead_in_a_circle_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, volume()[0])
+    content = path.read_bytes()
+    first = int.from_bytes(content[4:8], "little")
+    after = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
+    path.write_bytes(content[:after] + content[4:8] + content[after + 4 :])
+    with pytest.raises(ValueError, match="circle"):
+        check_whole(path)
+
+
+@pytest.mark.parametrize(("place", "value"), [(70, b"\x03"), (108, b"\0\0\xc0\x7f")])
+def test_a_damaged_header_is_called_so(place: int, value: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.nii"
+    image(path)
+    content = path.read_bytes()  # an unknown type; NaN where the numbers start
+    path.write_bytes(content[:place] + value + content[place + len(value) :])
+    with pytest.raises(ValueError, match="its header is damaged"):
+        check_whole(path)
 
 
 def test_a_file_that_was_cut_off_before_it_was_compressed_is_told(tmp_path: Path) -> None:
