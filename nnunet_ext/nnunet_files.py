@@ -62,7 +62,7 @@ def read_dataset(path: Path, cure: str, needed: Iterable[str] = ("labels", "file
             f"{path} must hold {' and '.join(needed)}, it lacks {' and '.join(missing)}: {cure}."
         )
     for key, (is_right, rule) in _DATASET.items():
-        if content.get(key) is not None and not is_right(content[key]):
+        if key in content and not is_right(content[key]):
             raise UsageError(f"{path}: {key} must be {rule}, got {_shown(content[key])}: {cure}.")
     return content
 
@@ -146,6 +146,19 @@ def _is_label(value: Any) -> bool:
     return is_number(value) or (_is_list_of(value, is_number) and len(value) > 0)
 
 
+def _are_channels(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and len(value) > 0 and all(isinstance(name, str) for name in value.values())
+    )
+
+
+def _is_case(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("label"), str):
+        return False
+    images = value.get("images")
+    return isinstance(images, list) and len(images) > 0 and all(isinstance(path, str) for path in images)
+
+
 def _is_size(value: Any) -> bool:
     return _is_list_of(value, lambda n: _is_int(n, 1)) and len(value) in (2, 3)
 
@@ -160,7 +173,9 @@ def _is_architecture(value: Any) -> bool:
     if not isinstance(value, Mapping) or not isinstance(value.get("network_class_name"), str):
         return False
     arguments, imported = value.get("arch_kwargs"), value.get("_kw_requires_import")
-    return isinstance(arguments, Mapping) and _is_list_of(imported, lambda key: key in arguments)
+    return isinstance(arguments, Mapping) and _is_list_of(
+        imported, lambda key: isinstance(key, str) and key in arguments
+    )
 
 
 _CONFIGURATION = {
@@ -181,7 +196,20 @@ _DATASET = {
         lambda value: is_plain_name(value) and not re.search(r"[*?\[\]]", value),
         "the ending of a file's name",
     ),
-    "channel_names": (lambda value: isinstance(value, dict) and len(value) > 0, "numbers with names"),
-    "modality": (lambda value: isinstance(value, dict) and len(value) > 0, "numbers with names"),
-    "regions_class_order": (lambda value: _is_list_of(value, _is_int), "a list of whole numbers"),
+    "channel_names": (_are_channels, "numbers with names"),
+    "modality": (_are_channels, "numbers with names"),
+    "regions_class_order": (
+        lambda value: value is None or _is_list_of(value, _is_int),
+        "a list of whole numbers",
+    ),
+    "overwrite_image_reader_writer": (
+        lambda value: isinstance(value, str),
+        "the name of a reader of nnU-Net",
+    ),
+    "dataset": (
+        lambda value: (
+            isinstance(value, dict) and all(map(is_plain_name, value)) and all(map(_is_case, value.values()))
+        ),
+        "names of cases with their images, a list of files, and label, a file",
+    ),
 }

@@ -194,6 +194,29 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         "imagesTr",
         "gone: x_0000",
     ),
+    "link in a circle": (
+        lambda f: [(f / IMAGE).unlink(), (f / IMAGE).symlink_to(Path(IMAGE).name)],
+        "failure",
+        "data set",
+        "can't be listed: [Errno 40]",
+    ),
+    "vectors": (
+        with_values(IMAGE, np.zeros((6, 8, 10, 3), np.float32)),
+        "failure",
+        "v1.0",
+        "is read as an array of 6x8x10x3 with 2 spacings",
+    ),
+    "pages of a tif": (
+        lambda f: [
+            describe(f, file_ending=".tif"),
+            *(tifffile.imwrite(f / f"imagesTr/t_000{c}.tif", scan(c)) for c in (0, 1)),
+            tifffile.imwrite(f / "labelsTr/t.tif", label_map(), compression="zlib"),
+            cut(f / "labelsTr/t.tif"),
+        ],
+        "failure",
+        "t",
+        "t.tif can't be read: it is cut off",
+    ),
     "missing channel": (
         lambda f: (f / "imagesTr/v1.0_0001.nii.gz").unlink(),
         "failure",

@@ -76,21 +76,24 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "orphan": ({"3d_fullres": {"inherits_from": "gone"}}, "gone does not exist"),
     "no name": ({"2d": {}}, "have the configurations 2d, got 3d_fullres: choose one"),
     **{
-        f"{key} {value!r:.20}": (
+        f"{key} {place}": (
             {"3d_fullres": {**CONFIGURATION, key: value}},
             f"3d_fullres: {key} must be .*, got",
         )
-        for key, value in (
-            ("patch_size", "16"),
-            ("patch_size", [NAN] * 3),
-            ("patch_size", [16]),
-            ("patch_size", [-1, 16, 16]),
-            ("batch_size", "2"),
-            ("batch_size", NAN),
-            ("spacing", [float("inf")]),
-            ("architecture", []),
-            ("architecture", {**ARCHITECTURE, "_kw_requires_import": ["nothing"]}),
-            ("architecture", {**ARCHITECTURE, "arch_kwargs": None}),
+        for place, (key, value) in enumerate(
+            (
+                ("patch_size", "16"),
+                ("patch_size", [NAN] * 3),
+                ("patch_size", [16]),
+                ("patch_size", [-1, 16, 16]),
+                ("batch_size", "2"),
+                ("batch_size", NAN),
+                ("spacing", [float("inf")]),
+                ("architecture", []),
+                ("architecture", {**ARCHITECTURE, "_kw_requires_import": ["nothing"]}),
+                ("architecture", {**ARCHITECTURE, "_kw_requires_import": [["conv_op"]]}),
+                ("architecture", {**ARCHITECTURE, "arch_kwargs": None}),
+            )
         )
     },
 }
@@ -161,14 +164,25 @@ def test_links_that_are_paths_are_refused(link: str, tmp_path: Path) -> None:
         ("file_ending", "/../x"),
         ("file_ending", "*"),
         ("channel_names", ["CT"]),
+        ("channel_names", {"0": None}),
         ("regions_class_order", "12"),
+        ("file_ending", None),
+        ("overwrite_image_reader_writer", None),
+        ("overwrite_image_reader_writer", 3),
+        ("dataset", None),
+        ("dataset", []),
+        ("dataset", {"a": 3}),
+        ("dataset", {"a": {"images": ["a_0000.nii.gz"]}}),
+        ("dataset", {"a": {"images": "a_0000.nii.gz", "label": "a.nii.gz"}}),
+        ("dataset", {"a": {"images": [], "label": "a.nii.gz"}}),
+        ("dataset", {"../a": {"images": ["a_0000.nii.gz"], "label": "a.nii.gz"}}),
     ],
 )
 def test_wrong_values_of_dataset_json_are_named(key: str, value: Any, tmp_path: Path) -> None:
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps({**DATASET, key: value}))
     with pytest.raises(UsageError, match=f"dataset.json: {key} must be .*: {CURE}"):
-        read_dataset(path, CURE)
+        read_dataset(path, CURE, needed=())
 
 
 def changed(**changes: Any) -> Spoil:

@@ -54,10 +54,10 @@ def read_raw(folder: Path) -> RawDataset:
     if not folder.is_dir():
         raise UsageError(f"--raw needs an existing folder, got {folder}: correct the path.")
     description = _read_description(folder)
-    for part in ("imagesTr", "labelsTr") if "dataset" not in description else ():
-        if not (folder / part).is_dir():
-            raise UsageError(f"--raw needs a folder {part} in the data set, {folder} has none: add it.")
-    cases, _ = list_cases(folder, description)
+    cases, found = list_cases(folder, description)
+    if not cases:
+        wrong = next(finding for finding in found if finding.level == "failure")
+        raise UsageError(f"--raw needs a data set with cases, {folder} {wrong.detail}: {wrong.cure}.")
     unlabelled = [case.label for case in cases if case.label is not None and not case.label.is_file()]
     if unlabelled:
         raise UsageError(

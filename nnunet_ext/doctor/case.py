@@ -146,6 +146,16 @@ def _read(
         lines = (str(error).strip() or said.getvalue().strip() or type(error).__name__).splitlines()
         findings.append(failure(case.name, f"{path} can't be read: {lines[-1].strip()}", cure))
         return None
+    if data.ndim != 4 or len(properties["spacing"]) != 3:
+        findings.append(
+            failure(
+                case.name,
+                f"{path} is read as an array of {_row(data.shape)} with {len(properties['spacing'])} spacings, nnU-Net "
+                "needs channels and three axes",
+                "store every channel, or component of a vector, in a file of its own",
+            )
+        )
+        return None
     return _Volume(path, data, properties, hidden)
 
 

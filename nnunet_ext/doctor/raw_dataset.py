@@ -86,26 +86,28 @@ def list_cases(folder: Path, description: Mapping[str, Any]) -> tuple[list[Case]
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     ending = str(description["file_ending"])
+    parts = (
+        () if "dataset" in description else ("imagesTr", "labelsTr")
+    )  # else it says itself where files lie
+    if gone := [part for part in parts if not (folder / part).is_dir()]:
+        return [], [failure(SUBJECT, f"has no folder {part}", f"make {folder / part}") for part in gone]
     findings: list[Finding] = []
-    if "dataset" not in description:
-        parts = ("imagesTr", "labelsTr")
-        for part in (part for part in parts if not (folder / part).is_dir()):
-            findings.append(failure(SUBJECT, f"has no folder {part}", f"make {folder / part}"))
-        if findings:
-            return [], findings
+    try:
         for part in parts:
             findings += of_folder(folder / part, ending, has_channels=part == "imagesTr")
-    listed = get_filenames_of_train_images_and_targets(str(folder), deepcopy(dict(description)))
+        listed = get_filenames_of_train_images_and_targets(str(folder), deepcopy(dict(description)))
+    except OSError as error:  # links in a circle, folders that may not be read
+        findings.append(failure(SUBJECT, f"can't be listed: {error}", "restore it, or make it readable"))
+        return [], findings
     cases = [
         Case(str(name), tuple(map(Path, files["images"])), Path(files["label"]))
         for name, files in listed.items()
         if files["images"] and not str(name).startswith(".")
     ]
     if not cases:
-        findings.append(
-            failure(SUBJECT, f"has no image CASE_0000{ending} in imagesTr", "add or rename the images")
-        )
-    elif "dataset" not in description:
+        where = f"image CASE_0000{ending} in imagesTr" if parts else "case under 'dataset' in dataset.json"
+        findings.append(failure(SUBJECT, f"has no {where}", "add or rename the images"))
+    elif parts:
         unused = {path.name for path in (folder / "labelsTr").glob(f"*{ending}") if path.name[0] != "."}
         unused -= {case.label.name for case in cases if case.label}
         findings += [
@@ -174,7 +176,7 @@ def _about_number(folder: Path, description: Mapping[str, Any], cases: Sequence[
     if wanted != len(cases):
         yield failure(
             "dataset.json",
-            f"numTraining is {wanted}, there are {len(cases)} cases",
+            f"numTraining is {wanted!r}, there are {len(cases)} cases",
             f"set it to {len(cases)}, or add what is missing",
         )
     if 0 < len(cases) < FOLDS and not (folder / "splits_final.json").is_file():
