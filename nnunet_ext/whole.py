@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, Any, cast
 
 import numpy as np
@@ -49,6 +50,8 @@ def check_whole(path: Path) -> int:
         ValueError: it is cut off or damaged.
         OSError: it can't be read at all.
     """
+    if not S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no file")  # a pipe would wait for ever
     check = _BY_SUFFIX.get(path.suffix.lower())
     try:
         if check is not None:

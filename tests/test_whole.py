@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +152,10 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
 
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(Runs()))
     assert is_whole(tmp_path / "a.pkl")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.npz", "a.json"])
+def test_a_pipe_is_no_whole_file_and_nobody_waits_for_it(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    assert not is_whole(tmp_path / name)

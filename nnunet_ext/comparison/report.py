@@ -16,8 +16,9 @@ from nnunet_ext.comparison import figures, overlay, statistics, tables, worst_ca
 from nnunet_ext.comparison.compare import Comparison, Status
 from nnunet_ext.comparison.results import MEAN, Evaluation
 from nnunet_ext.comparison.tables import Table
+from nnunet_ext.errors import UsageError
 from nnunet_ext.escaping import code_block, csv_cell, html, markdown, markdown_cell
-from nnunet_ext.files import write_files
+from nnunet_ext.files import read_json, write_files, writing
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _FIGURES = "figures"
@@ -106,6 +107,9 @@ def write(
         "report.json": json.dumps(content, indent=2, allow_nan=False) + "\n",
     }
     files |= {name: text.encode("utf-8") for name, text in texts.items()}
+    with writing(folder):
+        if (folder / _FIGURES).is_symlink():  # to a folder with files of others
+            (folder / _FIGURES).unlink()
     write_files(folder, files, gone=_old_figures(folder) - files.keys())
     return folder / "report.html"
 
@@ -347,9 +351,9 @@ def _old_figures(folder: Path) -> set[str]:
     Its report.json may be anybody's: what it names is one of its figures only where the content is.
     """
     try:
-        content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "report.json", "delete it")
         digests = {str(name): digest for name, digest in content[_DIGESTS].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UsageError, KeyError, AttributeError):
         return set()
     named = {f"{_FIGURES}/{name}.png": digest for name, digest in digests.items() if Path(name).name == name}
     return {name for name, digest in named.items() if _is_unchanged(folder / name, digest)}

@@ -135,7 +135,7 @@ def _doubts(run: Run, folder: Path, fold: str, curves: Curves | None, planned: i
 def logged_validations(folder: Path) -> list[float]:
     """Mean validation Dice of every validation in the training logs, in their order."""
     found: list[float] = []
-    for path in sorted(folder.glob("training_log_*.txt")):
+    for path in sorted(path for path in folder.glob("training_log_*.txt") if path.is_file()):
         text = path.read_text(encoding="utf-8", errors="replace")
         found += [float(value) for value in re.findall(r"Mean Validation Dice:\s+([\d.]+)", text)]
     return found

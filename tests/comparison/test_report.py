@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from html.parser import HTMLParser
 from io import BytesIO, StringIO
@@ -172,6 +173,29 @@ def test_report_of_another_shape_names_no_figures(content: str, tmp_path: Path) 
     (tmp_path / "report.json").write_text(content)
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "a.png").touch()
+    assert report._old_figures(tmp_path) == set()
+
+
+def test_a_link_in_the_place_of_the_figures_leads_to_no_other_files(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    report.write(comparison, out)
+    (out / "figures").rename(mine)
+    (mine / "photo.png").write_bytes(b"photo")
+    note_figure(out, "photo", b"photo")
+    (out / "figures").symlink_to(mine)
+    before = {path: path.stat() for path in mine.iterdir()}
+    report.write(comparison, out)
+    assert {path: path.stat() for path in mine.iterdir()} == before
+    assert {path.name for path in (out / "figures").iterdir()} == {path.name for path in mine.iterdir()} - {
+        "photo.png"
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_in_the_place_of_a_report_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "report.json")
     assert report._old_figures(tmp_path) == set()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from nnunet_ext.comparison.runs import find_runs, labelled, read_run
+from nnunet_ext.comparison.training import logged_validations
 from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import MakeRun, random_folds
 
@@ -144,3 +146,10 @@ def test_inherited_configuration_is_resolved(make_run: MakeRun) -> None:
     }
     settings = replace(run, plans=plans, configuration="bs4").settings
     assert (settings["batch_size"], settings["patch_size"]) == (4, [16, 16, 16])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_called_like_a_log_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "training_log_1.txt")
+    (tmp_path / "training_log_2.txt").write_text("Mean Validation Dice:  0.5\n")
+    assert logged_validations(tmp_path) == [0.5]
