@@ -15,6 +15,7 @@ from typing import Any
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
+from nnunet_ext.trust import is_host_name
 
 _NAMES = ("dataset_name", "plans_name")
 _LINKS = ("previous_stage", "next_stage", "inherits_from")
@@ -203,7 +204,7 @@ _DATASET = {
         "a list of whole numbers",
     ),
     "overwrite_image_reader_writer": (
-        lambda value: isinstance(value, str),
+        lambda value: value is not None and is_host_name("overwrite_image_reader_writer", value),
         "the name of a reader of nnU-Net",
     ),
     "dataset": (

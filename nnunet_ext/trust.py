@@ -11,6 +11,7 @@ import importlib
 import pydoc
 from collections.abc import Iterable, Mapping
 from functools import cache
+from inspect import isabstract
 from typing import Any
 
 from nnunet_ext import registry
@@ -70,11 +71,17 @@ def check_host_names(*contents: Mapping[str, Any]) -> None:
         UsageError: names the first value that is not admitted.
     """
     for content in contents:
-        for key, (folder, base) in _HOST.items():
+        for key, (folder, _) in _HOST.items():
             values = content.get(key)
             for name in values if isinstance(values, list) else [values]:
-                if name not in (None, "None") and not _is_of_host(name, f"nnunetv2.{folder}", base):
+                if not is_host_name(key, name):
                     raise _refusal(key, name, f"what nnU-Net has in nnunetv2.{folder}")
+
+
+def is_host_name(key: str, name: Any) -> bool:
+    """Whether nnU-Net itself defines what this key of plans.json or dataset.json names, or it names nothing."""
+    folder, base = _HOST[key]
+    return name in (None, "None") or _is_of_host(name, f"nnunetv2.{folder}", base)
 
 
 def _check_path(key: str, path: Any) -> None:
@@ -121,7 +128,7 @@ def _finds(name: str, folder: str, base: str | None) -> bool:
         return callable(found) and _below(str(getattr(found, "__module__", "")), [folder])
     module, _, bare = base.rpartition(".")
     wanted = getattr(importlib.import_module(f"{folder}.{module}"), bare)
-    return isinstance(found, type) and issubclass(found, wanted)
+    return isinstance(found, type) and issubclass(found, wanted) and not isabstract(found)
 
 
 def _search(package: str, name: str) -> Any:

@@ -169,6 +169,10 @@ def test_links_that_are_paths_are_refused(link: str, tmp_path: Path) -> None:
         ("file_ending", None),
         ("overwrite_image_reader_writer", None),
         ("overwrite_image_reader_writer", 3),
+        ("overwrite_image_reader_writer", ["NibabelIO"]),
+        ("overwrite_image_reader_writer", "np"),
+        ("overwrite_image_reader_writer", "os.system"),
+        ("overwrite_image_reader_writer", "BaseReaderWriter"),
         ("dataset", None),
         ("dataset", []),
         ("dataset", {"a": 3}),
@@ -261,3 +265,10 @@ def test_a_comparison_goes_on_without_plans_that_inherit_in_a_circle(
     assert cli.main(["compare", "-m", str(model), "-np", "1", "-o", str(tmp_path / "out")]) == 0
     error = capsys.readouterr().err
     assert "size and memory are missing (the plans nnUNetPlans must hold 3d_fullres" in error
+
+
+@pytest.mark.parametrize("name", ["NibabelIO", "None"])
+def test_readers_of_nnunet_are_admitted(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({**DATASET, "overwrite_image_reader_writer": name}))
+    assert read_dataset(path, CURE)["overwrite_image_reader_writer"] == name
