@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nnunet_ext import registry
@@ -21,13 +24,26 @@ def trainer_class(name: str) -> Any:
     except registry.RegistryError as error:
         raise UsageError(str(error)) from error
     except registry.UnknownNameError:
-        found = _search_host(name)
+        with _without_hints():
+            found = _search_host(name)
     if not callable(getattr(found, "build_network_architecture", None)):
+        hint = registry.hint_for("trainers", name) or "See `nnunet-ext list`."
         raise UsageError(
-            f"a trainer must be known to nnU-Net or registered, got {name}: see `nnunet-ext list`, or install the "
-            "package that it comes from."
+            f"a trainer must be known to nnU-Net or registered, got {name}: correct it, or install the package that it "
+            f"comes from. {hint.removeprefix('nnunet_ext: ')}"
         )
     return found
+
+
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """The last line says what the hook would say above it while nnU-Net searches."""
+    logger = logging.getLogger("nnunet_ext")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _search_host(name: str) -> Any:
@@ -42,5 +58,9 @@ def _search_host(name: str) -> Any:
         return recursive_find_python_class(folder, name, "nnunetv2.training.nnUNetTrainer")
     try:
         return module.recursive_find_trainer_class_by_name(name)
-    except (RuntimeError, AssertionError, TypeError):  # unknown, or something else of that name in its modules
+    except (
+        RuntimeError,
+        AssertionError,
+        TypeError,
+    ):  # unknown, or something else of that name in its modules
         return None

@@ -275,7 +275,7 @@ def suggest(kind: str, name: str) -> None:
 
     nnU-Net's search may still find the name elsewhere, so that nothing is raised here.
     """
-    hint = _hint(kind, name)
+    hint = hint_for(kind, name)
     if hint:
         _logger.warning(hint)
         # A trainer that isn't found is named; a planner that isn't found is None, which nnU-Net calls.
@@ -299,7 +299,8 @@ class _ExceptHook:
             print(self.hint, file=sys.stderr)
 
 
-def _hint(kind: str, name: str) -> str:
+def hint_for(kind: str, name: str) -> str:
+    """Which known names an unknown one resembles, a sentence or two; empty where nnU-Net itself may have it."""
     if name in core_names(kind) or name in _class_names(_external_folders()):
         return ""
     schedule = parse_schedule(name) if kind == "trainers" else None
