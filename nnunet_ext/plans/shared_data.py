@@ -27,7 +27,8 @@ _READ = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
-_ENDINGS = (".b2nd", ".npz", ".npy")
+# Files of a case, as versions of nnU-Net store it; the last one is written last.
+_FILES = ((".b2nd", "_seg.b2nd", ".pkl"), (".npz", ".pkl"), (".npy", "_seg.npy", ".pkl"))
 _INTENSITIES = "intensities of the data set's fingerprint"
 
 
@@ -54,14 +55,13 @@ def settled(
             continue  # inherited
         data, own = configuration["data_identifier"], f"{plans['plans_name']}_{name}"
         found = Preprocessed(folder / data, PlansManager(plans), name)
-        wrong = found.wrong(fingerprint, cases) if known else None
-        reason = (found.differing() or wrong) if data != own else None
-        if reason:
+        reason = found.differing() or (found.wrong(fingerprint, cases) if known else None)
+        if reason and data != own:
             configuration["data_identifier"] = own
             yield f"{name} does not use the preprocessed data {data}: {reason}."
             found = Preprocessed(folder / own, PlansManager(plans), name)
-            wrong = found.wrong(fingerprint, cases) if known else None
-        if wrong or not found.has(cases):
+            reason = found.differing() or (found.wrong(fingerprint, cases) if known else None)
+        if reason or not found.has(cases):
             wanted.append(name)
     if wanted:
         yield (
@@ -85,13 +85,18 @@ class Preprocessed:
     configuration: str
 
     def has(self, cases: Sequence[str]) -> bool:
-        """Whether every case is there."""
-        return all(any((self.folder / f"{case}{end}").is_file() for end in _ENDINGS) for case in cases)
+        """Whether every case is there, with all its files."""
+        return all(
+            any(all((self.folder / f"{case}{end}").is_file() for end in ends) for ends in _FILES)
+            for case in cases
+        )
 
     def differing(self) -> str | None:
-        """What other plans that own these data preprocess otherwise, where they do."""
+        """What the plans that own these data preprocess otherwise: others, else earlier ones of this name."""
         ours = preprocessing(self.plans, self.configuration)
-        for name, plans, configuration in _owners(self.folder, self.plans.plans_name):
+        owners = list(_owners(self.folder))
+        earlier = owners if self.folder.is_dir() else []
+        for name, plans, configuration in [o for o in owners if o[0] != self.plans.plans_name] or earlier:
             try:
                 theirs = preprocessing(plans, configuration)
             except (KeyError, TypeError) as error:
@@ -115,14 +120,14 @@ class Preprocessed:
         target = self.plans.get_configuration(self.configuration).spacing
         shapes, spacings = fingerprint["shapes_after_crop"], fingerprint["spacings"]
         for case, *values in zip(cases, shapes, spacings, strict=True):
-            path = self.folder / f"{case}.b2nd"
-            if not path.is_file():
-                continue
             shape, spacing = ([value[axis] for axis in forward] for value in values)
             new = compute_new_shape(shape, spacing, [*spacing[: 3 - len(target)], *target]).tolist()
-            there = _stored_shape(path)
-            if there != new:
-                return f"{path.name} there has the shape {there}, with this spacing it has {new}"
+            for path in (self.folder / f"{case}{end}" for end in (".b2nd", "_seg.b2nd")):
+                there = _stored_shape(path) if path.is_file() else new
+                if there is None:
+                    return f"{path.name} there is cut off"
+                if there != new:
+                    return f"{path.name} there has the shape {there}, with this spacing it has {new}"
         return None
 
 
@@ -152,15 +157,13 @@ def _stored_shape(path: Path) -> list[int] | None:
         return None
 
 
-def _owners(folder: Path, own: str) -> Iterator[tuple[str, PlansManager, str]]:
-    """Name, plans and configuration of all others, beside the plans called `own`, whose data lie in this folder."""
+def _owners(folder: Path) -> Iterator[tuple[str, PlansManager, str]]:
+    """Name, plans and configuration of all whose data lie in this folder."""
     for path in sorted(folder.parent.glob("*.json")):
         try:
             plans = PlansManager(read_plans(path, "plan again"))
         except UsageError:
             continue  # nobody can have preprocessed with it
-        if path.stem == own:
-            continue
         for name in plans.available_configurations:
             try:
                 with warnings.catch_warnings():

@@ -76,7 +76,9 @@ def write_data(folder: Path, spacing: tuple[float, ...] = (1.05, 1.0, 1.0)) -> N
     (folder / SHARED).mkdir()
     for case, shape, own in zip("ab", SHAPES, SPACINGS, strict=True):
         data = np.zeros((1, *compute_new_shape(shape, own, spacing)), dtype=np.float32)
-        blosc2.asarray(data, urlpath=str(folder / SHARED / f"{case}.b2nd"))
+        for part in ("", "_seg"):
+            blosc2.asarray(data, urlpath=str(folder / SHARED / f"{case}{part}.b2nd"))
+        (folder / SHARED / f"{case}.pkl").touch()
 
 
 def test_data_of_default_plans_are_reused_where_they_are_the_same(
@@ -169,6 +171,54 @@ def test_data_that_are_not_what_their_plans_say_are_left_alone(
         "a.b2nd there has the shape [20, 24, 26], with this spacing it has [38, 48, 52]"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("name", ["a_seg.b2nd", "a.pkl"])
+def test_a_case_without_all_its_files_is_to_be_preprocessed(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(folder, ExperimentPlanner)
+    write_data(folder)
+    (folder / SHARED / name).unlink()
+    assert identifier(plan(folder)) == SHARED
+    assert "-plans_name nnUNetReversiblePlans -c 2d 3d_fullres\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.b2nd", "a_seg.b2nd"])
+def test_data_that_were_cut_off_are_left_alone(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(folder, ExperimentPlanner)
+    write_data(folder)
+    path = folder / SHARED / name
+    path.write_bytes(path.read_bytes()[:-10])
+    assert identifier(plan(folder)) == OWN
+    assert f"{name} there is cut off." in capsys.readouterr().out
+
+
+def test_data_of_earlier_plans_of_the_same_name_are_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(folder)
+    write_data(folder)  # preprocessed with our plans, there are no others
+    assert identifier(plan(folder)) == SHARED
+    write_fingerprint(folder, SHAPES, SPACINGS, mean=6.0)
+    assert identifier(plan(folder)) == OWN
+    assert f"{SHARED}: nnUNetReversiblePlans has other intensities" in capsys.readouterr().out
+
+
+def test_own_data_of_earlier_plans_are_to_be_preprocessed_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(folder, ExperimentPlanner, overwrite_target_spacing=[2.0, 2.0, 2.0])
+    assert identifier(plan(folder)) == OWN
+    write_data(folder)
+    (folder / SHARED).rename(folder / OWN)
+    plan(folder)
+    assert "nnUNetReversiblePlans -c 2d\n" in capsys.readouterr().out
+    write_fingerprint(folder, SHAPES, SPACINGS, mean=6.0)
+    assert identifier(plan(folder)) == OWN
+    assert "nnUNetReversiblePlans -c 2d 3d_fullres\n" in capsys.readouterr().out
 
 
 def test_a_fingerprint_of_other_cases_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
