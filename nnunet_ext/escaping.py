@@ -7,6 +7,7 @@ tag, a formula or mathematics.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from html import escape
 
 from nnunet_ext.printable import printable, printable_lines
@@ -50,10 +51,17 @@ def csv_cell(text: str) -> str:
     return f"'{cell}" if cell.lstrip()[:1] in (*_FORMULA, "'") else cell
 
 
-def drawn(text: str) -> str:
-    """A name in a figure: one line, short, and no "_" at the start, which matplotlib's legends leave out."""
-    line = printable(text)
-    if len(line) > _SHORT:
-        half = _SHORT // 2
-        line = f"{line[: half - 1]}\N{HORIZONTAL ELLIPSIS}{line[-half:]}"
+def drawn(text: str, among: Iterable[str] = ()) -> str:
+    """A name in a figure: one line, and no "_" at the start, which matplotlib's legends leave out.
+
+    It is shortened, unless another name `among` those shown with it would then look the same.
+    """
+    line = _shortened(text)
+    if any(_shortened(other) == line for other in among if other != text):
+        line = printable(text)
     return f" {line}" if line.startswith("_") else line
+
+
+def _shortened(text: str) -> str:
+    line, half = printable(text), _SHORT // 2
+    return line if len(line) <= _SHORT else f"{line[: half - 1]}\N{HORIZONTAL ELLIPSIS}{line[-half:]}"

@@ -31,7 +31,7 @@ def box_plots(evaluation: Evaluation, metric: str = "Dice") -> bytes:
         for axis, row in zip(axes, rows, strict=True):
             for place, structure in enumerate(row):
                 _boxes(axis, place, evaluation.values(metric, structure), look)
-            axis.set_xticks(range(len(row)), [fill(drawn(evaluation.name_of(s)), _WRAP) for s in row])
+            axis.set_xticks(range(len(row)), [fill(_drawn(evaluation, s), _WRAP) for s in row])
             axis.set_xlim(-0.5, max(len(rows[0]), 2) - 0.5 if len(rows) > 1 else len(row) - 0.5)
             axis.set_ylabel(f"{metric} [mm]" if metric == "HD95" else metric)
             tidy(axis, "y")
@@ -42,6 +42,10 @@ def _shown(evaluation: Evaluation) -> list[Structure]:
     """The structures and, of several, their mean."""
     several = len(evaluation.structures) > 1
     return [MEAN, *evaluation.structures] if several else list(evaluation.structures)
+
+
+def _drawn(evaluation: Evaluation, structure: Structure) -> str:
+    return drawn(evaluation.name_of(structure), evaluation.structures)
 
 
 def _boxes(axis: Any, place: int, values: Any, look: Mapping[str, Look]) -> None:
@@ -81,7 +85,7 @@ def differences(evaluation: Evaluation, margin: float) -> bytes:
                     [100 * found.low, 100 * found.high], [height] * 2, color=style.colour, linewidth=1.6
                 )
                 axis.plot(100 * found.mean, height, style.marker, color=style.colour, markersize=4.5)
-        axis.set_yticks(range(len(names)), [drawn(evaluation.name_of(structure)) for structure in names])
+        axis.set_yticks(range(len(names)), [_drawn(evaluation, structure) for structure in names])
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel(f"Dice points to {drawn(baseline)}, mean and 95 % interval (right: better)")
         tidy(axis, "x")
@@ -114,8 +118,8 @@ def paired_cases(evaluation: Evaluation) -> bytes:
                 xlim=(low, 1),
                 ylim=(low, 1),
                 aspect="equal",
-                xlabel=f"Dice, {drawn(baseline)}",
-                ylabel=f"Dice, {drawn(label)}",
+                xlabel=f"Dice, {drawn(baseline, evaluation.labels)}",
+                ylabel=f"Dice, {drawn(label, evaluation.labels)}",
             )
             axis.set_title(f"better in {found.better}, worse in {found.worse} of {found.n} cases")
             tidy(axis)
@@ -141,7 +145,7 @@ def ranks(evaluation: Evaluation) -> bytes:
                     colour = "white" if float(grey) < 0.5 else "black"
                     axis.text(start + width / 2, y, text, ha="center", va="center", color=colour, fontsize=7)
             left += share
-        axis.set_yticks(range(len(table)), [drawn(label) for label in table.index])
+        axis.set_yticks(range(len(table)), [drawn(label, table.index) for label in table.index])
         axis.invert_yaxis()
         axis.set(xlim=(0, 1), xlabel=f"share of {total} cases in which a run takes this rank by mean Dice")
         axis.spines[["top", "right"]].set_visible(False)
@@ -222,10 +226,21 @@ def _with_legend(
     from matplotlib.patches import Patch
 
     handles: list[Any] = [
-        Patch(facecolor=f"{s.colour}99", edgecolor="black", hatch=s.hatch, linewidth=0.7, label=drawn(label))
+        Patch(
+            facecolor=f"{s.colour}99",
+            edgecolor="black",
+            hatch=s.hatch,
+            linewidth=0.7,
+            label=drawn(label, look),
+        )
         if patches
         else Line2D(
-            [], [], color=s.colour, marker=s.marker, linestyle=s.line if lines else "", label=drawn(label)
+            [],
+            [],
+            color=s.colour,
+            marker=s.marker,
+            linestyle=s.line if lines else "",
+            label=drawn(label, look),
         )
         for label, s in look.items()
     ]

@@ -69,6 +69,7 @@ def overlay(scan: Scan) -> bytes:
     planes = [_Plane(0, z, 1), _Plane(1, y, 0)] if scan.truth.shape[0] > 1 else [_Plane(0, z, 1)]
     columns: list[tuple[str, NDArray[Any] | None]] = [("Image", None), ("Reference", scan.truth)]
     columns += scan.predictions.items()
+    names = {title.partition("\n")[0] for title in scan.predictions}
     extent = [n * step for n, step in zip(scan.truth.shape, scan.spacing, strict=True)]
     heights = [extent[plane.vertical] / extent[2] for plane in planes]
     size = (1.95 * len(columns) + 0.5, 1.85 * sum(heights) + 1.0)
@@ -80,7 +81,7 @@ def overlay(scan: Scan) -> bytes:
         for row, plane in zip(axes, planes, strict=True):
             for axis, (title, labels) in zip(row, columns, strict=True):
                 _show(axis, plane, scan, labels)
-                shown = "\n".join(map(drawn, title.splitlines()))
+                shown = "\n".join(drawn(line, names) for line in title.splitlines())
                 axis.set_title(shown if plane is planes[0] else "")
             place = (plane.index + 0.5) * scan.spacing[plane.axis]
             row[0].set_ylabel(f"{'zyx'[plane.axis]} = {place:.0f} mm\n{'zyx'[plane.vertical]} [mm]")
@@ -150,7 +151,7 @@ def _label_legend(figure: Any, scan: Scan, planes: list[_Plane]) -> None:
             facecolor=_colour(label),
             edgecolor="black",
             linewidth=0.5,
-            label=f"{label} {drawn(scan.names.get(label, ''))}",
+            label=f"{label} {drawn(scan.names.get(label, ''), scan.names.values())}",
         )
         for label in labels
     ]
