@@ -94,7 +94,8 @@ def _concerns(error: OSError, path: Path) -> bool:
 
 def partial(path: Path) -> Path:
     """A new name beside `path`, to write under until the work is whole; it tells the process that writes."""
-    return path.with_name(f"{PARTIAL}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
+    process = os.getpid()
+    return path.with_name(f"{PARTIAL}{_machine()}-{process}-{_start(process)}-{secrets.token_hex(4)}")
 
 
 def remove_partials(folder: Path, of_living: bool = False) -> None:
@@ -103,8 +104,8 @@ def remove_partials(folder: Path, of_living: bool = False) -> None:
     Whether a process of another machine lives can't be known from here.
     """
     for path in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
-        match = re.fullmatch(rf"{re.escape(PARTIAL)}(.+)-(\d+)-[0-9a-f]{{8}}", path.name)
-        if match and (of_living or (match[1] == _machine() and not _lives(int(match[2])))):
+        match = re.fullmatch(rf"{re.escape(PARTIAL)}(.+)-(\d+)-(\d+)-[0-9a-f]{{8}}", path.name)
+        if match and (of_living or (match[1] == _machine() and not _lives(int(match[2]), int(match[3])))):
             _delete(path)
 
 
@@ -116,11 +117,22 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _lives(process: int) -> bool:
+def _start(process: int) -> int:
+    """When a process began, in ticks since the machine did; 0 where the system doesn't say (not Linux)."""
+    try:
+        # The name before the last bracket may hold anything.
+        return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _lives(process: int, start: int) -> bool:
+    """Whether the process that began at `start` lives, and not another one that got its number since."""
     import psutil
 
     try:
-        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        alive = psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return alive and start in (0, _start(process))
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:  # somebody else's

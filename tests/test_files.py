@@ -96,6 +96,17 @@ def test_killed_process_that_nobody_reaped_counts_as_dead(tmp_path: Path) -> Non
     assert files_in(tmp_path) == []
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_a_dead_process_whose_number_another_one_got_counts_as_dead(tmp_path: Path) -> None:
+    living = partial(tmp_path / "x")
+    start = files._start(os.getpid())
+    dead = tmp_path / living.name.replace(f"-{os.getpid()}-{start}-", f"-{os.getpid()}-{start - 1}-")
+    for folder in (living, dead):
+        folder.mkdir()
+    remove_partials(tmp_path)
+    assert files_in(tmp_path) == [living.name]
+
+
 def test_two_calls_at_once_do_not_hit_each_other(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "one") as one, whole_folder(tmp_path / "two") as two:
         (one / "a").write_text("1")
