@@ -18,6 +18,9 @@ class AtomicCheckpointMixin:
     result so far is known after a continuation. Stands before ``nnUNetTrainer`` in the bases of a trainer.
     """
 
+    # The file that a training continues from, where it holds the best weights so far.
+    _best_so_far: Path | None = None
+
     def run_training(self: Any) -> None:
         """Train as nnU-Net does, while no other training can write to this fold.
 
@@ -34,6 +37,9 @@ class AtomicCheckpointMixin:
                     f"The file system of {folder} has no locks: see to it that no second training uses this folder."
                 )
             remove_partials(folder, of_living=is_alone)
+            if self._best_so_far is not None:
+                with whole_file(folder / "checkpoint_best.pth") as part:
+                    shutil.copyfile(self._best_so_far, part)
             super().run_training()  # type: ignore[misc]
 
     def save_checkpoint(self: Any, filename: str) -> None:
@@ -57,11 +63,16 @@ class AtomicCheckpointMixin:
     def load_checkpoint(self: Any, *arguments: Any, **options: Any) -> None:
         """Load as nnU-Net does; the best moving average counts the epoch after which the file was written.
 
-        nnU-Net writes ``checkpoint_latest.pth`` before it looks whether that epoch is the best.
+        nnU-Net writes ``checkpoint_latest.pth`` before it looks whether that epoch is the best: a kill between both
+        leaves a ``checkpoint_best.pth`` of an earlier epoch, so that a training copies the file that it continues.
         """
         super().load_checkpoint(*arguments, **options)  # type: ignore[misc]
-        values = [self._best_ema, *self.logger.get_checkpoint()["ema_fg_dice"]]
-        self._best_ema = max((v for v in values if v is not None and not math.isnan(v)), default=None)
+        noted, logged = self._best_ema, self.logger.get_checkpoint()["ema_fg_dice"]
+        values = [v for v in (noted, *logged) if v is not None and not math.isnan(v)]
+        self._best_ema = max(values, default=None)
+        is_best = self._best_ema != noted and logged[-1] == self._best_ema
+        source = arguments[0] if arguments else None
+        self._best_so_far = Path(source) if is_best and isinstance(source, str) else None
 
 
 def _failure(path: Path, error: Exception) -> str:

@@ -113,7 +113,7 @@ def test_training_removes_what_killed_ones_left_and_nothing_else(
 ) -> None:
     killed_partial(tmp_path).write_bytes(b"ha")
     elsewhere = (
-        tmp_path / ".partial-nnunet_ext-lostnode-4026531836-77-0123abcd"
+        tmp_path / ".partial-nnunet_ext-lostnode-4026531836-77-1-0123abcd"
     )  # nobody else trains here now
     elsewhere.write_bytes(b"ha")
     foreign = tmp_path / ".partial-of-rsync"
@@ -187,3 +187,24 @@ def test_best_result_counts_the_epoch_after_which_the_checkpoint_was_written(
     trainer = Trainer(tmp_path)
     trainer.load_checkpoint({"_best_ema": stored, "ema": logged})
     assert trainer._best_ema == best
+
+
+@pytest.mark.parametrize(
+    ("noted", "logged", "kept"),
+    [(0.5, [0.5, 0.7], b"latest"), (0.7, [0.7, 0.6], b"best"), (0.5, [0.7, 0.6], b"best")],
+)
+def test_best_checkpoint_that_a_kill_prevented_is_made_from_the_latest(
+    noted: float, logged: list[float], kept: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: Host, filename: str) -> None:
+        self._best_ema, self.logger = noted, Logger(logged)
+
+    monkeypatch.setattr(Host, "load_checkpoint", load)
+    latest, best = tmp_path / "checkpoint_latest.pth", tmp_path / "checkpoint_best.pth"
+    latest.write_bytes(b"latest")
+    best.write_bytes(b"best")
+    trainer = Trainer(tmp_path)
+    trainer.load_checkpoint(str(latest))
+    assert best.read_bytes() == b"best"  # `--val` writes nothing
+    trainer.run_training()
+    assert best.read_bytes() == kept
