@@ -36,7 +36,7 @@ from nnunet_ext.architectures.blocks.faster_fusion import (
 )
 from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
-from nnunet_ext.architectures.blocks.onednn import is_exporting, is_observed
+from nnunet_ext.architectures.blocks.onednn import is_exporting, is_observed, is_transformed
 from nnunet_ext.architectures.blocks.plan_sizes import check_patch_size, patch_divisors
 from nnunet_ext.architectures.blocks.snapshot import Snapshot
 
@@ -203,7 +203,7 @@ class FasterFusionUNet(nn.Module):
         if torch.compiler.is_compiling():
             _log_while_compiling()
             return False
-        if is_exporting() or _is_transformed(x):
+        if is_exporting() or is_transformed() or _is_placeholder(x):
             return False
         hindrance = self._hindrance()
         _log_form(hindrance)
@@ -332,11 +332,9 @@ def _log_while_compiling() -> None:
     _log_form("torch.compile is on, set nnUNet_compile=f for the fused form")
 
 
-def _is_transformed(x: Tensor) -> bool:
-    """Whether weights are placeholders or read again later: vmap and its kind, meta tensors, CUDA graphs."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or x.is_meta:
-        return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_placeholder(x: Tensor) -> bool:
+    """Whether weights are placeholders or read again later: meta tensors, CUDA graphs."""
+    return x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _is_half_on_cuda(x: Tensor) -> bool:

@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.blocks.implicit_decoder import Maps, PointDecoder
+from nnunet_ext.architectures.blocks.onednn import is_exporting, is_transformed
 from nnunet_ext.architectures.blocks.plan_sizes import check_stages
 from nnunet_ext.architectures.blocks.planned_memory import counted_elements
 from nnunet_ext.architectures.blocks.point_sampling import points_per_patch
@@ -183,7 +184,8 @@ class ImplicitUNet(nn.Module):
 
     def _dense(self, features: list[Tensor], patch: tuple[int, ...]) -> Tensor:
         """Logits of all voxels of one sample. Shape: maps (1, C_l, *) -> (num_classes, *patch)."""
-        sparsely = self.sparse and not self.training
+        # What sparse prediction decodes depends on the data, which neither export nor `torch.func` can follow.
+        sparsely = self.sparse and not self.training and not is_exporting() and not is_transformed()
         # Sparse prediction asks for a few voxels in a hundred: larger maps are not worth a whole product.
         maps: Maps = self.point_decoder.prepare(features, patch, prod(patch) // (32 if sparsely else 2))
 

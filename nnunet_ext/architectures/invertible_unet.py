@@ -89,8 +89,9 @@ class Encoder(nn.Module):
 
     def steps(self) -> Iterator[nn.Module]:
         """Steps of the chain from the first feature map to the bottleneck."""
-        yield from self.stages[0].children()
-        for descent, stage in zip(self.descents, self.stages[1:], strict=True):
+        first, *lower = self.stages
+        yield from first.children()
+        for descent, stage in zip(self.descents, lower, strict=True):
             yield descent
             yield from stage.children()
 

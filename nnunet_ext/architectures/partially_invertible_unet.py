@@ -62,8 +62,9 @@ class Encoder(nn.Module):
     @uncompiled
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the output of every stage; these are the skips."""
-        skips = [self.stages[0](run_recomputed(self.stem, self.recomputed, x))]
-        for transition, stage in zip(self.transitions, self.stages[1:], strict=True):
+        first, *lower = self.stages
+        skips = [first(run_recomputed(self.stem, self.recomputed, x))]
+        for transition, stage in zip(self.transitions, lower, strict=True):
             skips.append(stage(run_recomputed(transition, self.recomputed, skips[-1])))
         return skips
 

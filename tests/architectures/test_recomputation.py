@@ -65,7 +65,7 @@ def train_once(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("network_class", NETWORKS)
 @pytest.mark.parametrize("starts_in_training", [True, False])
-@pytest.mark.parametrize("between", ["switch", "fill", "data"])
+@pytest.mark.parametrize("between", ["switch", "drop", "fill", "data"])
 def test_modes_and_buffers_may_change_between_forward_and_backward(
     network_class: type[nn.Module], starts_in_training: bool, between: str
 ) -> None:
@@ -80,15 +80,41 @@ def test_modes_and_buffers_may_change_between_forward_and_backward(
     def change(changed: nn.Module) -> None:
         if between == "switch":
             changed.train(not starts_in_training)
+        for module in changed.modules():
+            if between == "drop" and isinstance(module, nn.Dropout3d):
+                module.p = 0.9
         # What is kept by PyTorch's own batch norm may not change in evaluation, as everywhere.
         for name, module in changed.named_modules():
-            if between != "switch" and ".couplings." in f".{name}" and isinstance(module, nn.BatchNorm3d):
+            if (
+                between in ("fill", "data")
+                and ".couplings." in f".{name}"
+                and isinstance(module, nn.BatchNorm3d)
+            ):
                 (module.running_var.data if between == "data" else module.running_var).fill_(0.01)
 
     found = step(network, change)
     assert relative_error(found, expected) <= 1e-8
     if between == "switch":
         assert [part.training for part in network.modules()] == [not mode for mode in modes]
+
+
+@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize(
+    "preactivation", [True, False]
+)  # without it nnU-Net's blocks, whose layers have two names
+def test_a_step_counts_running_statistics_once(network_class: type[nn.Module], preactivation: bool) -> None:
+    states = []
+    for reversible in (True, False):
+        torch.manual_seed(0)
+        options = {"reversible": reversible, "preactivation": preactivation, "norm_op": nn.BatchNorm3d}
+        network = network_class(2, 3, **arguments([8, 16, 16], **options)).double()
+        tensors = network.state_dict(keep_vars=True)
+        step(network)
+        after = network.state_dict(keep_vars=True)
+        assert all(after[key] is tensor for key, tensor in tensors.items())
+        states.append(after)
+    for key, buffer in states[1].items():
+        torch.testing.assert_close(states[0][key], buffer, rtol=1e-6, atol=1e-9)
 
 
 def test_buffers_that_an_evaluation_changes_are_those_of_before_when_it_is_repeated() -> None:

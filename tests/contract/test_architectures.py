@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_ext import registry
 from tests.contract.plans import PATCHES, arguments
@@ -193,6 +194,91 @@ def test_compiled_network_has_the_same_gradients(name: str, case: str) -> None:
     compiled = torch.compile(network, backend="aot_eager")
     for found, wanted in zip(train_gradients(compiled, image(case)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def under_checkpoint(network: nn.Module, x: Tensor) -> list[Tensor]:
+    loss_of(checkpoint(network, x, use_reentrant=False)).backward()
+    return [p.grad for p in network.parameters() if p.grad is not None]
+
+
+def with_copies_kept(network: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):  # as `save_on_cpu` on CUDA
+        loss = loss_of(network(x))
+    loss.backward()
+    return [p.grad for p in network.parameters() if p.grad is not None]
+
+
+def called_with_weights(network: nn.Module, x: Tensor) -> list[Tensor]:
+    weights = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(-1)
+    loss_of(torch.func.functional_call(network, weights, (x,))).backward()
+    return [p.grad for p in weights.values() if p.grad is not None]
+
+
+def other_weights_before_backward(network: nn.Module, x: Tensor) -> list[Tensor]:
+    weights = list(network.parameters())
+    loss = loss_of(network(x))
+    network.load_state_dict(
+        network.state_dict() | {n: -p for n, p in network.named_parameters()}, assign=True
+    )
+    loss.backward()
+    return [p.grad for p in weights if p.grad is not None]
+
+
+def by_hooks(network: nn.Module, x: Tensor) -> list[Tensor]:
+    found: dict[int, list[Tensor]] = {}
+    for i, parameter in enumerate(network.parameters()):
+        parameter.register_hook(found.setdefault(i, []).append)
+    loss_of(network(x)).backward()
+    return [gradient for i in sorted(found) for gradient in found[i]]
+
+
+def by_torch_func(network: nn.Module, x: Tensor) -> list[Tensor]:
+    weights = {name: p.detach() for name, p in network.named_parameters() if p.grad is not None}
+    call = torch.func.functional_call
+    return [*torch.func.grad(lambda own: loss_of(call(network, own, (x,))))(weights).values()]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        under_checkpoint,
+        with_copies_kept,
+        called_with_weights,
+        other_weights_before_backward,
+        by_hooks,
+        by_torch_func,
+    ],
+)
+def test_gradients_are_the_same_on_every_way_of_pytorch_to_ask_for_them(
+    name: str, way: Callable[[nn.Module, Tensor], list[Tensor]]
+) -> None:
+    network = build(name, "3d", deep_supervision=True).double()
+    x = image("3d").double()
+    expected = train_gradients(network, x)
+    if way is not by_torch_func:
+        network.zero_grad()
+    found = way(network, x)
+    assert len(found) == len(expected)
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_samples_in_vmap_are_predicted_as_each_by_itself(name: str, autocast: bool) -> None:
+    network, x = build(name, "3d").eval(), image("3d")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = torch.func.vmap(lambda sample: network(sample[None])[0])(x)
+        expected = torch.cat([network(sample[None]) for sample in x])
+    assert nn.functional.cosine_similarity(found.flatten().float(), expected.flatten().float(), dim=0) > 0.999
+
+
+def test_exported_in_the_mode_of_gradients_it_predicts_the_same(name: str) -> None:
+    network, x = build(name, "3d").eval(), image("3d")
+    exported = torch.export.export(network, (x,), strict=False).module()
+    torch.testing.assert_close(exported(2 * x), network(2 * x), rtol=1e-4, atol=1e-4)
 
 
 def test_channels_last_gives_the_same_logits(name: str, case: str) -> None:

@@ -19,7 +19,17 @@ from torch.autograd.function import once_differentiable
 from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling, ExactRange, RoundStraightThrough
 from nnunet_ext.architectures.blocks.levels import Ascend, Descend, Halves, Streams, Tap, join, part
 from nnunet_ext.architectures.blocks.mixed_precision import lowered
-from nnunet_ext.architectures.blocks.recomputation import Autocast, Gradients, Modes, Seed, Seen, recompute
+from nnunet_ext.architectures.blocks.recomputation import (
+    Autocast,
+    Leaves,
+    Modes,
+    Places,
+    Seed,
+    Seen,
+    Weights,
+    can_recompute,
+    recompute,
+)
 
 
 # PyTorch before 2.12 takes the hash of a chain while it compiles, before there are fields: not one over the fields.
@@ -52,10 +62,10 @@ class Chain:
     exact_range: ExactRange | None = None
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """Weights of all couplings, each once."""
+    def weights(self) -> Weights:
+        """Parameters of all couplings."""
         couplings = [step for step in self.steps if isinstance(step, AdditiveCoupling)]
-        return list({id(p): p for coupling in couplings for p in coupling.parameters()}.values())
+        return Weights(shift for coupling in couplings for shift in (coupling.f, coupling.g))
 
     @property
     def matrices(self) -> list[Tensor | None]:
@@ -65,7 +75,7 @@ class Chain:
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Run all steps: the last feature map, then those of the taps in their order."""
         x = self.stream(x)
-        if self.reversible and torch.is_grad_enabled():
+        if self.reversible and can_recompute():
             return _recomputed(self, x)
         streams, taps = Streams(_chunk(x)), []
         for step in self.steps:
@@ -122,7 +132,10 @@ def _forward(step: nn.Module, streams: Streams) -> Streams:
 # Dynamo can't trace the recomputation: a graph break here, and nowhere else.
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _recomputed(chain: Chain, x: Tensor) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = _Recomputed.apply(chain, x, *chain.matrices, *chain.parameters)
+    weights = chain.weights
+    outputs: tuple[Tensor, ...] = _Recomputed.apply(
+        chain, weights.places, x, *chain.matrices, *weights.tensors
+    )
     return outputs
 
 
@@ -130,8 +143,10 @@ class _Recomputed(torch.autograd.Function):
     """The whole chain; matrices and parameters are explicit inputs, so that hooks, DDP and `autograd.grad` see them."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Chain, x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.chain = chain
+    def forward(
+        ctx: Any, chain: Chain, places: Places, x: Tensor, *weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.chain, ctx.places = chain, places
         ctx.autocast = Autocast.now(x.device.type)
         ctx.modes = Modes(chain.steps)
         ctx.seen = {}
@@ -157,15 +172,9 @@ class _Recomputed(torch.autograd.Function):
         if chain.exact_range is not None:
             chain.exact_range.look()
         y, *weights = ctx.saved_tensors
-        _, x_needs_grad, *needs_grad = ctx.needs_input_grad
-        n = len(chain.steps)
-        matrices = [
-            None if q is None else q.detach().requires_grad_(needed)
-            for q, needed in zip(weights[:n], needs_grad[:n], strict=True)
-        ]
-        weights[:n] = matrices
-        wanted = [w for w, needed in zip(weights, needs_grad, strict=True) if needed]
-        walk = _Walk(ctx.seen, ctx.autocast, Gradients(wanted), x_needs_grad, matrices)
+        _, _, x_needs_grad, *needs_grad = ctx.needs_input_grad
+        leaves = Leaves(weights, needs_grad)
+        walk = _Walk(ctx.seen, ctx.places, ctx.autocast, leaves, x_needs_grad, len(chain.steps))
         grad_y = torch.zeros_like(y) if grad_y is None else grad_y
         groups = chain.groups(y)
         # A few large groups are joined after all work is done; many small ones at once, instead of twice at the end.
@@ -184,7 +193,7 @@ class _Recomputed(torch.autograd.Function):
             del state
         if pieces:
             grad_x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return None, grad_x, *walk.gradients.of(weights)
+        return None, None, grad_x, *leaves.sums
 
 
 def _advance(ctx: Any, chain: Chain, weights: Sequence[Tensor | None], start: int, x: Tensor) -> list[Halves]:
@@ -265,17 +274,19 @@ class _Walk:
 
     Args:
         seen: by modules in the forward pass, by (start of the group, step, half).
+        places: of the parameters, by module.
         autocast: of the forward pass.
-        gradients: of the weights.
+        leaves: matrices of the steps, then parameters.
         x_needs_grad: whether the chain's input does.
-        matrices: of the steps.
+        n_steps: of the chain.
     """
 
     seen: dict[tuple[int, int, str], Seen]
+    places: Places
     autocast: Autocast
-    gradients: Gradients
+    leaves: Leaves
     x_needs_grad: bool
-    matrices: Sequence[Tensor | None]
+    n_steps: int
 
     def back(self, steps: Sequence[nn.Module], state: _State, taps: list[Tensor | None], start: int) -> None:
         """Walk one group of samples back to the chain's input."""
@@ -292,25 +303,23 @@ class _Walk:
                     state.d_given, state.d_result = state.d_given + first, state.d_result + second
             elif isinstance(step, Descend):
                 y, d_y = state.whole()
-                matrix = self.matrices[i]
                 with torch.no_grad():
-                    x = step.squeeze.inverse(y, matrix)
-                state.join(x, self._pull(step.squeeze.forward, x, d_y, matrix))
+                    x = step.squeeze.inverse(y, self.leaves.tensors[i])
+                state.join(x, self._pull(step.squeeze.forward, x, d_y, i))
             elif isinstance(step, Ascend):
                 y, d_y = state.part(step.squeeze.channels)
-                matrix = self.matrices[i]
                 with torch.no_grad():
-                    x = step.squeeze(y, matrix)
-                state.set(x, self._pull(step.squeeze.inverse, x, d_y, matrix))
+                    x = step.squeeze(y, self.leaves.tensors[i])
+                state.set(x, self._pull(step.squeeze.inverse, x, d_y, i))
 
-    def _pull(self, map_: Callable[..., Tensor], x: Tensor, d_y: Tensor, matrix: Tensor | None) -> Tensor:
-        """Gradient of x for ``y = map_(x, matrix)``; that of the matrix is added up."""
-        weights = [matrix] if matrix is not None and matrix.requires_grad else []
+    def _pull(self, map_: Callable[..., Tensor], x: Tensor, d_y: Tensor, step: int) -> Tensor:
+        """Gradient of x for ``y = map_(x, matrix)``; that of the step's matrix is added up."""
+        wanted = self.leaves.wanted([step])
         with torch.enable_grad():
             source = x.detach().requires_grad_()
-            y = map_(source.view_as(source), matrix)
-        d_x, *found = torch.autograd.grad(y, [source, *weights], d_y)
-        self.gradients.add(weights, found)
+            y = map_(source.view_as(source), self.leaves.tensors[step])
+        d_x, *found = torch.autograd.grad(y, [source, *wanted.values()], d_y)
+        self.leaves.add(wanted, found)
         return d_x
 
     def _undo(
@@ -326,14 +335,16 @@ class _Walk:
         `further` is False where nothing needs the gradient of `given` any more. Nothing is changed in place: the
         tensors of `state` may be views of what the caller holds.
         """
+        places = [(held, name, self.n_steps + i) for held, name, i in self.places[module]]
+        weights = [(held, name, self.leaves.tensors[i]) for held, name, i in places]
         with torch.enable_grad(), self.autocast.enter():
             source = state.given.detach().requires_grad_(further)
             # A view, because hooks of modules (FLOP counters) can't follow a leaf within autograd.grad.
-            shift = recompute(module, lowered(source.view_as(source)), self.seen.get(key))
+            shift = recompute(module, lowered(source.view_as(source)), self.seen.get(key), weights)
         with torch.no_grad():
             state.result = state.result - coupling.finish(shift, source)
-        weights = self.gradients.inputs(module)
-        inputs = [source, *weights] if further else weights
+        wanted = self.leaves.wanted(i for _, _, i in places)
+        inputs = [source, *wanted.values()] if further else list(wanted.values())
         if inputs and shift.requires_grad:
             with torch.enable_grad():
                 seed = Seed.apply(shift, state.d_result.to(shift.dtype))
@@ -342,7 +353,7 @@ class _Walk:
             d_source = found.pop(0) if further else None
             if d_source is not None:
                 state.d_given = state.d_given + d_source
-            self.gradients.add(weights, found)
+            self.leaves.add(wanted, found)
         state.swap()
 
 

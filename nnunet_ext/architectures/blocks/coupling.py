@@ -21,10 +21,16 @@ EXACT_RANGE = 2.0**12
 class RoundStraightThrough(torch.autograd.Function):
     """Round to multiples of `EXACT_STEP`; the gradient passes unchanged."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         """Round."""
         return torch.round(x / EXACT_STEP) * EXACT_STEP  # powers of two: both scalings are exact
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep nothing."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

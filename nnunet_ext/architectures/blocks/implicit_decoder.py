@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.dropout import _DropoutNd
 
+from nnunet_ext.architectures.blocks.onednn import is_transformed
+
 MAX_FREQUENCIES = 10  # octaves of the paper
 # A product of weights and a whole map is computed for all its voxels only up to this many elements (float32: 256 MiB).
 _LARGEST_PRODUCT = 2**26
@@ -61,6 +63,8 @@ class ReLUDropout(_DropoutNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both."""
+        if is_transformed():
+            return F.dropout(x.relu(), self.p, self.training)
         y: Tensor = _ReLUDropout.apply(x, self.p if self.training else 0.0)
         return y
 

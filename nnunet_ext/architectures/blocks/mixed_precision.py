@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_ext.architectures.blocks.onednn import is_transformed
+
 
 def lowered(x: Tensor) -> Tensor:
     """`x` in the dtype of autocast, where it is enabled and `x` is float32; otherwise `x` itself."""
@@ -87,7 +89,7 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
         x: (B, C, *spatial).
     """
     casts = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
-    if not casts or conv.padding_mode != "zeros":
+    if not casts or conv.padding_mode != "zeros" or is_transformed():
         return conv(x)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups)
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -28,7 +28,14 @@ def convolve(conv: Any, x: Tensor) -> Tensor:
 
 def is_exporting() -> bool:
     """Whether the network is traced or exported for another program."""
-    return is_tracing() or getattr(torch.compiler, "is_exporting", bool)()
+    if hasattr(torch.compiler, "is_exporting"):  # from PyTorch 2.7 on
+        return is_tracing() or torch.compiler.is_exporting()
+    return is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` (grad, vmap, jvp) looks on, whose tensors stand for others; no compiler can ask."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_observed() -> bool:

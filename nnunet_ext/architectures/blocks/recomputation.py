@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -11,12 +11,19 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
+from nnunet_ext.architectures.blocks.onednn import is_exporting, is_transformed
+
 Forward = TypeVar("Forward", bound=Callable[..., Any])
+Held = dict[str, Any]  # what a module calls `_parameters` or `_buffers`
+
+
+def can_recompute() -> bool:
+    """Whether gradients are wanted, and by nothing that needs all of the graph: export, tracing, `torch.func`."""
+    return torch.is_grad_enabled() and not is_exporting() and not is_transformed()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,47 +74,57 @@ class Seen:
 
     Args:
         random: states of the generators, where the module may draw.
-        buffers: copies of those that it may read, by name.
+        buffers: copies of those that it may read, and where they stand.
     """
 
     random: RandomState | None
-    buffers: dict[str, Tensor]
+    buffers: Sequence[tuple[Held, str, Tensor]]
 
     @classmethod
     def by(cls, module: nn.Module, x: Tensor) -> Seen | None:
         """What `module` sees when it is called with `x` now; None where nothing of it changes."""
         # Under FakeTensorMode there are no random numbers.
         random = RandomState.now(x) if not isinstance(x, FakeTensor) and may_draw(module) else None
-        buffers = {
-            f"{prefix}.{name}" if prefix else name: buffer.clone()
-            for prefix, part in module.named_modules()
+        buffers = [
+            (part._buffers, name, buffer.clone())
+            for part in module.modules()
             if not (isinstance(part, _NormBase) and part.training)  # running statistics are only written
-            for name, buffer in part.named_buffers(recurse=False)
-        }
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
         return cls(random, buffers) if random or buffers else None
 
 
 class Modes:
-    """Whether each part of some modules is in training; nnU-Net's `eval()` may come between forward and backward.
+    """Whether each part of some modules is in training, and how much dropout drops: `eval()` may come before backward.
 
     Args:
         modules: whose present modes are kept.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modes = [(part, part.training) for module in modules for part in module.modules()]
+        self._modes = [(part, _mode(part)) for module in modules for part in module.modules()]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Put them back for a while."""
-        changed = {part for part, training in self._modes if part.training != training}
-        for part in changed:
-            part.training = not part.training
+        present = [(part, _mode(part), mode) for part, mode in self._modes]
+        changed = [(part, now, mode) for part, now, mode in present if now != mode]
+        for part, _, mode in changed:
+            vars(part).update(mode)
         try:
             yield
         finally:
-            for part in changed:
-                part.training = not part.training
+            for part, now, _ in changed:
+                vars(part).update(now)
+
+
+def _mode(part: nn.Module) -> dict[str, Any]:
+    return (
+        {"training": part.training, "p": part.p}
+        if isinstance(part, _DropoutNd)
+        else {"training": part.training}
+    )
 
 
 # What PyTorch and nnU-Net define here draws no random numbers, but for the exceptions; of other modules it is unknown.
@@ -151,34 +168,109 @@ class Seed(torch.autograd.Function):
         return ctx.gradient, None
 
 
-class Gradients:
-    """Sums the gradients of parameters over couplings and groups of samples."""
+Places = dict[nn.Module, list[tuple[Held, str, int]]]  # which of some tensors stands where, by module
 
-    def __init__(self, wanted: list[Tensor]) -> None:
-        self.sums: dict[int, Tensor | None] = {id(parameter): None for parameter in wanted}
 
-    def inputs(self, module: nn.Module) -> list[Tensor]:
-        """Parameters of a module whose gradients are wanted."""
-        return [parameter for parameter in module.parameters() if id(parameter) in self.sums]
+class Weights:
+    """Parameters of some modules, each once, and where they stand.
 
-    def add(self, parameters: list[Tensor], gradients: Iterable[Tensor | None]) -> None:
+    By place and not by identity: in the backward pass a module may hold others (`functional_call`, a state_dict that
+    was assigned), and what autograd kept may be copies (hooks of saved tensors, a checkpoint around).
+
+    Args:
+        modules: that hold them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.tensors: list[Tensor] = []
+        self.places: Places = {}
+        indices: dict[int, int] = {}
+        for module in modules:
+            self.places[module] = places = []
+            for held, name, tensor in parameters_of(module):
+                index = indices.setdefault(id(tensor), len(self.tensors))
+                if index == len(self.tensors):
+                    self.tensors.append(tensor)
+                places.append((held, name, index))
+
+
+class Leaves:
+    """Weights as leaves of a graph of their own, and the sums of their gradients over couplings and groups of samples.
+
+    Hooks of the weights themselves so see the whole gradient, once.
+
+    Args:
+        tensors: None stays None.
+        needed: whether a gradient is wanted, for each.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
+        self.tensors = [
+            None if tensor is None else tensor.detach().requires_grad_(wanted)
+            for tensor, wanted in zip(tensors, needed, strict=True)
+        ]
+        self.sums: list[Tensor | None] = [None] * len(self.tensors)
+
+    def wanted(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """Those of some leaves whose gradients are wanted, each once."""
+        leaves = {i: self.tensors[i] for i in indices}
+        return {i: leaf for i, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+
+    def add(self, indices: Iterable[int], gradients: Iterable[Tensor | None]) -> None:
         """Add to the sums."""
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for i, gradient in zip(indices, gradients, strict=True):
             if gradient is not None:
-                before = self.sums[id(parameter)]
-                self.sums[id(parameter)] = gradient if before is None else before + gradient
-
-    def of(self, parameters: list[Tensor]) -> Iterator[Tensor | None]:
-        """The sums, None where there is none."""
-        return (self.sums.get(id(parameter)) for parameter in parameters)
+                before = self.sums[i]
+                self.sums[i] = gradient if before is None else before + gradient
 
 
-def recompute(module: nn.Module, source: Tensor, seen: Seen | None) -> Tensor:
-    """Evaluate `module` once more as it was `seen`; buffers (running statistics) are not counted twice."""
-    before = {} if seen is None else seen.buffers
-    buffers = {name: before.get(name, buffer).clone() for name, buffer in module.named_buffers()}
-    with nullcontext() if seen is None or seen.random is None else _replayed(seen.random, source):
-        return functional_call(module, buffers, (source,)) if buffers else module(source)
+def parameters_of(module: nn.Module) -> list[tuple[Held, str, Tensor]]:
+    """Parameters and where they stand, each place once (nnU-Net's blocks hold their layers under two names)."""
+    return [
+        (part._parameters, name, parameter)
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+
+
+@contextmanager
+def standing(tensors: Iterable[tuple[Held, str, Tensor | None]]) -> Iterator[None]:
+    """Put tensors into their places for a while.
+
+    As `torch.func.functional_call`, which leaves them there where a module has two names.
+    """
+    before: list[tuple[Held, str, Any]] = []
+    try:
+        for held, name, tensor in tensors:
+            before.append((held, name, held[name]))
+            held[name] = tensor
+        yield
+    finally:
+        for held, name, tensor in reversed(before):
+            held[name] = tensor
+
+
+def recompute(
+    module: nn.Module,
+    source: Tensor,
+    seen: Seen | None,
+    weights: Iterable[tuple[Held, str, Tensor | None]] = (),
+) -> Tensor:
+    """Evaluate `module` once more as it was `seen`, with `weights`; running statistics are not counted twice."""
+    present = [
+        (part._buffers, name, buffer)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    buffers = [
+        (held, name, buffer.clone()) for held, name, buffer in [*present, *(seen.buffers if seen else ())]
+    ]
+    random = None if seen is None else seen.random
+    with nullcontext() if random is None else _replayed(random, source), standing([*weights, *buffers]):
+        result: Tensor = module(source)
+        return result
 
 
 @contextmanager
@@ -192,7 +284,7 @@ def _replayed(random: RandomState, x: Tensor) -> Iterator[None]:
 def run_recomputed(
     module: nn.Module, recomputed: bool, *inputs: Tensor, group_elements: int | None = None
 ) -> Tensor:
-    """Run a module; in training it keeps its inputs only and is run again in backward, in the modes of now.
+    """Run a module; in training it keeps its inputs only and is run again, with modes and weights of now.
 
     Args:
         module: without running statistics, which would be counted twice.
@@ -203,12 +295,12 @@ def run_recomputed(
     """
     # PyTorch's checkpoint gives RReLU wrong gradients: its noise is saved before it is drawn.
     noisy = any(isinstance(part, nn.RReLU) for part in module.modules())
-    if noisy or not (recomputed and torch.is_grad_enabled()):
+    if noisy or not (recomputed and can_recompute()):
         result: Tensor = module(*inputs)
         return result
     draws = may_draw(module) and not isinstance(inputs[0], FakeTensor)
     # A compiled graph keeps the modes that it was made with.
-    run = module if torch.compiler.is_compiling() else _in_modes_of_now(module)
+    run = module if torch.compiler.is_compiling() else _as_now(module)
     largest = max(x[0].numel() for x in inputs)
     size = len(inputs[0]) if group_elements is None else max(1, group_elements // largest)
     groups = zip(*(x.split(size) for x in inputs), strict=True)
@@ -227,16 +319,17 @@ def uncompiled(forward: Forward) -> Forward:
 
     @wraps(forward)
     def run(self: Any, *inputs: Any) -> Any:
-        return (left_out if self.reversible and torch.is_grad_enabled() else forward)(self, *inputs)
+        return (left_out if self.reversible and can_recompute() else forward)(self, *inputs)
 
     return cast(Forward, run)
 
 
-def _in_modes_of_now(module: nn.Module) -> Callable[..., Tensor]:
-    modes = Modes([module])
+def _as_now(module: nn.Module) -> Callable[..., Tensor]:
+    """`module` with its present modes and parameters."""
+    modes, parameters = Modes([module]), parameters_of(module)
 
     def run(*inputs: Tensor) -> Tensor:
-        with modes.restored():
+        with modes.restored(), standing(parameters):
             result: Tensor = module(*inputs)
             return result
 
