@@ -29,6 +29,7 @@ from nnunet_ext.architectures.blocks.planned_memory import (
     voxels_per_stage,
     walk_back_bytes,
 )
+from nnunet_ext.architectures.blocks.recomputation import uncompiled
 from nnunet_ext.architectures.blocks.stages import (
     ConvSpec,
     CouplingSpec,
@@ -237,6 +238,7 @@ class InvertibleUNet(VAENetwork):
         self.decoder = Decoder(num_classes, spec, self.stages, coupling, mixing, deep_supervision)
         self.vae = VAEBranch(self.image_channels, spec, self.stages) if vae else None
 
+    @uncompiled
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
         """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
         check_patch(x, self.stages)
