@@ -218,6 +218,8 @@ class FasterFusionUNet(nn.Module):
             return "a part of it is in training mode, call eval() of the whole"
         if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in parts):
             return "hooks look into it"
+        if not all(module.can_fuse for module in parts if isinstance(module, FasterFusionBlock)):
+            return "parts of a block were replaced or changed"
         return None
 
     def _fused_twin(self) -> FasterFusionUNet:

@@ -18,6 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from nnunet_ext.architectures import faster_fusion_unet
 from nnunet_ext.architectures.blocks import snapshot
 from nnunet_ext.architectures.blocks.faster_fusion import FasterFusionBlock
+from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
 from nnunet_ext.benchmark.memory import measure_step
 from nnunet_ext.benchmark.size import deployed, measure_size
@@ -330,6 +331,61 @@ def test_parts_in_training_mode_hooks_and_parametrised_weights_are_not_fused(
         assert network._fused is None
         assert [reason in message for message in said].count(True) == 1
     assert calls == ["hook"] * 2
+
+
+class HalfConv(nn.Conv3d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+class HalfNorm(nn.BatchNorm3d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+def dilated(block: FasterFusionBlock) -> None:
+    block.spatial.dilation, block.spatial.padding = (2, 2, 2), (2, 2, 2)
+
+
+def without_statistics(block: FasterFusionBlock) -> None:
+    block.norm.running_mean = block.norm.running_var = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "spatial", nn.Sequential(block.spatial, nn.Tanh())),
+        lambda block: setattr(block.spatial, "__class__", HalfConv),
+        lambda block: setattr(block.projection, "padding_mode", "circular"),
+        dilated,
+        without_statistics,
+        lambda block: setattr(block.norm, "__class__", HalfNorm),
+        lambda block: setattr(block, "norm", nn.Identity()),
+        lambda block: setattr(block, "norm", nn.InstanceNorm3d(block.norm.num_features, affine=True)),
+        lambda block: setattr(block, "dropout", nn.Tanh()),
+    ],
+)
+def test_blocks_with_other_parts_are_not_fused(change: Any, said: list[str]) -> None:
+    network = build()
+    change(blocks_of(network)[0])
+    network.eval()
+    trained = network(image())  # with gradients
+    with torch.no_grad():
+        assert distance(network(image()), trained) <= 1e-6
+    assert any("parts of a block were replaced" in message for message in said)
+    with pytest.raises(ValueError, match="can only be fused with plain convolutions"):
+        network.fuse()
+
+
+def test_batch_norms_behind_own_convolutions_and_own_batch_norms_are_not_folded() -> None:
+    class Doubling(nn.Dropout3d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    plain, norm = nn.Conv3d(2, 2, 3), nn.BatchNorm3d(2)
+    kept = [[HalfConv(2, 2, 3), norm], [plain, HalfNorm(2)], [plain, Doubling(), norm]]
+    assert [fold_batch_norms(nn.Sequential(*layers)) for layers in kept] == [0, 0, 0]
+    assert fold_batch_norms(nn.Sequential(plain, nn.Dropout3d(), norm)) == 1
 
 
 def test_a_hook_of_the_whole_network_is_called_once() -> None:

@@ -21,7 +21,11 @@ from dynamic_network_architectures.building_blocks.helper import (
     maybe_convert_scalar_to_list,
 )
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import type_before_parametrizations
 
+from nnunet_ext.architectures.blocks.folding import is_standard
 from nnunet_ext.architectures.blocks.onednn import convolve
 
 Form = Literal["hybrid", "t", "dense"]
@@ -199,6 +203,20 @@ class FasterFusionBlock(_Block):
         x = self.projection(self.norm(x))
         return self._finish(x if self.dropout is None else self.dropout(x))
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether its parts are still of the kinds that it was built from, which `fuse` knows."""
+        g, norm = self.geometry, self.norm
+        convs: list[Any] = [self.spatial, self.pointwise, self.projection]
+        return (
+            all(type_before_parametrizations(conv) is g.conv_op for conv in convs)
+            and all(conv.groups == 1 and set(conv.dilation) == {1} for conv in convs)
+            and all(conv.padding_mode == "zeros" for conv in convs)
+            and is_standard(norm, _BatchNorm)
+            and norm.running_mean is not None
+            and (self.dropout is None or is_standard(self.dropout, _DropoutNd))
+        )
+
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements that training keeps, in the unit of nnU-Net's PlainConvUNet.
 
@@ -219,8 +237,14 @@ class FasterFusionBlock(_Block):
                 another. "dense": one plain convolution.
 
         Raises:
-            ValueError: another form, or a batch norm without running statistics.
+            ValueError: another form, parts that were replaced, or a batch norm without running statistics.
         """
+        if not self.can_fuse:
+            parts = [self.spatial, self.pointwise, self.norm, self.projection, self.dropout]
+            raise ValueError(
+                "A FasterFusion block can only be fused with plain convolutions, batch norm with running statistics "
+                f"and dropout, as it was built, got {parts}: predict with it as it was trained."
+            )
         weight = self.spatial.weight
         fused = fused_block(
             form, self.geometry, copy.deepcopy(self.nonlin), device=weight.device, dtype=weight.dtype
@@ -366,13 +390,7 @@ def _bias(conv: Any) -> Tensor:
 
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    """A batch norm in evaluation as ``scale * x + shift``, in float64.
-
-    Raises:
-        ValueError: it has no running statistics, so it is not the same for every input.
-    """
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("Batch norm can only be folded with running statistics (track_running_stats=True).")
+    """A batch norm in evaluation as ``scale * x + shift``, in float64."""
     scale = (_double(norm.running_var) + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * _double(norm.weight)
     shift = -_double(norm.running_mean) * scale

@@ -60,19 +60,24 @@ def fold_parametrizations(network: nn.Module) -> int:
     return len(parametrized)
 
 
+def is_standard(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether it is of this kind, and PyTorch's own: a subclass may compute anything."""
+    return isinstance(module, kind) and type(module).__module__.startswith("torch.nn.modules.")
+
+
 def _pairs(network: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Convolutions and the batch norms that follow them."""
     for sequence in network.modules():
         if not isinstance(sequence, nn.Sequential):
             continue
-        layers = [layer for layer in sequence if not isinstance(layer, (_DropoutNd, nn.Identity))]
+        passing = (_DropoutNd, nn.Identity)
+        layers: list[Any] = [
+            layer for layer in sequence if not any(is_standard(layer, kind) for kind in passing)
+        ]
         for conv, norm in itertools.pairwise(layers):
-            foldable = isinstance(norm, _BatchNorm) and norm.running_mean is not None
-            if (
-                foldable
-                and isinstance(conv, _ConvNd)
-                and not (isinstance(conv, _ConvTransposeNd) and conv.groups > 1)
-            ):
+            if not (is_standard(conv, _ConvNd) and is_standard(norm, _BatchNorm)):
+                continue
+            if norm.running_mean is not None and not (isinstance(conv, _ConvTransposeNd) and conv.groups > 1):
                 yield conv, norm
 
 
