@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from math import log
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_h
 from nnunet_ext.architectures.blocks.plan_sizes import check_patch_size, patch_divisors
 
 BRANCHES = 2
+_STATE = "mean.seg_layers._extra_state"
 
 
 class DualMeUNet(nn.Module):
@@ -101,13 +102,14 @@ class DualMeUNet(nn.Module):
         )
         first: Any = self.branches[0]
         self.patch_divisors = patch_divisors(first.encoder.strides)
-        self.regions = regions
+        # What has this name nnU-Net's `-pretrained_weights` neither asks for nor takes.
+        self.mean = nn.ModuleDict({"seg_layers": Mean(regions)})
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
         check_patch_size(x, self.patch_divisors)
         outputs = [branch(x) for branch in self.branches]
-        mean = mean_of_sigmoids if self.regions else mean_of_softmaxes
+        mean = self.mean["seg_layers"]
         if isinstance(outputs[0], Tensor):
             return mean(outputs)
         return [mean(level) for level in zip(*outputs, strict=True)]
@@ -119,20 +121,27 @@ class DualMeUNet(nn.Module):
             weights: state_dict of a network from the same plans.
         """
         branches = {f"branches.{i}.{key}": value for i in range(BRANCHES) for key, value in weights.items()}
-        return {"_extra_state": self.get_extra_state(), **branches}
+        return {_STATE: torch.tensor(self.regions), **branches}
+
+    @property
+    def regions(self) -> bool:
+        """Whether the classes are regions."""
+        return cast(Mean, self.mean["seg_layers"]).regions
+
+    @regions.setter
+    def regions(self, regions: bool) -> None:
+        cast(Mean, self.mean["seg_layers"]).regions = regions
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state = state_dict.pop(f"{prefix}_extra_state", None)  # the key of earlier checkpoints
+        if state is not None:
+            state_dict[prefix + _STATE] = state
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def decoder(self) -> Decoders:
         """The decoders of the branches, for nnU-Net's switch of deep supervision."""
         return Decoders([branch.decoder for branch in self.branches])
-
-    def get_extra_state(self) -> Tensor:
-        """What the state_dict holds beside the weights: `regions`."""
-        return torch.tensor(self.regions)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take `regions` from a state_dict."""
-        self.regions = bool(state)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
@@ -147,6 +156,32 @@ class DualMeUNet(nn.Module):
         """
         first: Any = self.branches[0]
         return int(first.compute_conv_feature_map_size(input_size))
+
+
+class Mean(nn.Module):
+    """The mean of several branches, which remembers in the checkpoint how their logits are meant.
+
+    Args:
+        regions: sigmoids, not softmax.
+
+    Shape: several (B, C, *spatial) -> (B, C, *spatial).
+    """
+
+    def __init__(self, regions: bool) -> None:
+        super().__init__()
+        self.regions = regions
+
+    def forward(self, logits: Sequence[Tensor]) -> Tensor:
+        """Return logits of the mean."""
+        return mean_of_sigmoids(logits) if self.regions else mean_of_softmaxes(logits)
+
+    def get_extra_state(self) -> Tensor:
+        """Make `regions` part of the state dict."""
+        return torch.tensor(self.regions)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take `regions` from a state dict."""
+        self.regions = bool(state)
 
 
 class Decoders:

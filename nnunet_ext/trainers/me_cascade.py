@@ -89,12 +89,6 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         super().initialize()
         self.is_expanded = True  # also where no patch is: the branches train apart
 
-    def on_train_start(self: Any) -> None:
-        """Start as nnU-Net does; pretrained weights may come from a network without regions, or with them."""
-        super().on_train_start()  # type: ignore[misc]
-        if not self.is_cascaded:
-            bare(self.network).regions = self.label_manager.has_regions
-
     def get_tr_and_val_datasets(self: Any) -> tuple[Any, Any]:
         """Make nnU-Net's data sets; stage 2 checks the prior of each of their cases."""
         datasets = super().get_tr_and_val_datasets()  # type: ignore[misc]
@@ -120,7 +114,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
 
     def prepare_passes(self: Any, network: Any) -> None:
         """Tell the network of regions, and prepare its branches."""
-        network.regions = self.label_manager.has_regions  # --val starts without on_train_start
+        network.regions = self.label_manager.has_regions
         sizes = self.branch_patches(self.configuration_manager, self.standard_patch)
         self.branches = [
             Branch(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import Tensor
 
 from nnunet_ext.architectures.me_unet import DualMeUNet, mean_of_sigmoids, mean_of_softmaxes
@@ -88,6 +90,27 @@ def test_a_checkpoint_tells_a_network_built_from_plans_of_its_regions(regions: b
     assert built.regions is regions
     x = image()
     torch.testing.assert_close(built(x), trained(x), rtol=0, atol=0)
+
+
+def test_a_checkpoint_whose_regions_stand_beside_the_branches_still_loads() -> None:
+    trained, built = build(regions=True), build()
+    weights = {key: value for key, value in trained.state_dict().items() if "_extra_state" not in key}
+    built.load_state_dict({"_extra_state": torch.tensor(True), **weights}, strict=True)
+    assert built.regions
+
+
+def test_pretrained_weights_of_the_host_are_refused_by_a_weight_that_they_miss(tmp_path: Path) -> None:
+    host = PlainConvUNet(input_channels=2, num_classes=3, **arguments("3d"))
+    torch.save({"network_weights": host.state_dict()}, tmp_path / "default.pth")
+    with pytest.raises(AssertionError, match=r"Key branches\.0\.encoder\.\S+weight is missing"):
+        load_pretrained_weights(build(), str(tmp_path / "default.pth"))
+
+
+def test_pretrained_weights_leave_regions_as_they_are(tmp_path: Path) -> None:
+    torch.save({"network_weights": build(regions=True).state_dict()}, tmp_path / "regions.pth")
+    network = build()
+    load_pretrained_weights(network, str(tmp_path / "regions.pth"))
+    assert not network.regions
 
 
 def test_what_is_planned_for_is_one_branch_because_they_train_in_turn() -> None:

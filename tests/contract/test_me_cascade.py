@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -198,7 +199,7 @@ def test_stage_two_takes_nnunets_own_step(trainer_of: Callable[..., Any]) -> Non
     ("kind", "residual"), [("labels", False), ("regions", False), ("ignore", False), ("labels", True)]
 )
 def test_both_stages_train_validate_and_predict(
-    kind: str, residual: bool, trainer_of: Callable[..., Any]
+    kind: str, residual: bool, trainer_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     name = f"nnUNetWhole{kind}{residual}"
 
@@ -211,7 +212,10 @@ def test_both_stages_train_validate_and_predict(
 
     first = short(CONTEXT)
     first.initialize()
-    first.network.regions = kind != "regions"  # as weights pretrained on another kind of labels leave it
+    pretrained = copy.deepcopy(first.network)
+    pretrained.regions = kind != "regions"
+    torch.save({"network_weights": pretrained.state_dict()}, tmp_path / "pretrained.pth")
+    load_pretrained_weights(first.network, str(tmp_path / "pretrained.pth"))
     first.run_training()
     assert first.network.regions is (kind == "regions")
     first.perform_actual_validation()
