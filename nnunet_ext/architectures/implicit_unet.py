@@ -24,23 +24,18 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.blocks.implicit_decoder import Maps, PointDecoder
 from nnunet_ext.architectures.blocks.onednn import is_exporting, is_transformed
-from nnunet_ext.architectures.blocks.plan_sizes import check_stages
+from nnunet_ext.architectures.blocks.plan_sizes import (
+    check_norm,
+    check_stages,
+    check_whole,
+    per_stage_and_axis,
+    per_stage_list,
+)
 from nnunet_ext.architectures.blocks.planned_memory import counted_elements
 from nnunet_ext.architectures.blocks.point_sampling import points_per_patch
 from nnunet_ext.architectures.blocks.sparse_inference import Mesh, Refinement, SparsePrediction, dense_logits
 
 CONVS_PER_STAGE = (2, 2, 4, 4, 1)  # of the paper; further stages have one
-
-
-def per_stage(value: Any, n_stages: int, dim: int) -> list[tuple[int, ...]]:
-    """Sizes per stage and axis, from one number, one per stage, or one per stage and axis."""
-    values = [value] * n_stages if isinstance(value, int) else list(value)
-    if len(values) != n_stages:
-        raise ValueError(f"The plans hold {len(values)} values for {n_stages} stages: {value}.")
-    per_axis = [(v,) * dim if isinstance(v, int) else tuple(int(n) for n in v) for v in values]
-    if any(len(v) != dim for v in per_axis):
-        raise ValueError(f"The plans must hold one number or {dim} per stage, got {value}.")
-    return per_axis
 
 
 class ImplicitUNet(nn.Module):
@@ -120,13 +115,16 @@ class ImplicitUNet(nn.Module):
         _check_options(decoder_width, decoder_depth, frequencies, mesh_spacing, dropout, n_points, max_stride)
         self.dim = convert_conv_op_to_dim(conv_op)
         check_stages("U-Net", n_stages, least=1)
-        kernels = per_stage(kernel_sizes, n_stages, self.dim)
+        check_norm(norm_op)
+        kernels = per_stage_and_axis("kernel_sizes", conv_op, kernel_sizes, n_stages)
         if any(n % 2 == 0 for kernel in kernels for n in kernel):
             raise ValueError(f"ImplicitUNet needs odd kernels, got {kernel_sizes}: even ones shift the maps.")
-        steps = per_stage(strides, n_stages, self.dim)
+        steps = per_stage_and_axis("strides", conv_op, strides, n_stages)
         cumulative = [tuple(int(n) for n in row) for row in np.cumprod(steps, axis=0)]
         n_used = max(1, sum(max(stride) <= max_stride for stride in cumulative))
-        features = [int(f[0]) for f in per_stage(features_per_stage, n_stages, 1)][:n_used]
+        features = check_whole(
+            "features_per_stage", per_stage_list("features_per_stage", features_per_stage, n_stages)
+        )[:n_used]
         self.encoder = PlainConvEncoder(
             input_channels,
             n_used,

@@ -246,7 +246,7 @@ def test_points_of_another_shape_or_type_are_refused(given: Tensor, message: str
         ({"dropout": 1.0}, r"dropout must lie in 0 to below 1, got 1\.0"),
         ({"n_points": 0}, "n_points must be at least 1"),
         ({"kernel_sizes": [2, 3, 3]}, "needs odd kernels"),
-        ({"strides": [1, 2]}, "The plans hold 2 values for 3 stages"),
+        ({"strides": [1, 2]}, r"strides needs one number or 3 of them \(n_stages\), got \[1, 2\]"),
         ({"convs_per_stage": [0]}, "convs_per_stage must be at least 1"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
     ],

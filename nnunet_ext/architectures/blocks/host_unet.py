@@ -14,8 +14,11 @@ from torch import nn
 
 from nnunet_ext.architectures.blocks.plan_sizes import (
     check_depths,
+    check_first_stride,
+    check_norm,
     check_odd,
     check_stages,
+    check_whole,
     per_stage_and_axis,
     per_stage_list,
 )
@@ -41,6 +44,8 @@ def host_unet(
             f"{n_conv_per_stage} and {n_blocks_per_stage}: use plans of nnU-Net's planners."
         )
     _check(n_blocks_per_stage if n_conv_per_stage is None else n_conv_per_stage, arguments)
+    if arguments["dropout_op_kwargs"] is None:  # which nnU-Net's blocks take of norms and nonlinearities only
+        arguments["dropout_op_kwargs"] = {}
     if n_blocks_per_stage is None:
         return PlainConvUNet(n_conv_per_stage=n_conv_per_stage, **arguments)
     return ResidualEncoderUNet(n_blocks_per_stage=n_blocks_per_stage, **arguments)
@@ -50,9 +55,12 @@ def _check(depths: Any, arguments: dict[str, Any]) -> None:
     """Say in a sentence what nnU-Net's networks would say by a traceback, or only in training."""
     n, conv_op = arguments["n_stages"], arguments["conv_op"]
     check_stages("U-Net", n)
-    per_stage_list("features_per_stage", arguments["features_per_stage"], n)
+    check_norm(arguments["norm_op"])
+    check_whole(
+        "features_per_stage", per_stage_list("features_per_stage", arguments["features_per_stage"], n)
+    )
     check_odd(per_stage_and_axis("kernel_sizes", conv_op, arguments["kernel_sizes"], n))
-    per_stage_and_axis("strides", conv_op, arguments["strides"], n)
+    check_first_stride(per_stage_and_axis("strides", conv_op, arguments["strides"], n))
     check_depths(
         per_stage_list("blocks per encoder stage", depths, n),
         per_stage_list("n_conv_per_stage_decoder", arguments["n_conv_per_stage_decoder"], n - 1),

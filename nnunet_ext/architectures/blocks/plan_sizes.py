@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from numbers import Integral
 from typing import Any
 
 from dynamic_network_architectures.building_blocks.helper import (
     convert_conv_op_to_dim,
     maybe_convert_scalar_to_list,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_ext.architectures.blocks.onednn import is_exporting
@@ -36,7 +37,44 @@ def per_stage_and_axis(name: str, conv_op: type[_ConvNd], values: Any, n_stages:
     for stage in stages:
         if len(stage) != dim:
             raise ValueError(f"{name} need {dim} numbers per stage for {conv_op.__name__}, got {stage}.")
-    return stages
+    return [check_whole(name, stage) for stage in stages]
+
+
+def check_whole(name: str, values: Sequence[Any]) -> list[int]:
+    """Sizes as numbers that PyTorch takes.
+
+    Raises:
+        ValueError: one is not whole, or below 1.
+    """
+    if not all(isinstance(v, Integral) and int(v) >= 1 for v in values):
+        raise ValueError(f"{name} must be whole numbers of at least 1, got {list(values)}.")
+    return [int(v) for v in values]
+
+
+def check_first_stride(strides: Sequence[Sequence[int]]) -> None:
+    """Refuse a network whose finest logits would be coarser than the patch.
+
+    Raises:
+        ValueError: the first stage has a stride.
+    """
+    if max(strides[0]) > 1:
+        raise ValueError(
+            f"The first stage must keep the size of the patch, got stride {list(strides[0])}: use 1 there, as nnU-Net "
+            "plans it."
+        )
+
+
+def check_norm(norm_op: type[nn.Module] | None) -> None:
+    """Refuse norms that take more than channels, which nnU-Net's blocks do not give.
+
+    Raises:
+        ValueError: the norm is a group norm.
+    """
+    if norm_op is not None and issubclass(norm_op, nn.GroupNorm):
+        raise ValueError(
+            "nnU-Net builds a norm from its number of channels alone, got GroupNorm, which needs num_groups=1 or more "
+            "first: use instance or batch norm, or a class of one argument that sets it."
+        )
 
 
 def check_stages(kind: str, n_stages: int, least: int = 2) -> None:

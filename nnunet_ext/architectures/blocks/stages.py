@@ -15,9 +15,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling, ExactRange
 from nnunet_ext.architectures.blocks.plan_sizes import (
     check_depths,
+    check_first_stride,
+    check_norm,
     check_odd,
     check_patch_size,
     check_stages,
+    check_whole,
     patch_divisors,
     per_stage_and_axis,
     per_stage_list,
@@ -41,6 +44,9 @@ class ConvSpec:
     dropout_op_kwargs: Mapping[str, Any]
     nonlin: type[nn.Module] | None
     nonlin_kwargs: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        check_norm(self.norm_op)
 
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]
@@ -177,10 +183,13 @@ def stage_specs(
         per_stage = per_stage_list("blocks_per_stage", blocks_per_stage, n_stages)
         encoder_blocks, decoder_blocks = per_stage, per_stage[-2::-1]
     check_stages("reversible network", n_stages)
-    features = per_stage_list("features_per_stage", features_per_stage, n_stages)
+    features = check_whole(
+        "features_per_stage", per_stage_list("features_per_stage", features_per_stage, n_stages)
+    )
     kernels = per_stage_and_axis("kernel_sizes", conv_op, kernel_sizes, n_stages)
     check_odd(kernels)
     steps = per_stage_and_axis("strides", conv_op, strides, n_stages)
+    check_first_stride(steps)
     features = fit(features, steps) if fit else features
     encoder = per_stage_list("blocks per encoder stage", encoder_blocks, n_stages)
     decoder = per_stage_list("n_conv_per_stage_decoder", decoder_blocks, n_stages - 1)[::-1]
