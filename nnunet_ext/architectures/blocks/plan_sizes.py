@@ -70,10 +70,10 @@ def check_norm(norm_op: type[nn.Module] | None) -> None:
     Raises:
         ValueError: the norm is a group norm.
     """
-    if norm_op is not None and issubclass(norm_op, nn.GroupNorm):
+    if norm_op is nn.GroupNorm:
         raise ValueError(
-            "nnU-Net builds a norm from its number of channels alone, got GroupNorm, which needs num_groups=1 or more "
-            "first: use instance or batch norm, or a class of one argument that sets it."
+            "nnU-Net builds a norm from its number of channels alone, got GroupNorm, which needs num_groups of 1 or "
+            "more first: use instance or batch norm, or a subclass of GroupNorm that takes channels alone."
         )
 
 
