@@ -27,10 +27,10 @@ def trainer_class(name: str) -> Any:
         with _without_hints():
             found = _search_host(name)
     if not callable(getattr(found, "build_network_architecture", None)):
-        hint = registry.hint_for("trainers", name) or "See `nnunet-ext list`."
+        cure = registry.cure_for("trainers", name) or "`nnunet-ext list` shows all names."
         raise UsageError(
             f"a trainer must be known to nnU-Net or registered, got {name}: correct it, or install the package that it "
-            f"comes from. {hint.removeprefix('nnunet_ext: ')}"
+            f"comes from. {cure}"
         )
     return found
 

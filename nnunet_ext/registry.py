@@ -275,8 +275,9 @@ def suggest(kind: str, name: str) -> None:
 
     nnU-Net's search may still find the name elsewhere, so that nothing is raised here.
     """
-    hint = hint_for(kind, name)
-    if hint:
+    cure = cure_for(kind, name)
+    if cure:
+        hint = f"nnunet_ext: no {kind[:-1]} is called {name}. {cure}"
         _logger.warning(hint)
         # A trainer that isn't found is named; a planner that isn't found is None, which nnU-Net calls.
         signs = (name, "'NoneType' object is not callable")[: 1 + (kind == "planners")]
@@ -299,21 +300,20 @@ class _ExceptHook:
             print(self.hint, file=sys.stderr)
 
 
-def hint_for(kind: str, name: str) -> str:
-    """Which known names an unknown one resembles, a sentence or two; empty where nnU-Net itself may have it."""
+def cure_for(kind: str, name: str) -> str:
+    """Which known names an unknown one resembles, a sentence; empty where nnU-Net itself may have it."""
     if name in core_names(kind) or name in _class_names(_external_folders()):
         return ""
     schedule = parse_schedule(name) if kind == "trainers" else None
     if schedule is not None and schedule.base in core_names(kind) - {CORE_TRAINER}:
-        return f"nnunet_ext: {schedule.base} has no schedules; {CORE_TRAINER} and registered trainers have."
+        return f"{schedule.base} has no schedules; {CORE_TRAINER} and registered trainers have."
     asked, suffix = (schedule.base, name[len(schedule.base) :]) if schedule else (name, "")
     known = {CORE_TRAINER, *names(kind)} if schedule else {*names(kind), *core_names(kind)}
     close = difflib.get_close_matches(asked, sorted(known), n=3, cutoff=0.75)
     similar = [candidate + suffix for candidate in close]
-    unknown = f"nnunet_ext: no {kind[:-1]} is called {name}."
     if similar:
-        return f"{unknown} Did you mean {' or '.join(similar)}?"
-    return f"{unknown} `nnunet-ext list` shows all names." if "Trainer" in name or "Planner" in name else ""
+        return f"Did you mean {' or '.join(similar)}?"
+    return "`nnunet-ext list` shows all names." if "Trainer" in name or "Planner" in name else ""
 
 
 def _external_folders() -> list[Path]:

@@ -67,7 +67,17 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(map(printable, _lines(fold, result))))
     if args.dtype != "float32":
         print(precision_note(args.dtype))
-    command = ["nnUNetv2_predict_from_modelfolder", "-m", str(args.output), "-i", "IN", "-o", "OUT", "-f", *shipped]
+    command = [
+        "nnUNetv2_predict_from_modelfolder",
+        "-m",
+        str(args.output),
+        "-i",
+        "IN",
+        "-o",
+        "OUT",
+        "-f",
+        *shipped,
+    ]
     print(printable(f"Predict: {shlex.join(command)}"))
     return 0
 

@@ -171,7 +171,9 @@ def folders() -> Iterator[Finding]:
         if not folder:
             yield warning(name, "isn't set", f"export {name}=/path/of/your/folder")
         elif not os.path.isdir(folder):
-            yield failure(name, f"{folder} is no folder", f"mkdir -p {shlex.quote(folder)}, or correct {name}")
+            yield failure(
+                name, f"{folder} is no folder", f"mkdir -p {shlex.quote(folder)}, or correct {name}"
+            )
         elif not os.access(folder, os.W_OK | os.X_OK):
             level = failure if is_written else warning
             yield level(name, f"{folder} can't be written", "change its permissions, or use another folder")

@@ -295,7 +295,7 @@ def test_networks_without_the_option_have_no_depth(
     [
         ({"repeats": -1}, "--repeats must be 0 or more, got -1"),
         ({"depths": (1, 0)}, "--depth needs numbers of 1 or more, got 0"),
-        ({"trainers": ("nnUNetTrainerNobody",)}, "got nnUNetTrainerNobody: see `nnunet-ext list`"),
+        ({"trainers": ("nnUNetTrainerNobody",)}, "got nnUNetTrainerNobody: correct it"),
         ({"time_patch": (8, 8)}, "--time-patch needs 3 numbers, got 8 8"),
         ({"time_patch": (8, 8, 10)}, "divisible by 4 4 4 .*, got 8 8 10"),
         ({"time_patch": (4, 4, 4)}, "more than one voxel at the coarsest stage, got 4 4 4"),

@@ -59,8 +59,12 @@ def test_trainers_of_nnunet_and_registered_ones_are_found(name: str) -> None:
 
 
 def test_unknown_trainer_is_refused_with_the_cure() -> None:
-    with pytest.raises(UsageError, match="got nnUNetTrainerNobody: see `nnunet-ext list`"):
-        trainer_class("nnUNetTrainerNobody")
+    with pytest.raises(
+        UsageError, match=r"got nnUNetTrainerRevrsible: .* Did you mean nnUNetTrainerReversible\b"
+    ):
+        trainer_class("nnUNetTrainerRevrsible")
+    with pytest.raises(UsageError, match=r"got Nobody: .* from\. `nnunet-ext list` shows all names\.$"):
+        trainer_class("Nobody")
 
 
 def test_broken_trainer_is_refused_with_its_distribution(install: Install) -> None:

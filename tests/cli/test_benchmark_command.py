@@ -107,7 +107,7 @@ def test_files_are_written_on_request_only(
         ([*PATCH, "--repeats", "-1"], "--repeats must be 0 or more, got -1"),
         ([*PATCH, "--depth", "0"], "--depth needs numbers of 1 or more, got 0"),
         ([*PATCH, "--time-patch", "9", "8", "8"], "must be divisible by 4 4 4"),
-        ([*PATCH, "-tr", "nnUNetTrainerNobody"], "got nnUNetTrainerNobody: see `nnunet-ext list`"),
+        ([*PATCH, "-tr", "nnUNetTrainerNobody"], "got nnUNetTrainerNobody: correct it"),
         ([*PATCH, "--device", "cuda"], "--device cuda needs an NVIDIA GPU"),
         (["--plans", "nowhere.json"], "nowhere.json is missing"),
         (["-d", "998", "-c", "2d"], "found none: run nnUNetv2_plan_and_preprocess -d 998 first."),
