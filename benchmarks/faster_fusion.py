@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nnunet_ext.architectures.blocks.faster_fusion import FasterFusionBlock, Geometry
 from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
-from nnunet_ext.benchmark.planned import setting_of_patch
+from nnunet_ext.nnunet.patch_plans import setting_of_patch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}

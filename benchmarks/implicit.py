@@ -31,13 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ext.architectures.blocks.implicit_decoder import PointDecoder
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
-from nnunet_ext.benchmark.memory import (
-    GIB,
-    measure_inference,
-    measure_step,
-    surrogate_loss,
-    training_outputs,
-)
+from nnunet_ext.memory.network import measure_inference, measure_step, surrogate_loss, training_outputs
+from nnunet_ext.memory.tracker import GIB
 
 PATCH, POINTS = (128, 128, 128), 30_000
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2)

@@ -27,9 +27,10 @@ from torch import nn
 
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.benchmark.memory import GIB, measure_step, surrogate_loss
-from nnunet_ext.benchmark.two_passes import measure_two_passes
+from nnunet_ext.memory.network import measure_step, surrogate_loss
+from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
+from nnunet_ext.trainers.passes import TwoPasses
 
 FEATURES, P = [32, 64, 128, 256, 320, 320], 128
 KS = (1.0, 1.25, 1.5, 1.75, 2.0)
@@ -96,7 +97,8 @@ def memory_row(
     small: int,
     large: int,
 ) -> Row:
-    expanded, peak = measure_two_passes(build, 1, [size] * 3, [standard] * 3, 2, dtype)
+    expanded = measure_step(lambda: ExpandedPass(build()), 1, [size] * 3, 2, dtype).peak
+    peak = measure_step(lambda: TwoPasses(build(), lambda _: [standard] * 3), 1, [size] * 3, 2, dtype).peak
     return {
         "network": name,
         "precision": "float32" if dtype is None else "mixed",

@@ -133,8 +133,8 @@ def planned(planner: str, number: int, fingerprint: Fingerprint, target: float) 
 
 def grid_row(planner: str, key: str, number: int, target: float) -> Row:
     """Plan, and count the plan's step again."""
-    from nnunet_ext.benchmark.memory import GIB
-    from nnunet_ext.benchmark.training_memory import count_memory, training_memory
+    from nnunet_ext.memory.count import count_memory, training_memory
+    from nnunet_ext.memory.tracker import GIB
 
     fingerprint = FINGERPRINTS[key]
     start = time.perf_counter()
@@ -162,8 +162,8 @@ def grid_row(planner: str, key: str, number: int, target: float) -> Row:
 
 def default_row(planner: Any, key: str, target: float) -> Row:
     """What default nnU-Net chooses, and the memory that it needs."""
-    from nnunet_ext.benchmark.memory import GIB
-    from nnunet_ext.benchmark.training_memory import training_memory
+    from nnunet_ext.memory.count import training_memory
+    from nnunet_ext.memory.tracker import GIB
     from nnunet_ext.plans.planned_report import default_choice
 
     fingerprint = FINGERPRINTS[key]

@@ -22,8 +22,9 @@ import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple
 from reversible import add_ratios, markdown, train_step
 
-from nnunet_ext.benchmark.memory import GIB, measure_step
-from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.memory.network import measure_step
+from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.nnunet.setting import Setting
 
 
 def dice_row(

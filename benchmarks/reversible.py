@@ -2,7 +2,7 @@
 
 python benchmarks/reversible.py --output docs/benchmarks [--device cpu|cuda] [--record]
 
-Memory at full size is measured without a GPU (nnunet_ext/benchmark/memory.py); times are medians of interleaved
+Memory at full size is measured without a GPU (nnunet_ext/memory/network.py); times are medians of interleaved
 repeats; everything is reported as a ratio too. --record writes the ratios that `nnunet-ext list` shows.
 """
 
@@ -25,8 +25,9 @@ from torch import nn
 from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
 from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.benchmark.memory import GIB, measure_step
 from nnunet_ext.files import write_text
+from nnunet_ext.memory.network import measure_step
+from nnunet_ext.memory.tracker import GIB
 
 FEATURES = [32, 64, 128, 256, 320, 320]
 PATCH, BATCH, CLASSES = (128, 128, 128), 2, 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST_REASON = 300
+
 
 def printable(text: str) -> str:
     r"""Write every character that is none to look at as its escape, e.g. "\x1b"; the result is one line.
@@ -15,3 +17,9 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same of a text whose lines are meant as lines, such as the end of a log."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line; its type where it says nothing."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."

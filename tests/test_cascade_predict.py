@@ -13,8 +13,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from nnunet_ext import cascade_predict, cli
-from nnunet_ext.cascade_predict import Options, Stage
+from nnunet_ext import cli
+from nnunet_ext.cascade import predict as cascade_predict
+from nnunet_ext.cascade.predict import Options, Stage
 from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import CONFIGURATION
 

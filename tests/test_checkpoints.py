@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_ext.checkpoints import read_checkpoint
 from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet.checkpoints import read_checkpoint
 
 CONTENT: dict[str, Any] = {
     "network_weights": {"weight": torch.arange(6.0).reshape(2, 3)},

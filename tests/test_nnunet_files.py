@@ -15,7 +15,8 @@ import torch
 from nnunet_ext import cli
 from nnunet_ext.comparison.runs import read_run
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet_files import configuration, is_plain_name, read_dataset, read_plans
+from nnunet_ext.nnunet.datasets import read_dataset
+from nnunet_ext.nnunet.plans import configuration, is_plain_name, read_plans
 from tests.comparison.conftest import CONFIGURATION, DATASET
 from tests.test_trust import commands, write_model
 

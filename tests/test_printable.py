@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnunet_ext.benchmark.counting import one_line
-from nnunet_ext.printable import printable, printable_lines
+from nnunet_ext.printable import one_line, printable, printable_lines
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from nnunet_ext import cli, registry
 from nnunet_ext.deploy.model import Model
 from nnunet_ext.errors import UsageError
-from nnunet_ext.trust import check_host_names, check_network
+from nnunet_ext.nnunet.trust import check_host_names, check_network
 from tests.comparison.conftest import CONFIGURATION, DATASET, dice_counts, write_fold
 
 LAYERS = ("conv_op", "norm_op", "dropout_op", "nonlin")

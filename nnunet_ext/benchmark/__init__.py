@@ -1,1 +1,1 @@
-"""Measurements of networks: memory of a training step."""
+"""`nnunet-ext benchmark`: sizes, memory and times of networks side by side."""

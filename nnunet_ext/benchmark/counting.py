@@ -1,21 +1,32 @@
-"""Size and memory of one trainer's network, counted on shapes: the same on every machine."""
+"""What is counted of one trainer's network, the same on every machine: size, memory, memory against depth, passes."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnunet_ext.benchmark.memory import measure_inference, measure_step
-from nnunet_ext.benchmark.records import Method
+from nnunet_ext.benchmark.records import DepthPoint, Method
 from nnunet_ext.benchmark.request import Request
-from nnunet_ext.benchmark.size import count_parameters, deployed, measure_size
-from nnunet_ext.printable import printable
+from nnunet_ext.memory.network import (
+    count_parameters,
+    deployed,
+    measure_inference,
+    measure_size,
+    measure_step,
+    network_name,
+)
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.printable import one_line
 
-_LONGEST_REASON = 300
+BLOCKS = "blocks_per_stage"
+STEP = 0.5  # share of the patch between two tiles, nnU-Net's default
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,6 @@ def _inference(request: Request, builders: Builders) -> dict[str, Any]:
     return {"inference_peak_bytes": peak}
 
 
-def network_name(network: nn.Module) -> str:
-    """Class of a network, also where it is wrapped for its training step."""
-    return type(getattr(network, "trained_network", network)).__name__
-
-
 def step_needs(request: Request, builders: Builders) -> int:
     """Bytes of a training step of the patch that is timed, with parameters and momentum."""
     setting, dtype = request.setting, request.machine.counting_dtype
@@ -112,7 +118,77 @@ def inference_needs(request: Request, builders: Builders) -> int:
     return peak + 4 * count_parameters(builders.deploy)
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line; its type where it says nothing."""
-    text = printable(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
+def depth_key(setting: Setting, trainer: str) -> str | None:
+    """How the depth of the trainer's network is set: by `BLOCKS`, by the plans' convolutions, or not at all.
+
+    Args:
+        setting: holds the plans.
+        trainer: name; only nnU-Net's own is built from other plans, because others may not follow them.
+    """
+    with FakeTensorMode():
+        network = setting.builder(trainer)()
+    if BLOCKS in inspect.signature(type(network).__init__).parameters:
+        return BLOCKS
+    known = setting.configuration_manager.network_arch_init_kwargs
+    names = [name for name in ("n_conv_per_stage", "n_blocks_per_stage") if name in known]
+    return names[0] if names and trainer == "nnUNetTrainer" else None
+
+
+def at_depth(setting: Setting, depth: int, key: str) -> Setting:
+    """Change a copy of the plans to `depth` pairs of convolutions per stage, which 1 is nnU-Net's default.
+
+    Args:
+        setting: holds the plans.
+        depth: reversible or residual blocks per stage, each of two convolutions, or pairs of plain ones.
+        key: what `depth_key` says.
+    """
+    configuration = setting.configuration_manager.configuration  # nnU-Net's own copy
+    configuration.pop("inherits_from", None)
+    arguments: dict[str, Any] = configuration["architecture"]["arch_kwargs"]
+    if key == BLOCKS:
+        arguments[BLOCKS] = depth
+    else:
+        stages = arguments["n_stages"]
+        arguments[key] = [2 * depth if key == "n_conv_per_stage" else depth] * stages
+        arguments["n_conv_per_stage_decoder"] = [2 * depth] * (stages - 1)
+    configurations = {**setting.plans["configurations"], setting.configuration: configuration}
+    return replace(setting, plans={**setting.plans, "configurations": configurations})
+
+
+def measure_depth(
+    setting: Setting, trainer: str, depth: int, key: str, autocast_dtype: torch.dtype | None
+) -> DepthPoint:
+    """Count one point on shapes.
+
+    Args:
+        setting: holds the plans.
+        trainer: name.
+        depth, key: as for `at_depth`.
+        autocast_dtype: as for `measure_step`.
+    """
+    build: Callable[[], nn.Module] = at_depth(setting, depth, key).training_builder(trainer)
+    patch, batch = setting.patch_size, setting.batch_size
+    memory = measure_step(build, setting.input_channels, patch, batch, autocast_dtype)
+    with FakeTensorMode():
+        network = network_name(build())
+    return DepthPoint(trainer, network, depth, count_parameters(build), memory.held, memory.peak)
+
+
+def tiles_per_case(setting: Setting) -> int | None:
+    """Patches of one case of the configuration's median size; in 2D over all slices. None where it is not known."""
+    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
+    patch = setting.patch_size
+    median = setting.configuration_manager.configuration.get("median_image_size_in_voxels")
+    shape = setting.plans.get("original_median_shape_after_transp")
+    if not median or (len(patch) == 2 and not shape):
+        return None
+    # Smaller images are padded to the patch.
+    image = [max(round(size), edge) for size, edge in zip(median[-len(patch) :], patch, strict=True)]
+    slices = round(shape[0]) if len(patch) == 2 and shape else 1
+    return slices * math.prod(map(len, compute_steps_for_sliding_window(tuple(image), patch, STEP)))
+
+
+def passes_mirrored(setting: Setting) -> int:
+    """Forward passes per patch with mirroring along all axes, as nnU-Net's trainers allow it by default."""
+    return int(2 ** len(setting.patch_size))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
-from nnunet_ext.benchmark.memory import GIB
 from nnunet_ext.benchmark.records import DepthPoint, Method, Report
 from nnunet_ext.benchmark.table import shape
+from nnunet_ext.memory.tracker import GIB
 
 # Quantity -> title of its panel.
 PANELS = {

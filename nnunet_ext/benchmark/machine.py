@@ -11,8 +11,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from nnunet_ext.benchmark.memory import GIB
 from nnunet_ext.errors import UsageError
+from nnunet_ext.memory.tracker import GIB
 
 Precision = Literal["float32", "mixed"]
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from nnunet_ext import registry
 from nnunet_ext.benchmark.machine import Machine
-from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.errors import UsageError
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.trainers import trainer_class
 
 BASELINE = registry.CORE_TRAINER
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_ext import escaping
-from nnunet_ext.benchmark.memory import GIB
 from nnunet_ext.benchmark.records import Method, Report, Spread
+from nnunet_ext.memory.tracker import GIB
 
 MISSING = "\N{EN DASH}"
 _DEFAULT_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")

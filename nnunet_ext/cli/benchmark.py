@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ext.files import check_folder
-from nnunet_ext.trust import OPTION
+from nnunet_ext.nnunet.trust import OPTION
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,13 +71,13 @@ def run(args: argparse.Namespace) -> int:
         if args.output is not None:
             check_folder(args.output)
         report = _measure(args)
-        from nnunet_ext.benchmark import output
+        from nnunet_ext.benchmark.report import to_json, write
     if args.json:
-        print(output.to_json(report, command))
+        print(to_json(report, command))
     else:
         _print(report)
     if args.output is not None:  # after the print: measurements take long, and the disk may be full
-        written = output.write(report, command, args.output)
+        written = write(report, command, args.output)
         print("\n".join(f"Written: {path}" for path in written), file=sys.stderr if args.json else sys.stdout)
     return 0
 
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> Report:
     from nnunet_ext.benchmark.machine import Machine
     from nnunet_ext.benchmark.request import Request
-    from nnunet_ext.benchmark.runner import run as run_benchmark
-    from nnunet_ext.benchmark.source import Source
+    from nnunet_ext.benchmark.run import run as run_benchmark
+    from nnunet_ext.nnunet.source import Source
 
     machine = Machine.find(args.device, args.precision)
     source = Source(

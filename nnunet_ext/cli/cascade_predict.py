@@ -14,8 +14,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
-from nnunet_ext.trust import OPTION
 
 FOLDS = ("0", "1", "2", "3", "4")
 
@@ -74,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict and print; return the exit status."""
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints while it predicts
-        from nnunet_ext import cascade_predict
+        from nnunet_ext.cascade.predict import Options, find_stages, predict
 
         folds = (args.first_folds or args.folds, args.folds)
-        stages = cascade_predict.find_stages(
+        stages = find_stages(
             args.dataset, args.plans, args.trainer, args.configuration, folds, args.checkpoint, args.trust
         )
-        options = cascade_predict.Options(
+        options = Options(
             device=args.device,
             step_size=args.step_size,
             mirroring=not args.disable_tta,
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             export=args.nps,
             keep_going=args.continue_prediction,
         )
-        kept = cascade_predict.predict(
+        kept = predict(
             stages,
             args.images,
             args.output,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_ext.files import check_folder
+from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
-from nnunet_ext.trust import OPTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
-from nnunet_ext.trust import OPTION
 
 if TYPE_CHECKING:
     from nnunet_ext.deploy.check import Difference

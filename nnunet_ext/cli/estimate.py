@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from nnunet_ext.trust import OPTION
+from nnunet_ext.nnunet.trust import OPTION
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count and print; return the exit status."""
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
-        from nnunet_ext.benchmark.estimate import estimate
-        from nnunet_ext.benchmark.source import Source
+        from nnunet_ext.memory.estimate import estimate
+        from nnunet_ext.nnunet.source import Source
 
         source = Source(
             dataset=args.dataset,

@@ -99,9 +99,8 @@ def count(run: Run, trusted: bool = False) -> dict[str, int]:
     Raises:
         UsageError: the trainer isn't installed here, or its network can't or may not be built.
     """
-    from nnunet_ext.benchmark.memory import measure_step
-    from nnunet_ext.benchmark.setting import Setting
-    from nnunet_ext.benchmark.size import measure_size
+    from nnunet_ext.memory.network import measure_size, measure_step
+    from nnunet_ext.nnunet.setting import Setting
 
     try:
         setting = Setting(run.plans, run.dataset, run.configuration, trusted)

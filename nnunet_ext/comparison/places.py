@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
-from nnunet_ext.nnunet_files import read_dataset
+from nnunet_ext.nnunet.datasets import read_dataset
 
 _REFERENCES = ("labelsTr", "labelsTs")
 _IMAGES = ("imagesTr", "imagesTs")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext import registry
-from nnunet_ext.datasets import dataset_folders
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet_files import configuration, read_dataset, read_plans
+from nnunet_ext.nnunet.datasets import dataset_folders, read_dataset
+from nnunet_ext.nnunet.plans import configuration, read_plans
 
 _COPY = "copy the whole folder TRAINER__PLANS__CONFIGURATION, or leave the run out"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from nnunet_ext.checkpoints import read_checkpoint
 from nnunet_ext.comparison.runs import Run, trained_folds
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
+from nnunet_ext.nnunet.checkpoints import read_checkpoint
 
 FINAL = "checkpoint_final.pth"
 _CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")

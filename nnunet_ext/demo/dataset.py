@@ -12,13 +12,12 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from nnunet_ext.datasets import number_of
 from nnunet_ext.doctor.case import Case, look
 from nnunet_ext.doctor.description import describe
 from nnunet_ext.doctor.raw_dataset import about_cases, default_processes, list_cases, rules
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
-from nnunet_ext.nnunet_files import read_dataset
+from nnunet_ext.nnunet.datasets import number_of, read_dataset
 
 N_UNSEEN = 2
 _MIN_TRAINING = 5  # nnU-Net makes five folds

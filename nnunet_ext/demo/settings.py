@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext import files, registry
-from nnunet_ext.datasets import number_of
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import PARTIAL, write_text, writing
-from nnunet_ext.nnunet_files import read_dataset
+from nnunet_ext.nnunet.datasets import number_of, read_dataset
 
 FULL_SCHEDULE = "full"
 PLANS = "nnUNetPlans"

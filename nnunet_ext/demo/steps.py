@@ -14,7 +14,7 @@ from nnunet_ext.demo import dataset, phantom, report
 from nnunet_ext.demo.settings import PLANS, Demo
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import writing
-from nnunet_ext.nnunet_files import read_plans
+from nnunet_ext.nnunet.plans import read_plans
 from nnunet_ext.whole import is_whole
 
 _PREPROCESSED = (".pkl", ".b2nd", "_seg.b2nd")

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.doctor.case import Case, Rules, look
 from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet.setting import Setting
 
 # Voxels per axis of the coarsest feature map: odd, and more than a kernel's half.
 _COARSEST = 3

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from nnunet_ext.benchmark.counting import one_line
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.checkpoints import Trained, read_trained
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet_files import read_dataset, read_plans
+from nnunet_ext.nnunet.checkpoints import Trained, read_trained
+from nnunet_ext.nnunet.datasets import read_dataset
+from nnunet_ext.nnunet.plans import read_plans
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.printable import one_line
 
 _COPY = "give the folder TRAINER__PLANS__CONFIGURATION of a training, whole"
 DEPLOYED = "nnUNetTrainerDeployed"

@@ -11,7 +11,7 @@ import numpy as np
 
 from nnunet_ext.doctor.finding import Finding, failure, one_line, warning
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet_files import read_dataset
+from nnunet_ext.nnunet.datasets import read_dataset
 
 SUBJECT = "dataset.json"
 _NEEDED = ("channel_names", "labels", "numTraining", "file_ending")

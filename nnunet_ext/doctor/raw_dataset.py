@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_ext.datasets import dataset_folders, number_of
 from nnunet_ext.doctor.case import Case, Look, Rules, look
 from nnunet_ext.doctor.description import describe, label_manager
 from nnunet_ext.doctor.environment import FOLDERS
 from nnunet_ext.doctor.files import of_folder
 from nnunet_ext.doctor.finding import Finding, failure, ok, warning
 from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet.datasets import dataset_folders, number_of
 from nnunet_ext.parallel import mapped
 from nnunet_ext.whole import is_whole
 

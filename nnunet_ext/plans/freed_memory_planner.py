@@ -18,9 +18,9 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from torch import nn
 
 from nnunet_ext import registry
-from nnunet_ext.benchmark.memory import GIB
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.training_memory import TrainingMemory, training_memory
+from nnunet_ext.memory.count import TrainingMemory, training_memory
+from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.plans.memory_search import Candidate, Choice, MemorySearch
 from nnunet_ext.plans.patch_shapes import image_size, patch_shapes
 from nnunet_ext.plans.planned_report import memory_entry, report
@@ -37,7 +37,7 @@ class FreedMemoryPlanner(ExperimentPlanner):
     """Plans the largest patch, up to the whole image, then the largest batch, that train in the GPU memory target.
 
     Everything but patch, batch and topology is nnU-Net's own planning. Memory is that of the step of `trainer`,
-    counted by `benchmark.training_memory`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch
+    counted by `memory.count`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch
     holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration notes under ``memory`` what is
     expected and what limits it. Preprocessed data of `nnUNetPlans` is reused where it was made in the same way.
     Images of one voxel along an axis are planned as slices across it.

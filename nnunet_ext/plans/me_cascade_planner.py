@@ -9,8 +9,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.training_memory import training_memory
+from nnunet_ext.memory.count import training_memory
+from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.plans.me_unet_planner import MeUNetPlanner
 from nnunet_ext.plans.planned_report import figures
 

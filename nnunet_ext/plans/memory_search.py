@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import log
 from typing import Any
 
-from nnunet_ext.benchmark.training_memory import CONTEXT_BYTES, TrainingMemory
+from nnunet_ext.memory.count import CONTEXT_BYTES, TrainingMemory
 
 FILLED = 0.9  # share of the target that a plan fills, unless image or data set are the limit
 MARGIN = 0.005  # between a prediction and the two limits

@@ -9,8 +9,8 @@ import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnunet_ext import registry
-from nnunet_ext.benchmark.memory import GIB
-from nnunet_ext.benchmark.training_memory import TrainingMemory, training_memory
+from nnunet_ext.memory.count import TrainingMemory, training_memory
+from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.plans.memory_search import FILLED, Choice
 
 

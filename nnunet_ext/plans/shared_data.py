@@ -13,9 +13,9 @@ import numpy as np
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ext.datasets import number_of
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet_files import read_plans
+from nnunet_ext.nnunet.datasets import number_of
+from nnunet_ext.nnunet.plans import read_plans
 
 # What DefaultPreprocessor reads of a configuration, beside its spacing.
 _READ = (

@@ -9,7 +9,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_ext.architectures.deployed import DTYPES, DeployedNetwork, fused
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.nnunet.trainers import trainer_class
 
 
 class nnUNetTrainerDeployed(nnUNetTrainer):

@@ -20,8 +20,7 @@ from nnunet_ext.architectures.blocks import snapshot
 from nnunet_ext.architectures.blocks.faster_fusion import FasterFusionBlock
 from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
-from nnunet_ext.benchmark.memory import measure_step
-from nnunet_ext.benchmark.size import deployed, measure_size
+from nnunet_ext.memory.network import deployed, measure_size, measure_step
 from tests.contract.plans import PATCHES, arguments
 from tests.contract.test_architectures import train_gradients
 

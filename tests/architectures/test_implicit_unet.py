@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from nnunet_ext.architectures.blocks.point_sampling import at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
-from nnunet_ext.benchmark.memory import ASSUMED_SHARE, measure_inference, measure_step
-from nnunet_ext.benchmark.size import count_parameters, measure_size
+from nnunet_ext.memory.network import (
+    ASSUMED_SHARE,
+    count_parameters,
+    measure_inference,
+    measure_size,
+    measure_step,
+)
 from tests.contract.plans import PATCHES, arguments
 
 SMALL = {"decoder_width": 16, "decoder_depth": 4}

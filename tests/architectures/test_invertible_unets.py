@@ -14,8 +14,7 @@ from nnunet_ext.architectures.blocks.stages import GROUP_ELEMENTS
 from nnunet_ext.architectures.blocks.vae_branch import Reconstruction
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet, fitting_features
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
-from nnunet_ext.benchmark.memory import StepMemory, measure_step, surrogate_loss
-from nnunet_ext.benchmark.size import deployed, measure_size
+from nnunet_ext.memory.network import StepMemory, deployed, measure_size, measure_step, surrogate_loss
 from tests.architectures.test_reversible_unet import ANISOTROPIC, DEFAULT, arguments
 
 NETWORKS = [InvertibleUNet, PartiallyInvertibleUNet]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nnunet_ext.architectures.blocks.mixed_precision import convolve, lowered
-from nnunet_ext.benchmark.memory import measure_step
+from nnunet_ext.memory.network import measure_step
 
 CONVOLUTIONS = {
     "2d": nn.Conv2d(4, 6, 3, padding=1),

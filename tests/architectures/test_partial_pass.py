@@ -17,8 +17,8 @@ from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.benchmark.memory import measure_step
-from nnunet_ext.benchmark.two_passes import measure_two_passes
+from nnunet_ext.memory.network import measure_step
+from nnunet_ext.trainers.passes import TwoPasses
 from tests.contract.plans import PATCHES, arguments
 
 CASES = [(case, kind) for case in PATCHES for kind in ("host", "reversible")] + [("3d", "faster_fusion")]
@@ -246,14 +246,19 @@ def default_network() -> nn.Module:
     return PlainConvUNet(input_channels=1, num_classes=3, **options)
 
 
+def two_passes() -> nn.Module:
+    return TwoPasses(default_network(), lambda _: [128] * 3)
+
+
 @pytest.mark.parametrize(("size", "to_p", "to_kp"), [(160, 1.05, 0.55), (192, 1.05, 0.35), (224, 1.40, 0.35)])
 def test_peak_of_a_step_is_that_of_the_small_patch(size: int, to_p: float, to_kp: float) -> None:
-    _, peak = measure_two_passes(default_network, 1, [size] * 3, [128] * 3)
+    peak = measure_step(two_passes, 1, [size] * 3).peak
     assert peak <= to_p * measure_step(default_network, 1, [128] * 3).peak
     assert peak <= to_kp * measure_step(default_network, 1, [size] * 3).peak
 
 
 def test_peak_is_the_larger_of_both_passes_and_not_their_sum() -> None:
-    expanded, peak = measure_two_passes(default_network, 1, [192] * 3, [128] * 3)
+    expanded = measure_step(lambda: ExpandedPass(default_network()), 1, [192] * 3)
     standard = measure_step(default_network, 1, [128] * 3)
-    assert peak <= max(expanded, standard.peak) + 2 * standard.parameters
+    peak = measure_step(two_passes, 1, [192] * 3).peak
+    assert peak <= max(expanded.peak, standard.peak) + 2 * standard.parameters

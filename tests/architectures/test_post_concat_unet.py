@@ -11,7 +11,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
-from nnunet_ext.benchmark.memory import measure_step
+from nnunet_ext.memory.network import measure_step
 from tests.contract.plans import PATCHES, arguments
 
 CHANNELS, CLASSES = 2, 3

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunet_ext.architectures.blocks.chain import Chain
 from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
 from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
-from nnunet_ext.benchmark.memory import measure_step
+from nnunet_ext.memory.network import measure_step
 
 CONVS = {2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -11,7 +11,8 @@ from torch import nn
 
 from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.benchmark.memory import GIB, StepMemory, measure_step
+from nnunet_ext.memory.network import StepMemory, measure_step
+from nnunet_ext.memory.tracker import GIB
 
 
 def arguments(features: list[int], dim: int = 3, **changes: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nnunet_ext.benchmark.machine import Machine
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.source import Source
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.source import Source
 
 FEATURES = [4, 8, 8]
 

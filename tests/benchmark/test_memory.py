@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext.benchmark.memory import (
+from nnunet_ext.memory.network import (
     ASSUMED_SHARE,
     measure_inference,
     measure_step,
@@ -14,7 +14,7 @@ from nnunet_ext.benchmark.memory import (
     training_outputs,
     with_assumed_share,
 )
-from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.nnunet.setting import Setting
 from tests.benchmark.conftest import tiny
 
 VOXELS = 8**3

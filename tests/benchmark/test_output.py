@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from nnunet_ext.benchmark import figures, output, table
-from nnunet_ext.benchmark.memory import GIB
+from nnunet_ext.benchmark import figures, table
 from nnunet_ext.benchmark.records import QUANTITIES, DepthPoint, Method, Report, Spread
+from nnunet_ext.benchmark.report import to_json, write
 from nnunet_ext.errors import UsageError
+from nnunet_ext.memory.tracker import GIB
 
 BASELINE = Method(
     "nnUNetTrainer",
@@ -157,7 +158,7 @@ def test_markdown_tables_have_as_many_cells_in_every_line() -> None:
 
 
 def test_json_has_the_documented_keys_and_no_nan() -> None:
-    found = json.loads(output.to_json(REPORT, COMMAND))
+    found = json.loads(to_json(REPORT, COMMAND))
     documented = (Path(__file__).parents[2] / "docs" / "how-to" / "benchmark.md").read_text(encoding="utf-8")
     keys = {*found, *found["methods"][0], *found["depth"][0], *found["methods"][0]["step_seconds"]}
     assert [key for key in sorted(keys) if f"`{key}`" not in documented] == []
@@ -165,11 +166,11 @@ def test_json_has_the_documented_keys_and_no_nan() -> None:
     assert set(found["methods"][0]["ratios"]) == set(QUANTITIES)
     assert found["methods"][2]["ratios"]["macs"] is None
     with pytest.raises(ValueError, match="Out of range float"):
-        output.to_json(replace(REPORT, methods=(replace(BASELINE, case_seconds=math.nan),)), COMMAND)
+        to_json(replace(REPORT, methods=(replace(BASELINE, case_seconds=math.nan),)), COMMAND)
 
 
 def test_folder_holds_whole_files_only(tmp_path: Path) -> None:
-    written = output.write(REPORT, COMMAND, tmp_path / "new" / "out")
+    written = write(REPORT, COMMAND, tmp_path / "new" / "out")
     names = ["benchmark.json", "benchmark.md", "benchmark.png", "depth.png"]
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == names
@@ -177,12 +178,12 @@ def test_folder_holds_whole_files_only(tmp_path: Path) -> None:
 
 
 def test_no_figure_of_depths_that_were_not_asked_for(tmp_path: Path) -> None:
-    names = [path.name for path in output.write(replace(REPORT, depth=()), COMMAND, tmp_path)]
+    names = [path.name for path in write(replace(REPORT, depth=()), COMMAND, tmp_path)]
     assert "depth.png" not in names
 
 
 def test_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
-    first, second = (output.write(REPORT, COMMAND, tmp_path / name) for name in "ab")
+    first, second = (write(REPORT, COMMAND, tmp_path / name) for name in "ab")
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
 
@@ -190,7 +191,7 @@ def test_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UsageError, match=r"can't write .*file"):
-        output.write(REPORT, COMMAND, tmp_path / "file" / "out")
+        write(REPORT, COMMAND, tmp_path / "file" / "out")
 
 
 def picture(content: bytes) -> Any:

@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from nnunet_ext import registry
-from nnunet_ext.benchmark import runner
-from nnunet_ext.benchmark.gpu_memory import GpuStepMemory
+from nnunet_ext.benchmark import run as runner
 from nnunet_ext.benchmark.machine import Machine
-from nnunet_ext.benchmark.memory import GIB, measure_inference, measure_step
+from nnunet_ext.benchmark.measure import GpuStepMemory
 from nnunet_ext.benchmark.records import Method, Report, Spread
 from nnunet_ext.benchmark.request import BASELINE, Request
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.source import Source
 from nnunet_ext.errors import UsageError
+from nnunet_ext.memory.network import measure_inference, measure_step
+from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.source import Source
 from tests.benchmark.conftest import trainer
 
 if TYPE_CHECKING:

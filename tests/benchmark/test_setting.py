@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.source import Source
 from nnunet_ext.errors import UsageError
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.source import Source
+from nnunet_ext.nnunet.trainers import trainer_class
 
 if TYPE_CHECKING:
     from tests.conftest import Install

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.size import Size, count_parameters, deployed, measure_size
+from nnunet_ext.memory.network import Size, count_parameters, deployed, measure_size
+from nnunet_ext.nnunet.setting import Setting
 
 
 def test_operations_of_a_convolution_are_one_product_per_weight_and_output_voxel() -> None:

@@ -10,9 +10,9 @@ import pytest
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnunet_ext.benchmark.case import passes_mirrored, tiles_per_case
-from nnunet_ext.benchmark.source import Source
+from nnunet_ext.benchmark.counting import passes_mirrored, tiles_per_case
 from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet.source import Source
 
 
 def test_patch_of_128_is_planned_as_nnunet_plans_it() -> None:

@@ -10,18 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext.benchmark.cuda_autocast import CudaAutocast
 from nnunet_ext.benchmark.machine import DoesNotFitError, Machine, gib, is_out_of_memory
-from nnunet_ext.benchmark.memory import GIB
-from nnunet_ext.benchmark.timing import (
-    WARM_UP_STEPS,
-    Subject,
-    TrainingStep,
-    inference,
-    interleave,
-    training,
-)
+from nnunet_ext.benchmark.measure import WARM_UP_STEPS, Subject, TrainingStep, inference, interleave, training
 from nnunet_ext.errors import UsageError
+from nnunet_ext.memory.autocast import CudaAutocast
+from nnunet_ext.memory.tracker import GIB
 
 
 class FakeSubject:

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass
 from nnunet_ext.benchmark.counting import Builders, count
 from nnunet_ext.benchmark.machine import Machine
-from nnunet_ext.benchmark.memory import measure_step, surrogate_loss
+from nnunet_ext.benchmark.measure import TrainingStep, training
 from nnunet_ext.benchmark.request import Request
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.source import Source
-from nnunet_ext.benchmark.timing import TrainingStep, training
-from nnunet_ext.benchmark.two_passes import InTurn, TwoPasses, measure_two_passes
+from nnunet_ext.memory.network import measure_step, surrogate_loss
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.source import Source
+from nnunet_ext.trainers.passes import InTurn, TwoPasses
 
 NAMES = ("nnUNetTrainerMeUNet", "nnUNetTrainerMeReversible")
 
@@ -34,9 +35,12 @@ def full() -> Setting:
 def test_the_peak_is_that_of_both_passes(name: str, machine: Machine, full: Setting) -> None:
     method = count(request_of(machine, full), name)
     build = full.builder(name)
-    _, peak = measure_two_passes(build, 1, full.patch_size, (64, 64, 64), full.batch_size)
-    assert method.status == "ok"
-    assert method.peak_bytes == pytest.approx(peak, rel=0.05)  # the image itself stays alive in one of them
+    expanded = measure_step(lambda: ExpandedPass(build()), 1, full.patch_size, full.batch_size)
+    standard = measure_step(build, 1, (64, 64, 64), full.batch_size)
+    image = 4 * full.batch_size * 96**3
+    larger = max(expanded.peak, standard.peak)
+    assert method.status == "ok" and method.peak_bytes is not None
+    assert larger <= method.peak_bytes <= larger + standard.parameters + image
     assert method.peak_bytes < 0.6 * measure_step(build, 1, full.patch_size, full.batch_size).peak
     assert method.network in ("PlainConvUNet", "ReversibleUNet")
 

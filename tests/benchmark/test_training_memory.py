@@ -11,14 +11,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext import registry
-from nnunet_ext.benchmark.cuda_autocast import CudaAutocast, mixed_precision
-from nnunet_ext.benchmark.memory import measure_step
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.size import count_parameters
-from nnunet_ext.benchmark.source import Source
-from nnunet_ext.benchmark.trainer_step import TrainerStep
-from nnunet_ext.benchmark.training_memory import TrainingMemory, count_memory, training_memory
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.memory.autocast import CudaAutocast, mixed_precision
+from nnunet_ext.memory.count import TrainingMemory, count_memory, training_memory
+from nnunet_ext.memory.network import count_parameters, measure_step
+from nnunet_ext.memory.step import TrainerStep
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.source import Source
+from nnunet_ext.nnunet.trainers import trainer_class
 from tests.benchmark.conftest import tiny
 
 TRAINERS = [

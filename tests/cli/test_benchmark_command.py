@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from nnunet_ext import cli
-from nnunet_ext.benchmark import planned, runner
+from nnunet_ext.benchmark import run as benchmark_run
 from nnunet_ext.benchmark.records import Report
 from nnunet_ext.benchmark.request import Request
+from nnunet_ext.nnunet import patch_plans
 from tests.benchmark.test_output import REPORT
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
         on_progress(0, 1, "nnUNetTrainer: counting")
         return REPORT
 
-    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(benchmark_run, "run", run)
     monkeypatch.setenv("COLUMNS", "80")
     return requests
 
@@ -149,7 +150,7 @@ def test_wrong_choice_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> Non
 def test_real_run_prints_strict_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planned, "FEATURES", 4)
+    monkeypatch.setattr(patch_plans, "FEATURES", 4)
 
     def refuse(constant: str) -> Any:
         raise AssertionError(constant)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nnunet_ext import cli
-from nnunet_ext.benchmark.estimate import Estimate, Measured
-from nnunet_ext.benchmark.memory import GIB
-from nnunet_ext.benchmark.training_memory import TrainingMemory
+from nnunet_ext.memory.count import TrainingMemory
+from nnunet_ext.memory.estimate import Estimate, Measured
+from nnunet_ext.memory.tracker import GIB
 from tests.benchmark.conftest import planned_dataset, tiny
 
 if TYPE_CHECKING:

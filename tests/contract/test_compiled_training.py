@@ -22,7 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from nnunet_ext import registry
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.nnunet.trainers import trainer_class
 
 TRAINERS = [
     name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ext import registry
-from nnunet_ext.benchmark.memory import surrogate_loss
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.memory.network import surrogate_loss
+from nnunet_ext.nnunet.trainers import trainer_class
 from tests.benchmark.conftest import tiny
 from tests.contract import ddp_worker
 

@@ -21,7 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
-from nnunet_ext.benchmark.memory import StorageTracker
+from nnunet_ext.memory.tracker import StorageTracker
 from nnunet_ext.plans.me_cascade_planner import MeCascadePlanner
 from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet

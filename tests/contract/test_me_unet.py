@@ -16,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
-from nnunet_ext.benchmark.memory import StorageTracker
+from nnunet_ext.memory.tracker import StorageTracker
 from nnunet_ext.trainers.nnUNetTrainerMeReversible import nnUNetTrainerMeReversible
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
 from nnunet_ext.trainers.nnUNetTrainerReversible import nnUNetTrainerReversible

@@ -15,9 +15,10 @@ import torch
 
 from benchmarks.planners import FINGERPRINTS, TABLE_BEGIN, TABLE_END, grid_row, size, write_dataset
 from nnunet_ext import registry
-from nnunet_ext.benchmark.memory import GIB, measure_step
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.training_memory import training_memory
+from nnunet_ext.memory.count import training_memory
+from nnunet_ext.memory.network import measure_step
+from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.nnunet.setting import Setting
 
 CASES = [
     ("ReversibleUNetPlanner", "ct", 8),

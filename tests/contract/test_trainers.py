@@ -16,7 +16,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 
 from nnunet_ext import registry
 from nnunet_ext.errors import UsageError
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.nnunet.trainers import trainer_class
 
 CPU = torch.device("cpu")
 TRAINERS = [

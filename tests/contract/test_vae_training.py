@@ -12,7 +12,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host
 
 from nnunet_ext import registry
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.trainers.vae import VAETrainerMixin
 from tests.benchmark.conftest import tiny
 

@@ -8,8 +8,8 @@ from math import prod
 
 import pytest
 
-from nnunet_ext.benchmark.memory import GIB
-from nnunet_ext.benchmark.training_memory import TrainingMemory
+from nnunet_ext.memory.count import TrainingMemory
+from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.plans.memory_search import FILLED, Candidate, MemorySearch
 from nnunet_ext.plans.patch_shapes import patch_shapes
 

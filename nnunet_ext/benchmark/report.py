@@ -1,4 +1,4 @@
-"""What a report is written as: JSON, Markdown and figures."""
+"""What a benchmark writes: JSON, Markdown and figures."""
 
 from __future__ import annotations
 

@@ -1,16 +1,14 @@
-"""Bytes that meU-net's training step peaks at, measured at full size without a GPU."""
+"""Training steps of several backward passes as modules: what meU-net's trainers give as their `training_form`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
-from nnunet_ext.benchmark.memory import StorageTracker, surrogate_loss
+from nnunet_ext.memory.network import surrogate_loss
 
 
 class _Passes(nn.Module):
@@ -40,20 +38,6 @@ class _Passes(nn.Module):
     def parts(self) -> Iterator[nn.Module]:
         """Yield what the passes run, each once."""
         raise NotImplementedError
-
-
-def passes_of(form: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Yield what has a backward pass of its own in a training step, with its input; most trainers have one.
-
-    Args:
-        form: what the trainer's `training_form` gives, or the network itself.
-        x: (B, C, *patch).
-    """
-    passes = getattr(form, "passes", None)
-    if passes is None:
-        yield form, x
-    else:
-        yield from passes(x)
 
 
 class TwoPasses(_Passes):
@@ -121,42 +105,3 @@ class InTurn(_Passes):
     def parts(self) -> Iterator[nn.Module]:
         """The expanded passes and the branches."""
         yield from (*self.expanded_passes, *self.trained_network.branches)
-
-
-def measure_two_passes(
-    build: Callable[[], nn.Module],
-    input_channels: int,
-    patch_size: Sequence[int],
-    standard_patch_size: Sequence[int],
-    batch_size: int = 2,
-    autocast_dtype: torch.dtype | None = None,
-) -> tuple[int, int]:
-    """Measure the backward passes of the expanded patch, then of its centre.
-
-    Args:
-        build: returns the network; called under fake tensors.
-        input_channels: channels of the image.
-        patch_size: voxels per axis of the expanded patch, kP.
-        standard_patch_size: the same of the standard patch, P.
-        batch_size: patches per step.
-        autocast_dtype: run the forward passes under CPU autocast of this dtype; None: float32.
-
-    Returns:
-        Peak of the expanded pass alone, and peak of the whole step, as `measure_step` counts it.
-    """
-    with FakeTensorMode():
-        network = build().train()
-        expanded_pass = ExpandedPass(network)
-        with StorageTracker() as tracker:
-
-            def run(part: nn.Module, data: Any) -> None:
-                enabled = autocast_dtype is not None
-                with torch.autocast("cpu", dtype=autocast_dtype or torch.bfloat16, enabled=enabled):
-                    outputs = part(data)
-                surrogate_loss(outputs).backward()
-
-            data = torch.empty(batch_size, input_channels, *patch_size)
-            run(expanded_pass, data)
-            expanded = tracker.peak
-            run(network, centre_crop(data, standard_patch_size))
-            return expanded, tracker.peak

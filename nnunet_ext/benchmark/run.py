@@ -8,15 +8,29 @@ from importlib.metadata import version
 
 import torch
 
-from nnunet_ext.benchmark.case import passes_mirrored, tiles_per_case
-from nnunet_ext.benchmark.counting import Builders, count, inference_needs, one_line, step_needs
-from nnunet_ext.benchmark.depth import depth_key, measure_depth
-from nnunet_ext.benchmark.gpu_memory import measure_gpu_inference, measure_gpu_step
+from nnunet_ext.benchmark.counting import (
+    Builders,
+    count,
+    depth_key,
+    inference_needs,
+    measure_depth,
+    passes_mirrored,
+    step_needs,
+    tiles_per_case,
+)
 from nnunet_ext.benchmark.machine import DoesNotFitError, gib, is_out_of_memory
+from nnunet_ext.benchmark.measure import (
+    Subject,
+    inference,
+    interleave,
+    measure_gpu_inference,
+    measure_gpu_step,
+    training,
+)
 from nnunet_ext.benchmark.records import DepthPoint, Method, Report, Spread
 from nnunet_ext.benchmark.request import BASELINE, Request
-from nnunet_ext.benchmark.timing import Subject, inference, interleave, training
 from nnunet_ext.errors import UsageError
+from nnunet_ext.printable import one_line
 
 STEP, COMPILED, PATCH = "training step", "compiled training step", "inference of a patch"
 # done, total, what comes next

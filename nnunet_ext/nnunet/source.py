@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nnunet_ext.benchmark.planned import setting_of_patch
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.datasets import dataset_folders
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet_files import read_dataset, read_plans
+from nnunet_ext.nnunet.datasets import dataset_folders, read_dataset
+from nnunet_ext.nnunet.patch_plans import setting_of_patch
+from nnunet_ext.nnunet.plans import read_plans
+from nnunet_ext.nnunet.setting import Setting
 
 DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetPlans", "3d_fullres"
 DEFAULT_CHANNELS, DEFAULT_CLASSES = 1, 3

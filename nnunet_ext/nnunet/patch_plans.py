@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nnunet_ext.benchmark.setting import Setting
 from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet.setting import Setting
 
 FEATURES, MAX_FEATURES = 32, {2: 512, 3: 320}
 BATCH_SIZE = {2: 12, 3: 2}  # nnU-Net's reference for a GPU of 8 GB

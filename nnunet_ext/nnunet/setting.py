@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from nnunet_ext import nnunet_files
 from nnunet_ext.errors import UsageError
-from nnunet_ext.lookup import trainer_class
-from nnunet_ext.trust import check_host_names, check_network
+from nnunet_ext.nnunet.plans import configuration
+from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.nnunet.trust import check_host_names, check_network
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Setting:
         plans: content of plans.json.
         dataset: content of dataset.json.
         configuration: a name in `plans`.
-        trusted: build whatever code the plans name, see `nnunet_ext.trust`.
+        trusted: build whatever code the plans name, see `nnunet_ext.nnunet.trust`.
 
     Raises:
         UsageError: the plans don't have the configuration, or not as nnU-Net writes it.
@@ -35,7 +35,7 @@ class Setting:
     trusted: bool = False
 
     def __post_init__(self) -> None:
-        nnunet_files.configuration(self.plans, self.configuration)
+        configuration(self.plans, self.configuration)
 
     def check_code(self) -> None:
         """See that the plans name no code but networks, layers and what nnU-Net has.

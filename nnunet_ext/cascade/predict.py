@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ext import nnunet_files
-from nnunet_ext.benchmark.counting import one_line
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.checkpoints import read_trained
-from nnunet_ext.datasets import dataset_folders
 from nnunet_ext.doctor.case import Case, Rules, look
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import locked, read_json, write_text, writing
-from nnunet_ext.nnunet_files import read_dataset, read_plans
+from nnunet_ext.nnunet.checkpoints import read_trained
+from nnunet_ext.nnunet.datasets import dataset_folders, read_dataset
+from nnunet_ext.nnunet.plans import configuration as configuration_of
+from nnunet_ext.nnunet.plans import read_plans
+from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.parallel import mapped
+from nnunet_ext.printable import one_line
 from nnunet_ext.whole import check_whole, is_whole
 
 NOTE = "cascade_predict.json"
@@ -153,7 +153,7 @@ def find_stages(
     second = Stage(folder / f"{trainer}__{plans}__{configuration}", tuple(folds[1]), checkpoint)
     second.check(trusted)
     known = second.plans
-    previous = nnunet_files.configuration(known, configuration).get("previous_stage")
+    previous = configuration_of(known, configuration).get("previous_stage")
     if previous is None:
         linked = [name for name, values in known["configurations"].items() if "previous_stage" in values]
         raise UsageError(

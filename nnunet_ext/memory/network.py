@@ -1,12 +1,10 @@
-"""Bytes that a training step holds and peaks at, measured at full size without a GPU.
+"""What a network alone needs, counted at full size without a GPU: bytes of a step and of prediction, weights, operations.
 
-Under PyTorch's `FakeTensorMode` every operation runs on shapes only; a dispatch mode follows each storage by weak
-reference. Convolution workspaces, the allocator's rounding and the CUDA context are not in these figures.
+Losses and optimisers of trainers are not in these figures; `nnunet_ext.memory.count` has them.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,59 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-GIB = 2**30
+from nnunet_ext.architectures.deployed import NothingToFuseError, fused
+from nnunet_ext.memory.tracker import StorageTracker
+
 ASSUMED_SHARE = 0.1  # of a patch that sparse prediction refines; shapes and random weights can't tell
-
-
-class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it is entered and still alive.
-
-    Attributes:
-        current: bytes alive now.
-        peak: largest value of `current` so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current = 0
-        self.peak = 0
-        self._alive: dict[int, Any] = {}
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the operation and count the storages of its results."""
-        result = func(*args, **(kwargs or {}))
-        known = {id_ for leaf in tree_leaves((args, kwargs)) if (id_ := _storage_id(leaf)) is not None}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _storage_id(leaf) not in known:
-                self._follow(leaf.untyped_storage())
-        return result
-
-    def _follow(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._alive:
-            return
-        size = storage.nbytes()
-
-        def forget(_: Any) -> None:
-            self.current -= size
-            del self._alive[key]
-
-        self._alive[key] = weakref.ref(storage, forget)
-        self.current += size
-        self.peak = max(self.peak, self.current)
-
-
-def _storage_id(leaf: Any) -> int | None:
-    return leaf.untyped_storage()._cdata if isinstance(leaf, Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -163,3 +115,57 @@ def measure_inference(
         ):
             network(torch.empty(1, input_channels, *patch_size))
             return tracker.peak
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a network.
+
+    Args:
+        parameters: number of weights.
+        macs: multiply-accumulate operations of convolutions and matrix products in one forward pass of one patch,
+            in eval mode.
+    """
+
+    parameters: int
+    macs: int
+
+
+def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size: Sequence[int]) -> Size:
+    """Count the weights of a network, and its operations for one patch, without allocating either.
+
+    Args:
+        build: returns the network; called under fake tensors.
+        input_channels: channels of the image.
+        patch_size: voxels per axis.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        network = with_assumed_share(build().eval())
+        parameters = sum(p.numel() for p in network.parameters())
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, input_channels, *patch_size))
+        return Size(parameters, counter.get_total_flops() // 2)
+
+
+def count_parameters(build: Callable[[], nn.Module]) -> int:
+    """Count the weights of a network without allocating them."""
+    with FakeTensorMode():
+        return sum(p.numel() for p in build().parameters())
+
+
+def deployed(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Return a function that builds the network that predicts: in eval mode, fused and folded where it can be."""
+
+    def make() -> nn.Module:
+        network = with_assumed_share(build().eval())
+        try:
+            return fused(network)
+        except NothingToFuseError:
+            return network
+
+    return make
+
+
+def network_name(network: nn.Module) -> str:
+    """Class of a network, also where it is wrapped for its training step."""
+    return type(getattr(network, "trained_network", network)).__name__

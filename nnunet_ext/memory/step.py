@@ -14,11 +14,10 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
-from nnunet_ext.benchmark.cuda_autocast import mixed_precision
-from nnunet_ext.benchmark.memory import training_outputs
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.two_passes import passes_of
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.memory.autocast import mixed_precision
+from nnunet_ext.memory.network import training_outputs
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.trainers import trainer_class
 
 
 class _WithoutFolders(nnUNetTrainer):
@@ -142,3 +141,17 @@ class TrainerStep:
         ]
         value: Tensor = loss(outputs, found if several else found[0])
         return value
+
+
+def passes_of(form: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield what has a backward pass of its own in a training step, with its input; most trainers have one.
+
+    Args:
+        form: what the trainer's `training_form` gives, or the network itself.
+        x: (B, C, *patch).
+    """
+    passes = getattr(form, "passes", None)
+    if passes is None:
+        yield form, x
+    else:
+        yield from passes(x)

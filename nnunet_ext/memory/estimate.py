@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from nnunet_ext.benchmark.counting import one_line
-from nnunet_ext.benchmark.memory import GIB
-from nnunet_ext.benchmark.setting import Setting
-from nnunet_ext.benchmark.training_memory import FRAGMENTED_SHARE, TrainingMemory, training_memory
 from nnunet_ext.errors import UsageError
-from nnunet_ext.lookup import trainer_class
+from nnunet_ext.memory.count import FRAGMENTED_SHARE, TrainingMemory, training_memory
+from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.printable import one_line
 
 COMMON_SIZES = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GB of GPUs
 
@@ -165,7 +165,7 @@ def estimate(setting: Setting, trainer: str, measure: bool = False) -> Estimate:
 
 def _measured(setting: Setting, trainer: str) -> Measured:
     """Memory of the second of two real steps; the first lets cuDNN try its algorithms."""
-    from nnunet_ext.benchmark.trainer_step import TrainerStep
+    from nnunet_ext.memory.step import TrainerStep
 
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         step = TrainerStep(setting, trainer, "cuda")

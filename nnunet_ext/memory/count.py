@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_ext.architectures.blocks.stages import GROUP_ELEMENTS
-from nnunet_ext.benchmark.cuda_autocast import CudaAutocast
-from nnunet_ext.benchmark.memory import GIB, StorageTracker
-from nnunet_ext.benchmark.setting import Setting
+from nnunet_ext.memory.autocast import CudaAutocast
+from nnunet_ext.memory.tracker import GIB, StorageTracker
+from nnunet_ext.nnunet.setting import Setting
 
 # The allowance; assumed, not yet measured on a GPU (docs/how-to/plan-memory.md).
 CONTEXT_BYTES = GIB // 2  # CUDA context, cuDNN and cuBLAS
@@ -148,7 +148,7 @@ def count_memory(setting: Setting, trainer: str, batch_size: int) -> TrainingMem
 
 @lru_cache(maxsize=1024)
 def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_size: int) -> TrainingMemory:
-    from nnunet_ext.benchmark.trainer_step import TrainerStep
+    from nnunet_ext.memory.step import TrainerStep
 
     content = json.loads(plans)
     content["configurations"][configuration]["batch_size"] = batch_size

@@ -1,0 +1,1 @@
+"""`nnunet-ext cascade-predict`: both stages of a cascade on new scans."""

@@ -1,0 +1,1 @@
+"""Memory of training and prediction, counted on shapes at full size."""
