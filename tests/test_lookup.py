@@ -12,7 +12,7 @@ from nnunet_ext import cli
     [
         ("nnUNetTrainerRevesibel", "Did you mean nnUNetTrainerReversible"),
         ("nnUNetTrainerRevesibel_3epochs", "Did you mean nnUNetTrainerReversible_3epochs"),
-        ("Elsewhere", "See `nnunet-ext list`."),
+        ("Elsewhere", "`nnunet-ext list` shows all names."),
     ],
 )
 def test_an_unknown_trainer_is_one_line_with_the_names_that_it_resembles(
