@@ -1,4 +1,4 @@
-"""Fixtures for tests that need another distribution, or a fresh process."""
+"""Fixtures for tests that need another distribution, a fresh process or tiny plans."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from nnunet_ext import registry
+
+# Tiny networks wait for threads longer than they compute; processes that tests start read the variable.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Install = Callable[..., Path]
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -11,84 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext.cascade.stage import TRAIN, Stage
 from nnunet_ext.doctor.case import Case, Rules, look
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import locked, read_json, write_text, writing
-from nnunet_ext.nnunet.checkpoints import read_trained
-from nnunet_ext.nnunet.datasets import dataset_folders, read_dataset
-from nnunet_ext.nnunet.plans import configuration as configuration_of
-from nnunet_ext.nnunet.plans import read_plans
-from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.parallel import mapped
 from nnunet_ext.printable import one_line
 from nnunet_ext.whole import check_whole, is_whole
 
 NOTE = "cascade_predict.json"
 LOCK = "cascade_predict.lock"
-RESULTS = "nnUNet_results"
 _FEW = 12  # cases that are read before other processes would have started
-_TRAIN = "train both stages first (docs/how-to/cascade.md)"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A trained model and the folds that predict.
-
-    Args:
-        model: folder TRAINER__PLANS__CONFIGURATION.
-        folds: names.
-        checkpoint: name of the file in each fold's folder.
-    """
-
-    model: Path
-    folds: tuple[str, ...]
-    checkpoint: str
-
-    @property
-    def dataset(self) -> dict[str, Any]:
-        """The dataset.json that the model was trained with."""
-        return read_dataset(self.model / "dataset.json", _TRAIN)
-
-    @property
-    def plans(self) -> dict[str, Any]:
-        """The plans that the model was trained with."""
-        return read_plans(self.model / "plans.json", _TRAIN)
-
-    def check(self, trusted: bool = False) -> None:
-        """See that everything is there, and that nnU-Net's predictor will run no code that the files hold.
-
-        Args:
-            trusted: let it run whatever code they hold.
-
-        Raises:
-            UsageError: something is missing, cut off or not to be trusted.
-        """
-        if not self.model.is_dir():
-            raise UsageError(f"the cascade needs the trained model {self.model}, there is none: {_TRAIN}.")
-        plans, dataset = self.plans, self.dataset
-        missing = [f for f in self.folds if not (self.model / f"fold_{f}" / self.checkpoint).is_file()]
-        if missing:
-            there = sorted(path.parent.name[5:] for path in self.model.glob(f"fold_*/{self.checkpoint}"))
-            raise UsageError(
-                f"{self.model} must have {self.checkpoint} for the folds {' '.join(self.folds)}, it lacks "
-                f"{' '.join(missing)} (there is {' '.join(there) or 'none'}): train them, or choose folds by -f."
-            )
-        if trusted:
-            return
-        paths = [self.model / f"fold_{fold}" / self.checkpoint for fold in self.folds]
-        trained = [read_trained(path, f"{_TRAIN}, or copy it again") for path in paths]
-        for trainer, configuration in {(found.trainer, found.configuration) for found in trained}:
-            Setting(plans, dataset, configuration).builder(trainer)
-
-    def note(self) -> dict[str, Any]:
-        """What a continued prediction must have in common with the first one."""
-        stamps = [(self.model / f"fold_{fold}" / self.checkpoint).stat() for fold in self.folds]
-        return {
-            "model": str(self.model.resolve()),
-            "folds": list(self.folds),
-            "checkpoint": self.checkpoint,
-            "written": [[stamp.st_size, stamp.st_mtime_ns] for stamp in stamps],
-        }
 
 
 @dataclass(frozen=True)
@@ -126,52 +59,6 @@ class Options:
             )
 
 
-def find_stages(
-    dataset: str,
-    plans: str,
-    trainer: str,
-    configuration: str,
-    folds: Sequence[Sequence[str]],
-    checkpoint: str,
-    trusted: bool = False,
-) -> tuple[Stage, Stage]:
-    """Find both trained stages below nnUNet_results.
-
-    Args:
-        dataset: number or name.
-        plans, trainer: names.
-        configuration: of stage 2.
-        folds: of stage 1 and of stage 2.
-        checkpoint: name of the file in a fold's folder.
-        trusted: let nnU-Net run whatever code the models' files hold.
-
-    Raises:
-        UsageError: one is missing or incomplete, or holds code; the configuration has no stage before it; their labels
-            differ.
-    """
-    folder = _results_of(dataset)
-    second = Stage(folder / f"{trainer}__{plans}__{configuration}", tuple(folds[1]), checkpoint)
-    second.check(trusted)
-    known = second.plans
-    previous = configuration_of(known, configuration).get("previous_stage")
-    if previous is None:
-        linked = [name for name, values in known["configurations"].items() if "previous_stage" in values]
-        raise UsageError(
-            f"-c must be the second stage of a cascade, {configuration} has no previous_stage in {plans}: "
-            f"{'use ' + ' or '.join(linked) if linked else 'plan with -pl MeCascadePlanner'}."
-        )
-    first = Stage(folder / f"{trainer}__{plans}__{previous}", tuple(folds[0]), checkpoint)
-    first.check(trusted)
-    for key in ("labels", "regions_class_order", "channel_names", "file_ending"):
-        one, two = first.dataset.get(key), second.dataset.get(key)
-        if one != two:
-            raise UsageError(
-                f"both stages must be trained with the same {key}, got {one} in stage 1 ({first.model}) and {two} in "
-                "stage 2: train stage 1 anew, validate all its folds, then train stage 2."
-            )
-    return first, second
-
-
 def predict(
     stages: tuple[Stage, Stage],
     images: Path,
@@ -194,9 +81,8 @@ def predict(
         UsageError: folders that can't be used together, incomplete input, or a continuation with other settings.
     """
     first, second = stages
-    configuration = first.model.name.rpartition("__")[2]
     output = _real(output)
-    keep = _real(output.with_name(f"{output.name}_{configuration}") if keep is None else keep)
+    keep = _real(output.with_name(f"{output.name}_{first.configuration}") if keep is None else keep)
     _check_folders(_real(images), output, keep)
     options.check()
     files = _input_files(images, first.dataset)
@@ -208,7 +94,7 @@ def predict(
         output.mkdir(parents=True, exist_ok=True)
     with locked(keep / LOCK):
         _continue_or_start(stages, files, output, keep, options, good)
-        report(f"stage 1, {configuration}: {len(files)} cases to {keep}")
+        report(f"stage 1, {first.configuration}: {len(files)} cases to {keep}")
         _run(first, images, keep, None, options)
         _see_whole(files, keep, good)
         report(f"stage 2: {len(files)} cases to {output}")
@@ -220,21 +106,6 @@ def predict(
 def _real(path: Path) -> Path:
     """Where a path leads; `Path.resolve` raises where links lead in a circle."""
     return Path(os.path.realpath(path))
-
-
-def _results_of(dataset: str) -> Path:
-    root = os.environ.get(RESULTS)
-    if not root:
-        raise UsageError(
-            f"the environment variable {RESULTS} must name the folder of trained models: set it."
-        )
-    found = dataset_folders(Path(root), dataset)
-    if len(found) != 1:
-        raise UsageError(
-            f"-d must be one data set with results in {root}, {dataset} is "
-            f"{' and '.join(path.name for path in found) or 'none'}: give its number or whole name."
-        )
-    return found[0]
 
 
 def _check_folders(images: Path, output: Path, keep: Path) -> None:
@@ -290,7 +161,7 @@ class _Good:
         """
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-        plans, dataset = PlansManager(str(stage.model / "plans.json")), stage.dataset
+        plans, dataset = PlansManager(str(stage.folder / "plans.json")), stage.dataset
         reader = plans.image_reader_writer_class
         channels = len(dataset.get("channel_names") or dataset.get("modality") or ())
         rules = Rules(reader, channels)
@@ -374,12 +245,13 @@ def _run(stage: Stage, images: Path, output: Path, prior: Path | None, options: 
     predictor = nnUNetPredictor(
         tile_step_size=options.step_size, use_mirroring=options.mirroring, device=device, allow_tqdm=False
     )
-    folds = [fold if fold == "all" else int(fold) for fold in stage.folds]
+    folds = [fold if fold == "all" else int(fold) for fold in stage.checkpoints]
+    checkpoint = next(iter(stage.checkpoints.values())).name
     try:
-        predictor.initialize_from_trained_model_folder(str(stage.model), folds, stage.checkpoint)
+        predictor.initialize_from_trained_model_folder(str(stage.folder), folds, checkpoint)
     except Exception as error:  # whatever nnU-Net meets in plans and weights that don't belong together
         raise UsageError(
-            f"nnU-Net's predictor can't load {stage.model} ({one_line(error)}): {_TRAIN}, or copy it again."
+            f"nnU-Net's predictor can't load {stage.folder} ({one_line(error)}): {TRAIN}, or copy it again."
         ) from error
     try:
         predictor.predict_from_files(

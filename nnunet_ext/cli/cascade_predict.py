@@ -74,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict and print; return the exit status."""
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints while it predicts
-        from nnunet_ext.cascade.predict import Options, find_stages, predict
+        from nnunet_ext.cascade.predict import Options, predict
+        from nnunet_ext.cascade.stage import find_stages
 
         folds = (args.first_folds or args.folds, args.folds)
         stages = find_stages(

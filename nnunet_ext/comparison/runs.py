@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,40 +10,25 @@ from typing import Any
 
 from nnunet_ext import registry
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet.datasets import dataset_folders, read_dataset
-from nnunet_ext.nnunet.plans import configuration, read_plans
+from nnunet_ext.nnunet.datasets import find_dataset
+from nnunet_ext.nnunet.model_folder import ModelFolder
+from nnunet_ext.nnunet.plans import configuration
 
+RESULTS = "nnUNet_results"
 _COPY = "copy the whole folder TRAINER__PLANS__CONFIGURATION, or leave the run out"
 
 
-@dataclass(frozen=True)
-class Run:
-    """One trained model.
+@dataclass(frozen=True, kw_only=True)
+class Run(ModelFolder):
+    """One trained model of a comparison; its folder has nnU-Net's name.
 
     Args:
-        label: what tables and figures call it; unique in a comparison.
-        folder: TRAINER__PLANS__CONFIGURATION as nnU-Net names it.
-        trainer, configuration: from the folder's name.
-        plans, dataset: content of plans.json and dataset.json.
-        folds: names of the folds to compare ("0" to "4", "all"), sorted.
+        label: What tables and figures call it; unique in a comparison.
+        folds: Names of the folds to compare ("0" to "4", "all"), sorted.
     """
 
     label: str
-    folder: Path
-    trainer: str
-    configuration: str
-    plans: dict[str, Any]
-    dataset: dict[str, Any]
     folds: tuple[str, ...]
-
-    def fold_folder(self, fold: str) -> Path:
-        """Folder of a fold."""
-        return self.folder / f"fold_{fold}"
-
-    @property
-    def plans_name(self) -> str:
-        """Name of the plans, as in `-p`."""
-        return self.folder.name.split("__")[1]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,7 +40,7 @@ class Run:
 
 
 def find_runs(
-    results: Path,
+    results: Path | None,
     dataset: str,
     configurations: Sequence[str],
     trainers: Sequence[str],
@@ -66,13 +49,13 @@ def find_runs(
     """Folders of all runs of these trainers with these plans and configurations, in this order.
 
     Args:
-        results: what `nnUNet_results` names.
+        results: Folder of all results; None: what `nnUNet_results` names.
         dataset: number or DatasetXXX_Name.
 
     Raises:
         UsageError: no such data set, or a trainer, plans or configuration without any run.
     """
-    folder = _dataset_folder(results, dataset)
+    folder = find_dataset(dataset, "-d", RESULTS, results)
     there = {tuple(path.name.split("__")): path for path in sorted(folder.glob("*__*__*")) if path.is_dir()}
     asked = [(t, p, c) for t in trainers for p in plans for c in configurations]
     found = [names for names in asked if names in there]
@@ -88,80 +71,51 @@ def find_runs(
     return [there[names] for names in found]
 
 
-def _dataset_folder(results: Path, dataset: str) -> Path:
-    if not results.is_dir():
-        raise UsageError(
-            f"nnUNet_results must name an existing folder, got {results}: correct it, or give --results."
-        )
-    matching = dataset_folders(results, dataset)
-    if len(matching) != 1:
-        folders = matching or sorted(path for path in results.iterdir() if path.is_dir())
-        names = ", ".join(path.name for path in folders) or "nothing"
-        raise UsageError(f"-d needs one data set in {results}, got {dataset}: there is {names}.")
-    return matching[0]
-
-
 def read_run(folder: Path, folds: Sequence[str] | None = None) -> Run:
     """Read a result folder.
 
     Args:
         folder: TRAINER__PLANS__CONFIGURATION.
-        folds: names of folds; None: all that are numbered and validated.
+        folds: Names of folds; None: all that are numbered and validated.
 
     Raises:
         UsageError: the folder isn't nnU-Net's, or an asked fold was not validated.
     """
-    found = folder.is_dir()
-    folder = Path(os.path.realpath(folder))  # of links in a circle too
-    parts = folder.name.split("__")
-    if not found or len(parts) != 3:
+    model = ModelFolder.read(folder, "a run must be", _COPY)
+    if len(model.parts) != 3:
         raise UsageError(
-            f"a run must be an existing folder TRAINER__PLANS__CONFIGURATION, got {folder}: correct the path, or give "
-            "its original name back."
+            f"a run must be a folder TRAINER__PLANS__CONFIGURATION, got {model.folder}: give its original name back."
         )
-    plans = read_plans(folder / "plans.json", _COPY)
-    dataset = read_dataset(folder / "dataset.json", _COPY)
-    if parts[2] not in plans["configurations"]:
+    if model.configuration not in model.plans["configurations"]:
         raise UsageError(
-            f"{folder / 'plans.json'} must hold the configuration {parts[2]}, it does not: {_COPY}."
+            f"{model.folder / 'plans.json'} must hold the configuration {model.configuration}, it does not: {_COPY}."
         )
-    run = Run(parts[0], folder, parts[0], parts[2], plans, dataset, ())
-    return replace(run, folds=_choose_folds(run, folds))
+    return Run(**vars(model), label=model.trainer, folds=_choose_folds(model, folds))
 
 
-def _choose_folds(run: Run, asked: Sequence[str] | None) -> tuple[str, ...]:
-    validated = {
-        fold
-        for fold in trained_folds(run)
-        if (run.fold_folder(fold) / "validation" / "summary.json").is_file()
-    }
+def _choose_folds(model: ModelFolder, asked: Sequence[str] | None) -> tuple[str, ...]:
+    validated = model.folds_with("validation/summary.json")
     if asked is None:
-        chosen = tuple(sorted(validated - {"all"}, key=int))
+        chosen = tuple(fold for fold in validated if fold != "all")
         if not chosen:
             raise UsageError(
-                f"{run.folder} must hold a validated fold, it holds none: finish one by "
-                f"`{validate_command(run, '0')}`."
+                f"{model.folder} must hold a validated fold, it holds none: finish one by "
+                f"`{validate_command(model, '0')}`."
             )
         return chosen
     missing = [fold for fold in asked if fold not in validated]
     if missing:
         raise UsageError(
-            f"-f needs validated folds, fold_{missing[0]} of {run.folder} has no validation/summary.json: call "
-            f"`{validate_command(run, missing[0])}`, or leave the fold out."
+            f"-f needs validated folds, fold_{missing[0]} of {model.folder} has no validation/summary.json: call "
+            f"`{validate_command(model, missing[0])}`, or leave the fold out."
         )
     return tuple(dict.fromkeys(asked))
 
 
-def trained_folds(run: Run) -> list[str]:
-    """Folds that have a folder, validated or not."""
-    names = [path.name for path in run.folder.glob("fold_*") if path.is_dir()]
-    return sorted(match[1] for name in names if (match := re.fullmatch(r"fold_(\d+|all)", name)))
-
-
-def validate_command(run: Run, fold: str) -> str:
+def validate_command(model: ModelFolder, fold: str) -> str:
     """nnU-Net's command that validates a trained fold once more."""
-    named = (str(run.plans.get("dataset_name", "DATASET")), run.configuration, fold)
-    return shlex.join(["nnUNetv2_train", *named, "-tr", run.trainer, "-p", run.plans_name, "--val"])
+    named = (str(model.plans.get("dataset_name", "DATASET")), model.configuration, fold)
+    return shlex.join(["nnUNetv2_train", *named, "-tr", model.trainer, "-p", model.plans_name, "--val"])
 
 
 def labelled(runs: Sequence[Run], names: Sequence[str] = ()) -> list[Run]:

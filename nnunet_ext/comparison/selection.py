@@ -123,11 +123,8 @@ def _check(selection: Selection) -> None:
 def _folders(selection: Selection) -> list[Path]:
     if not selection.dataset:
         return list(selection.folders)
-    results = selection.results or _variable("nnUNet_results")
-    if results is None:
-        raise UsageError("-d needs the variable nnUNet_results, it is not set: set it, or give --results.")
     named = runs.find_runs(
-        results, selection.dataset, selection.configurations, selection.trainers, selection.plans
+        selection.results, selection.dataset, selection.configurations, selection.trainers, selection.plans
     )
     return [*named, *selection.folders]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from nnunet_ext.comparison.runs import Run, trained_folds
+from nnunet_ext.comparison.runs import Run
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 from nnunet_ext.nnunet.checkpoints import read_checkpoint
@@ -78,7 +78,7 @@ def read_training(run: Run) -> Training:
             planned[fold] = int(debug["num_epochs"])
         iterations.add(str(debug.get("num_iterations_per_epoch", "")))
         warnings += _doubts(run, folder, fold, curves.get(fold), planned.get(fold))
-    unfinished = [fold for fold in trained_folds(run) if fold not in run.folds and fold != "all"]
+    unfinished = [fold for fold in run.folds_with() if fold not in run.folds and fold != "all"]
     if unfinished:
         warnings.append(
             f"{run.label}: folds {', '.join(unfinished)} are not compared (no validation, or not asked for)."

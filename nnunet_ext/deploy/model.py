@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from torch import nn
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.checkpoints import Trained, read_trained
-from nnunet_ext.nnunet.datasets import read_dataset
-from nnunet_ext.nnunet.plans import read_plans
+from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.printable import one_line
 
@@ -55,15 +53,12 @@ class Model:
             UsageError: no such folder, no fold, no or another checkpoint, a model that is deployed already, a trainer
                 that is not installed, plans that name code.
         """
-        if not folder.is_dir():
-            raise UsageError(f"-m needs an existing folder, got {folder}: {_COPY}.")
-        plans = read_plans(folder / "plans.json", _COPY)
-        dataset = read_dataset(folder / "dataset.json", _COPY)
-        checkpoints = _checkpoints(folder, folds, checkpoint_name)
+        found = ModelFolder.read(folder, "-m needs", _COPY)
+        checkpoints = _checkpoints(found, folds, checkpoint_name)
         first = _read(next(iter(checkpoints.values())))
         if first.trainer == DEPLOYED:
             raise UsageError(f"{folder} is deployed already: deploy the training that it came from.")
-        setting = Setting(plans, dataset, first.configuration, trusted)
+        setting = Setting(found.plans, found.dataset, first.configuration, trusted)
         setting.builder(first.trainer)  # says when the trainer is not installed, or the plans are not trusted
         return cls(folder, first.trainer, setting, checkpoints, first.mirroring_axes)
 
@@ -97,19 +92,18 @@ class Model:
         return dict(checkpoint.weights)
 
 
-def _checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
-    paths = {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
-    found = {fold: path for fold, path in paths.items() if re.fullmatch(r"[0-9]+|all", fold)}  # of nnU-Net
+def _checkpoints(model: ModelFolder, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
+    found = model.folds_with(name)
     if not found:
         raise UsageError(
-            f"{folder} must hold fold_*/{name}, there is none: train to the end, or name it by -chk."
+            f"{model.folder} must hold fold_*/{name}, there is none: train to the end, or name it by -chk."
         )
     for fold in folds or ():
         if fold not in found:
             raise UsageError(
-                f"--folds must have {name} in {folder}, fold {fold} has not: choose among {' '.join(found)}."
+                f"--folds must have {name} in {model.folder}, fold {fold} has not: choose among {' '.join(found)}."
             )
-    return {fold: found[fold] for fold in folds or found}
+    return {fold: model.fold_folder(fold) / name for fold in folds or found}
 
 
 def _read(path: Path) -> Trained:

@@ -21,8 +21,7 @@ from nnunet_ext.doctor.description import describe, label_manager
 from nnunet_ext.doctor.environment import FOLDERS
 from nnunet_ext.doctor.files import of_folder
 from nnunet_ext.doctor.finding import Finding, failure, ok, warning
-from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet.datasets import dataset_folders, number_of
+from nnunet_ext.nnunet.datasets import dataset_folders, find_dataset, number_of
 from nnunet_ext.parallel import mapped
 from nnunet_ext.whole import is_whole
 
@@ -49,18 +48,7 @@ def find(dataset: str) -> Path:
     path = Path(dataset)
     if path.is_dir() and (os.sep in dataset or (path / "dataset.json").is_file()):
         return Path(os.path.abspath(path))
-    root = os.environ.get(RAW)
-    if not root:
-        raise UsageError(
-            f"--dataset needs the environment variable {RAW}, or the path of a data set: set it."
-        )
-    found = dataset_folders(Path(root), dataset)
-    if len(found) != 1:
-        raise UsageError(
-            f"--dataset must be one data set in {root}, {dataset} is "
-            f"{' and '.join(path.name for path in found) or 'none'}: give its number or whole name."
-        )
-    return found[0]
+    return find_dataset(dataset, "--dataset", RAW, cure="give its number, whole name or path")
 
 
 def examine(folder: Path, processes: int, on_progress: Progress) -> list[Finding]:

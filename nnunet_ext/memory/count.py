@@ -106,7 +106,7 @@ def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
     """Count the memory of a training; asked again for the same, it remembers.
 
     Networks that recompute do so in groups of samples. Beyond twelve groups memory is counted for eight and for twelve,
-    from where on it grows by the same for every sample (tests/benchmark/test_training_memory.py).
+    from where on it grows by the same for every sample (tests/memory/test_count.py).
 
     Args:
         setting: plans, data set and configuration.

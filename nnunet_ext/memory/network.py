@@ -1,4 +1,4 @@
-"""What a network alone needs, counted at full size without a GPU: bytes of a step and of prediction, weights, operations.
+"""What a network alone needs, counted at full size without a GPU: bytes of step and prediction, weights, operations.
 
 Losses and optimisers of trainers are not in these figures; `nnunet_ext.memory.count` has them.
 """

@@ -6,6 +6,7 @@ functions look in all three of its folders and take no other; these look in one.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,43 @@ def dataset_folders(root: Path, dataset: str) -> list[Path]:
     if dataset.isdecimal():
         return [path for path in folders if number_of(path.name) == int(dataset)]
     return [path for path in folders if path.name == dataset]
+
+
+def find_dataset(
+    dataset: str,
+    option: str,
+    variable: str,
+    root: Path | None = None,
+    cure: str = "give its number or whole name",
+) -> Path:
+    """Folder of a data set below one of nnU-Net's three folders.
+
+    Args:
+        dataset: Number or whole name.
+        option: That it was given by.
+        variable: Of the environment, which names the folder to look in.
+        root: Instead of the variable.
+        cure: What to do when there is none, as the end of a sentence.
+
+    Raises:
+        UsageError: the folder is not named or not there, there is no such data set, or several have its number.
+    """
+    if root is None:
+        if not os.environ.get(variable):
+            raise UsageError(f"{option} needs the environment variable {variable}, which is not set: set it.")
+        root = Path(os.environ[variable])
+    if not root.is_dir():
+        raise UsageError(
+            f"{option} looks in {variable}, which must name an existing folder, got {root}: correct it."
+        )
+    found = dataset_folders(root, dataset)
+    if len(found) != 1:
+        names = [path.name for path in found or sorted(root.iterdir()) if path.is_dir()]
+        raise UsageError(
+            f"{option} must be one data set in {root}, got {dataset}: there is {', '.join(names) or 'none'}: "
+            f"{'give its whole name' if found else cure}."
+        )
+    return found[0]
 
 
 def read_dataset(path: Path, cure: str, needed: Iterable[str] = ("labels", "file_ending")) -> dict[str, Any]:

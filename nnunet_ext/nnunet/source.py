@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet.datasets import dataset_folders, read_dataset
+from nnunet_ext.nnunet.datasets import find_dataset, read_dataset
 from nnunet_ext.nnunet.patch_plans import setting_of_patch
 from nnunet_ext.nnunet.plans import read_plans
 from nnunet_ext.nnunet.setting import Setting
@@ -121,20 +121,11 @@ class Source:
 
 
 def _dataset_folder(dataset: str) -> Path:
-    root = os.environ.get(PREPROCESSED)
-    if not root:
-        raise UsageError(
-            f"-d needs the environment variable {PREPROCESSED}, which is not set: set it, or use --plans."
-        )
     if not dataset.isdecimal() and not dataset.startswith("Dataset"):
         raise UsageError(f"-d needs a number or DatasetXXX_Name, got {dataset}: correct it.")
-    found = dataset_folders(Path(root), dataset)
-    if len(found) != 1:
-        raise UsageError(
-            f"-d {dataset} must be one folder of {root}, found {', '.join(path.name for path in found) or 'none'}: "
-            f"{'give the whole name.' if found else f'run nnUNetv2_plan_and_preprocess -d {dataset} first.'}"
-        )
-    return found[0]
+    return find_dataset(
+        dataset, "-d", PREPROCESSED, cure=f"run nnUNetv2_plan_and_preprocess -d {dataset} first"
+    )
 
 
 def _with_batch(setting: Setting, batch: int) -> Setting:

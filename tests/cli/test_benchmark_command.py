@@ -16,7 +16,7 @@ from nnunet_ext.benchmark import run as benchmark_run
 from nnunet_ext.benchmark.records import Report
 from nnunet_ext.benchmark.request import Request
 from nnunet_ext.nnunet import patch_plans
-from tests.benchmark.test_output import REPORT
+from tests.benchmark.test_report import REPORT
 
 if TYPE_CHECKING:
     from tests.conftest import RunPython

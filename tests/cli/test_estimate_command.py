@@ -13,12 +13,10 @@ from nnunet_ext import cli
 from nnunet_ext.memory.count import TrainingMemory
 from nnunet_ext.memory.estimate import Estimate, Measured
 from nnunet_ext.memory.tracker import GIB
-from tests.benchmark.conftest import planned_dataset, tiny
+from tests.settings import tiny
 
 if TYPE_CHECKING:
     from tests.conftest import RunPython
-
-__all__ = ["planned_dataset"]  # a fixture
 
 
 def test_parts_add_up_and_gpus_are_named(planned_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_ext import registry
 from nnunet_ext.memory.network import surrogate_loss
 from nnunet_ext.nnunet.trainers import trainer_class
-from tests.benchmark.conftest import tiny
 from tests.contract import ddp_worker
+from tests.settings import tiny
 
 TRAINERS = [
     name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)

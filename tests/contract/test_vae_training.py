@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host
 from nnunet_ext import registry
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.trainers.vae import VAETrainerMixin
-from tests.benchmark.conftest import tiny
+from tests.settings import tiny
 
 TRAINERS = [name for name in registry.names("trainers") if issubclass(trainer_class(name), VAETrainerMixin)]
 

@@ -28,7 +28,7 @@ FAST, ALL = "not slow and not install", ""
 SLICE = (
     ("tests/test_registry.py", FAST),
     ("tests/test_hook.py", FAST),
-    ("tests/test_checkpoints.py", FAST),
+    ("tests/nnunet/test_checkpoints.py", FAST),
     ("tests/contract/test_compiled_training.py", ALL),
     ("tests/contract/test_ddp.py", "install"),
 )

@@ -18,7 +18,7 @@ from nnunet_ext.memory.step import TrainerStep
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.source import Source
 from nnunet_ext.nnunet.trainers import trainer_class
-from tests.benchmark.conftest import tiny
+from tests.settings import tiny
 
 TRAINERS = [
     name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)

@@ -1,15 +1,13 @@
-"""A tiny setting, and trainers of another distribution."""
+"""A tiny setting of plans, a machine to measure it on, and a planned data set; fixtures for all tests."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.nnunet.setting import Setting
@@ -25,15 +23,6 @@ def tiny(patch: tuple[int, ...] = (16, 16, 16), **options: Any) -> Setting:
     arguments = plans["configurations"][planned.configuration]["architecture"]["arch_kwargs"]
     arguments["features_per_stage"] = FEATURES[: arguments["n_stages"]]
     return Setting(plans, planned.dataset, planned.configuration)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny networks wait for threads longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -64,29 +53,3 @@ def planned_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "nnUNetPlans.json").write_text(json.dumps(plans), encoding="utf-8")
     monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
     return folder
-
-
-HEADER = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch import nn
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-class AcmeNet(nn.Module):
-    def __init__(self, channels, classes):
-        super().__init__()
-        self.conv = nn.Conv3d(channels, classes, 3, padding=1)
-    def forward(self, x):
-        return self.conv(x)
-"""
-
-
-def trainer(name: str, body: str, network: str = "AcmeNet") -> str:
-    """Source of a trainer whose network is a subclass of a single convolution with `body`."""
-    return (
-        f"{HEADER}\nclass {network}_({network}):\n{body}\n"
-        f"class {name}(nnUNetTrainer):\n"
-        "    @staticmethod\n"
-        "    def build_network_architecture(plans, configuration, channels, classes, deep_supervision=True):\n"
-        f"        return {network}_(channels, classes)\n"
-    )

@@ -18,7 +18,7 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.datasets import read_dataset
 from nnunet_ext.nnunet.plans import configuration, is_plain_name, read_plans
 from tests.comparison.conftest import CONFIGURATION, DATASET
-from tests.test_trust import commands, write_model
+from tests.nnunet.test_trust import commands, write_model
 
 Spoil = Callable[[Path], Any]
 COMMANDS = ("estimate", "benchmark", "compare", "deploy", "cascade-predict")

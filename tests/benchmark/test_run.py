@@ -23,7 +23,7 @@ from nnunet_ext.memory.network import measure_inference, measure_step
 from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.source import Source
-from tests.benchmark.conftest import trainer
+from tests.benchmark.trainers import trainer
 
 if TYPE_CHECKING:
     from tests.conftest import Install

@@ -15,7 +15,8 @@ import torch
 
 from nnunet_ext import cli
 from nnunet_ext.cascade import predict as cascade_predict
-from nnunet_ext.cascade.predict import Options, Stage
+from nnunet_ext.cascade.predict import Options
+from nnunet_ext.cascade.stage import Stage
 from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import CONFIGURATION
 
@@ -81,7 +82,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         for case in cases:
             assert prior is None or (prior / f"{case}.nii.gz").is_file()
             write_scan(output / f"{case}.nii.gz", 1)
-        found.append((stage.model.name.removeprefix(MODEL), cases))
+        found.append((stage.folder.name.removeprefix(MODEL), cases))
 
     monkeypatch.setattr(cascade_predict, "_run", predict)
     return found
@@ -348,7 +349,7 @@ def test_what_a_predictor_can_not_write_is_one_sentence(
             raise error
 
     monkeypatch.setattr("nnunetv2.inference.predict_from_raw_data.nnUNetPredictor", Predictor)
-    stage = Stage(tmp_path, ("0",), "checkpoint_final.pth")
+    stage = Stage(folder=tmp_path, plans={}, dataset={}, checkpoints={"0": tmp_path / "checkpoint_final.pth"})
     with pytest.raises(UsageError, match=message) as caught:
         REAL_RUN(stage, tmp_path, tmp_path, None, Options(device="cpu"))
     assert "\n" not in str(caught.value)

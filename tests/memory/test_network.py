@@ -15,7 +15,7 @@ from nnunet_ext.memory.network import (
     with_assumed_share,
 )
 from nnunet_ext.nnunet.setting import Setting
-from tests.benchmark.conftest import tiny
+from tests.settings import tiny
 
 VOXELS = 8**3
 
