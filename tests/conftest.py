@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nnunet_ext import registry
+from tests.settings import machine, planned_dataset, setting  # noqa: F401 (fixtures)
 
 # Tiny networks wait for threads longer than they compute; processes that tests start read the variable.
 torch.set_num_threads(1)

@@ -41,7 +41,7 @@ class Stage(ModelFolder):
         Raises:
             UsageError: something is missing, cut off or not to be trusted.
         """
-        model = ModelFolder.read(folder, "both stages need", TRAIN)
+        model = ModelFolder.read(folder, "the cascade needs", TRAIN)
         there = model.folds_with(checkpoint)
         missing = [fold for fold in folds if fold not in there]
         if missing:

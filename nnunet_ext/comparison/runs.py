@@ -55,7 +55,7 @@ def find_runs(
     Raises:
         UsageError: no such data set, or a trainer, plans or configuration without any run.
     """
-    folder = find_dataset(dataset, "-d", RESULTS, results)
+    folder = find_dataset(dataset, "-d", RESULTS, results, instead="give --results")
     there = {tuple(path.name.split("__")): path for path in sorted(folder.glob("*__*__*")) if path.is_dir()}
     asked = [(t, p, c) for t in trainers for p in plans for c in configurations]
     found = [names for names in asked if names in there]

@@ -48,7 +48,9 @@ def find(dataset: str) -> Path:
     path = Path(dataset)
     if path.is_dir() and (os.sep in dataset or (path / "dataset.json").is_file()):
         return Path(os.path.abspath(path))
-    return find_dataset(dataset, "--dataset", RAW, cure="give its number, whole name or path")
+    return find_dataset(
+        dataset, "--dataset", RAW, instead="give a path", cure="give its number, whole name or path"
+    )
 
 
 def examine(folder: Path, processes: int, on_progress: Progress) -> list[Finding]:

@@ -38,6 +38,7 @@ def find_dataset(
     option: str,
     variable: str,
     root: Path | None = None,
+    instead: str = "",
     cure: str = "give its number or whole name",
 ) -> Path:
     """Folder of a data set below one of nnU-Net's three folders.
@@ -47,18 +48,22 @@ def find_dataset(
         option: That it was given by.
         variable: Of the environment, which names the folder to look in.
         root: Instead of the variable.
+        instead: What may be given instead of the variable.
         cure: What to do when there is none, as the end of a sentence.
 
     Raises:
         UsageError: the folder is not named or not there, there is no such data set, or several have its number.
     """
+    or_else = f", or {instead}" if instead else ""
     if root is None:
         if not os.environ.get(variable):
-            raise UsageError(f"{option} needs the environment variable {variable}, which is not set: set it.")
+            raise UsageError(
+                f"{option} needs the environment variable {variable}, which is not set: set it{or_else}."
+            )
         root = Path(os.environ[variable])
     if not root.is_dir():
         raise UsageError(
-            f"{option} looks in {variable}, which must name an existing folder, got {root}: correct it."
+            f"{option} looks in {variable}, which must name an existing folder, got {root}: correct it{or_else}."
         )
     found = dataset_folders(root, dataset)
     if len(found) != 1:

@@ -123,9 +123,8 @@ class Source:
 def _dataset_folder(dataset: str) -> Path:
     if not dataset.isdecimal() and not dataset.startswith("Dataset"):
         raise UsageError(f"-d needs a number or DatasetXXX_Name, got {dataset}: correct it.")
-    return find_dataset(
-        dataset, "-d", PREPROCESSED, cure=f"run nnUNetv2_plan_and_preprocess -d {dataset} first"
-    )
+    plan = f"run nnUNetv2_plan_and_preprocess -d {dataset} first"
+    return find_dataset(dataset, "-d", PREPROCESSED, instead="use --plans", cure=plan)
 
 
 def _with_batch(setting: Setting, batch: int) -> Setting:

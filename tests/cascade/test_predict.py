@@ -167,7 +167,9 @@ def test_folds_of_stage_one_may_be_others(runs: Runs, results: Path) -> None:
     (results / f"{MODEL}{SECOND}" / "fold_1" / "checkpoint_final.pth").unlink()
     assert cli.main([*COMMAND[:8], "0", "-f1", "0", "1", "-device", "cpu"]) == 0
     note = json.loads((Path("out_3d_me_context") / cascade_predict.NOTE).read_text())
-    assert note["settings"]["stage 1"]["folds"] == ["0", "1"]
+    assert note["settings"]["stage 1"]["checkpoints"] == [
+        f"fold_{fold}/checkpoint_final.pth" for fold in "01"
+    ]
 
 
 def test_what_is_not_trained_is_named(runs: Runs, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +178,7 @@ def test_what_is_not_trained_is_named(runs: Runs, results: Path, capsys: pytest.
     assert (
         f"{MODEL}{FIRST} must have checkpoint_final.pth for the folds 0 1, it lacks 1 (there is 0)" in message
     )
-    assert "the cascade needs the trained model" in refused([*COMMAND, "-p", "other"], capsys, runs)
+    assert "the cascade needs an existing folder" in refused([*COMMAND, "-p", "other"], capsys, runs)
     assert "-d must be one data set" in refused([*COMMAND, "-d", "8"], capsys, runs)
 
 

@@ -111,7 +111,7 @@ def test_files_are_written_on_request_only(
         ([*PATCH, "-tr", "nnUNetTrainerNobody"], "got nnUNetTrainerNobody: correct it"),
         ([*PATCH, "--device", "cuda"], "--device cuda needs an NVIDIA GPU"),
         (["--plans", "nowhere.json"], "nowhere.json is missing"),
-        (["-d", "998", "-c", "2d"], "found none: run nnUNetv2_plan_and_preprocess -d 998 first."),
+        (["-d", "998", "-c", "2d"], "there is none: run nnUNetv2_plan_and_preprocess -d 998 first."),
     ],
 )
 def test_mistake_is_one_line_and_status_2(

@@ -76,7 +76,7 @@ def test_runs_are_given_by_their_folders_without_any_variable(
     ("arguments", "message"),
     [
         ([], "what to compare must be given"),
-        (["-d", "9"], "-d needs one data set in"),
+        (["-d", "9"], "-d must be one data set in"),
         (["-d", "7", "-tr", "nnUNetTrainerNot"], "-tr needs runs that lie in"),
         ([*NAMES, "-f", "4"], "-f needs validated folds, fold_4 of"),
         ([*NAMES, "--margin", "-1"], "--margin must be 0 or more"),

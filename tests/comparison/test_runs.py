@@ -144,7 +144,9 @@ def test_inherited_configuration_is_resolved(make_run: MakeRun) -> None:
             "bs4": {"inherits_from": "3d_fullres", "batch_size": 4},
         }
     }
-    settings = replace(run, plans=plans, configuration="bs4").settings
+    settings = replace(
+        run, folder=run.folder.with_name("nnUNetTrainer__nnUNetPlans__bs4"), plans=plans
+    ).settings
     assert (settings["batch_size"], settings["patch_size"]) == (4, [16, 16, 16])
 
 

@@ -122,8 +122,11 @@ PATCH = (16, 16, 16)
         ({"patch": PATCH, "channels": 0}, "--channels must be at least 1, got 0"),
         ({"patch": PATCH, "classes": 1}, "--classes must be at least 2, got 1"),
         ({"patch": PATCH, "batch": 0}, "--batch must be at least 1, got 0"),
-        ({"dataset": "8", "configuration": "2d"}, "found none: run nnUNetv2_plan_and_preprocess -d 8 first"),
-        ({"dataset": "Dataset007", "configuration": "2d"}, "found none"),
+        (
+            {"dataset": "8", "configuration": "2d"},
+            "got 8: there is Dataset007_Tiny: run nnUNetv2_plan_and_preprocess -d 8 first",
+        ),
+        ({"dataset": "Dataset007", "configuration": "2d"}, "got Dataset007: there is Dataset007_Tiny: run"),
         ({"dataset": "Tiny", "configuration": "2d"}, "a number or DatasetXXX_Name, got Tiny"),
         ({"dataset": "7", "configuration": "2d", "plans": "no"}, r"no\.json is missing"),
         ({"dataset": "7", "configuration": "3d"}, "configurations 3d_fullres, 2d, 3d_half, got 3d: choose"),
@@ -168,7 +171,9 @@ def test_binary_file_is_no_plans(tmp_path: Path) -> None:
 
 def test_two_data_sets_of_a_number_are_named(planned_dataset: Path) -> None:
     (planned_dataset.parent / "Dataset007_Other").mkdir()
-    with pytest.raises(UsageError, match="found Dataset007_Other, Dataset007_Tiny: give the whole name"):
+    with pytest.raises(
+        UsageError, match="got 7: there is Dataset007_Other, Dataset007_Tiny: give its whole name"
+    ):
         Source(dataset="7", configuration="2d").setting()
 
 
