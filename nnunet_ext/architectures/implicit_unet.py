@@ -31,7 +31,6 @@ from nnunet_ext.architectures.blocks.plan_sizes import (
     per_stage_and_axis,
     per_stage_list,
 )
-from nnunet_ext.architectures.blocks.planned_memory import counted_elements
 from nnunet_ext.architectures.blocks.point_sampling import points_per_patch
 from nnunet_ext.architectures.blocks.sparse_inference import Mesh, Refinement, SparsePrediction, dense_logits
 
@@ -241,18 +240,14 @@ class ImplicitUNet(nn.Module):
         InitWeights_He(1e-2)(module)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
-
-        The encoder is counted as nnU-Net counts it. Of the decoder a point keeps one half-precision value per unit and
-        layer; the products of the input and their gradient are alive beside it.
+        """Elements that training keeps per sample: the encoder's, as nnU-Net counts them, and one per unit and point.
 
         Args:
-            input_size: voxels per axis.
+            input_size: Voxels per axis.
         """
-        encoder = int(self.encoder.compute_conv_feature_map_size(input_size))
-        width, depth = self.point_decoder.width, len(self.point_decoder.layers)
-        per_point = 2 * width * (depth + 4) + 8 * self.num_classes
-        return encoder + counted_elements(points_per_patch(self.n_points, input_size) * per_point, self.dim)
+        units = self.point_decoder.width * len(self.point_decoder.layers)
+        points = points_per_patch(self.n_points, input_size)
+        return int(self.encoder.compute_conv_feature_map_size(input_size)) + points * units
 
 
 def _depths(convs_per_stage: int | Sequence[int] | None, n_stages: int) -> list[int]:

@@ -14,21 +14,15 @@ from functools import cache
 from math import lcm, prod
 from typing import Any, Literal
 
-from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.blocks.chain import Chain
 from nnunet_ext.architectures.blocks.coupling import ExactRange
+from nnunet_ext.architectures.blocks.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.blocks.levels import Ascend, Descend, Squeeze, Tap
 from nnunet_ext.architectures.blocks.mixed_precision import convolve
-from nnunet_ext.architectures.blocks.planned_memory import (
-    counted_elements,
-    loss_bytes,
-    voxels_per_stage,
-    walk_back_bytes,
-)
 from nnunet_ext.architectures.blocks.recomputation import uncompiled
 from nnunet_ext.architectures.blocks.stages import (
     ConvSpec,
@@ -141,7 +135,7 @@ class Decoder(nn.Module):
         return [convolve(head, x) for head, x in zip(self.seg_layers, maps, strict=True)][::-1]
 
 
-class InvertibleUNet(VAENetwork):
+class InvertibleUNet(VAENetwork, CountedFeatureMaps):
     """Fully invertible U-Net (Yamazaki et al. 2021): training keeps one feature map, whatever the depth.
 
     With deep supervision also the maps that its heads read. Built from nnU-Net's plans, default or ResEnc; arguments
@@ -215,9 +209,7 @@ class InvertibleUNet(VAENetwork):
             blocks_per_stage=blocks_per_stage,
             fit=_fit,
         )
-        self.dim = convert_conv_op_to_dim(conv_op)
         self.input_channels = input_channels
-        self.num_classes = num_classes
         self.image_channels = input_channels if image_channels is None else image_channels
         self.reversible, self.exact = reversible, exact
         spec = ConvSpec(
@@ -254,23 +246,6 @@ class InvertibleUNet(VAENetwork):
         tap = [Tap()] if bottleneck_tap else []
         steps = [*self.encoder.steps(), *tap, *self.decoder.steps()]
         return Chain(steps, self.exact, self.reversible, self.group_elements, self.exact_range)
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
-
-        The last feature map, what the taps of deep supervision gave out, and the walk back through the finest stage,
-        or the loss where there are many classes; see `planned_memory`. The VAE branch does not raise the peak.
-
-        Args:
-            input_size: voxels per axis.
-        """
-        voxels = voxels_per_stage(self.stages, input_size)
-        maps = [stage.channels * n for stage, n in zip(self.stages, voxels, strict=True)]
-        taps = sum(maps[1:-1]) if self.decoder.deep_supervision else 0
-        kept = 4 * (maps[0] + taps + self.input_channels * prod(input_size))
-        loss = loss_bytes(self.num_classes, voxels, self.decoder.deep_supervision)
-        walk = walk_back_bytes(maps[0], self.dim, self.group_elements is not None, working=18.5)
-        return counted_elements(kept + max(walk, loss), self.dim)
 
 
 def _fit(features: list[int], strides: list[list[int]]) -> list[int]:

@@ -9,17 +9,16 @@ pooling nor concatenated feature maps are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
-from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, get_matching_pool_op
+from dynamic_network_architectures.building_blocks.helper import get_matching_pool_op
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from nnunet_ext.architectures.blocks.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.blocks.mixed_precision import convolve
-from nnunet_ext.architectures.blocks.planned_memory import counted_elements, loss_bytes, voxels_per_stage
 from nnunet_ext.architectures.blocks.recomputation import run_recomputed, uncompiled
 from nnunet_ext.architectures.blocks.stages import (
     GROUP_ELEMENTS,
@@ -130,7 +129,7 @@ class Decoder(nn.Module):
         return outputs[::-1] if self.deep_supervision else outputs[0]
 
 
-class PartiallyInvertibleUNet(VAENetwork):
+class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
     """Partially invertible U-Net (Yamazaki et al. 2021): of each stage training keeps one feature map.
 
     Built from nnU-Net's plans, default or ResEnc; arguments that are not listed mean what they mean there.
@@ -193,9 +192,7 @@ class PartiallyInvertibleUNet(VAENetwork):
             n_conv_per_stage_decoder=n_conv_per_stage_decoder,
             blocks_per_stage=blocks_per_stage,
         )
-        self.dim = convert_conv_op_to_dim(conv_op)
         self.input_channels = input_channels
-        self.num_classes = num_classes
         self.image_channels = input_channels if image_channels is None else image_channels
         spec = ConvSpec(
             conv_op,
@@ -220,19 +217,3 @@ class PartiallyInvertibleUNet(VAENetwork):
         if self.vae is None or not self.training:
             return outputs
         return outputs, self.vae(skips[-1], x[:, : self.image_channels])
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
-
-        What the stages keep, and the backward pass through the finest `Up`, which concatenates, or the loss where
-        there are many classes; see `planned_memory`. The VAE branch does not raise the peak.
-
-        Args:
-            input_size: voxels per axis.
-        """
-        voxels = voxels_per_stage(self.stages, input_size)
-        maps = [stage.channels * n for stage, n in zip(self.stages, voxels, strict=True)]
-        kept = 4 * (sum(maps) + sum(maps[:-1]) + self.input_channels * prod(input_size))
-        joined = 5.8 * (self.stages[0].channels + self.stages[1].channels) * voxels[0]
-        loss = loss_bytes(self.num_classes, voxels, self.decoder.deep_supervision)
-        return counted_elements(kept + max(joined, loss), self.dim)

@@ -10,11 +10,9 @@ As in the paper, skips are added, not concatenated.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 from dynamic_network_architectures.building_blocks.helper import (
-    convert_conv_op_to_dim,
     get_matching_convtransp,
 )
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
@@ -22,13 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from nnunet_ext.architectures.blocks.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.blocks.mixed_precision import convolve
-from nnunet_ext.architectures.blocks.planned_memory import (
-    counted_elements,
-    loss_bytes,
-    voxels_per_stage,
-    walk_back_bytes,
-)
 from nnunet_ext.architectures.blocks.recomputation import uncompiled
 from nnunet_ext.architectures.blocks.stages import (
     ConvSpec,
@@ -109,7 +102,7 @@ class Decoder(nn.Module):
         return outputs[::-1] if self.deep_supervision else outputs[0]
 
 
-class ReversibleUNet(nn.Module):
+class ReversibleUNet(CountedFeatureMaps):
     """Partially reversible U-Net (Bruegger et al. 2019): training memory independent of the blocks per stage.
 
     Of each stage, encoder and decoder, training keeps one feature map. Built from nnU-Net's plans, default or
@@ -175,9 +168,7 @@ class ReversibleUNet(nn.Module):
             n_conv_per_stage_decoder=n_conv_per_stage_decoder,
             blocks_per_stage=blocks_per_stage,
         )
-        self.dim = convert_conv_op_to_dim(conv_op)
         self.input_channels = input_channels
-        self.num_classes = num_classes
         spec = ConvSpec(
             conv_op,
             conv_bias,
@@ -188,7 +179,6 @@ class ReversibleUNet(nn.Module):
             nonlin,
             nonlin_kwargs or {},
         )
-        self.grouped = spec.samples_are_independent
         coupling = CouplingSpec(reversible, exact, preactivation)
         self.encoder = Encoder(input_channels, spec, self.stages, coupling)
         self.decoder = Decoder(num_classes, spec, self.stages, coupling, deep_supervision)
@@ -202,20 +192,3 @@ class ReversibleUNet(nn.Module):
     def initialize(module: nn.Module) -> None:
         """Initialise a module as nnU-Net's own networks do (He et al. 2015); meant for `Module.apply`."""
         InitWeights_He(1e-2)(module)
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Memory per sample at the peak of a training step, in the unit of nnU-Net's PlainConvUNet.
-
-        nnU-Net's planner compares this with a reference count for a GPU memory target, and trains in mixed
-        precision: streams in float32, the rest in two bytes. The peak lies in the backward pass of the finest
-        decoder stage, or in the loss where there are many classes.
-
-        Args:
-            input_size: voxels per axis.
-        """
-        voxels = voxels_per_stage(self.stages, input_size)
-        maps = [stage.channels * n for stage, n in zip(self.stages, voxels, strict=True)]
-        kept = 4 * (sum(maps) + sum(maps[:-1]) + self.input_channels * prod(input_size))
-        loss = loss_bytes(self.num_classes, voxels, self.decoder.deep_supervision)
-        walk = walk_back_bytes(maps[0], self.dim, self.grouped, working=14.0)
-        return counted_elements(kept + max(walk, loss), self.dim)

@@ -160,20 +160,3 @@ def test_mixed_precision_keeps_the_streams_and_no_copies_of_them() -> None:
 def test_without_reversibility_depth_costs_memory() -> None:
     shallow, deep = (reversible_memory(blocks, reversible=False).held for blocks in (2, 4))
     assert deep > 1.4 * shallow
-
-
-@pytest.mark.parametrize("patch_size", [(128, 128, 128), (64, 160, 160), (512, 512)])
-def test_planned_size_follows_the_measured_peak(patch_size: tuple[int, ...]) -> None:
-    dim = len(patch_size)
-    features = DEFAULT if dim == 3 else [32, 64, 128, 256, 512, 512, 512, 512]
-    batch_size = 2 if dim == 3 else 12
-    per_unit = {}
-    for network_class in (PlainConvUNet, ReversibleUNet):
-
-        def build(network_class: type[nn.Module] = network_class) -> nn.Module:
-            return network_class(input_channels=1, num_classes=3, **arguments(features, dim))
-
-        memory = measure_step(build, 1, patch_size, batch_size, torch.bfloat16)
-        activations = memory.peak - memory.parameters
-        per_unit[network_class] = activations / build().compute_conv_feature_map_size(patch_size)
-    assert per_unit[ReversibleUNet] == pytest.approx(per_unit[PlainConvUNet], rel=0.06)
