@@ -1,9 +1,9 @@
 """Memory, time and accuracy of inversion of the reversible U-Net beside default nnU-Net, in one run.
 
-python benchmarks/reversible.py --output docs/benchmarks [--device cpu|cuda] [--record]
+python benchmarks/reversible.py --output docs/benchmarks [--device cpu|cuda]
 
 Memory at full size is measured without a GPU (nnunet_ext/memory/network.py); times are medians of interleaved
-repeats; everything is reported as a ratio too. --record writes the ratios that `nnunet-ext list` shows.
+repeats; everything is reported as a ratio too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import nn
 from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
 from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.files import write_text
 from nnunet_ext.memory.network import measure_step
 from nnunet_ext.memory.tracker import GIB
 
@@ -184,22 +183,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(cell(row[key]) for key in header) + " |" for row in rows])
 
 
-def record(memory: list[dict[str, Any]], times: list[dict[str, Any]], device: str, command: str) -> None:
-    """Write the ratios that the README's table shows."""
-    path = Path(__file__).parents[1] / "nnunet_ext" / "measured.json"
-    stored = json.loads(path.read_text())
-    row = next(r for r in memory if r["network"] == "ReversibleUNet")
-    step = next(r for r in times if r["network"] == "ReversibleUNet")
-    stored["ReversibleUNet"] = {
-        **{key: round(row[f"{key}_ratio"], 2) for key in ("parameters", "held", "peak")},
-        "step_time": round(step["seconds_ratio"], 2),
-        "device": device,
-        "date": date.today().isoformat(),
-        "command": command,
-    }
-    write_text(path, json.dumps(stored, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -207,7 +190,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON and Markdown files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--record", action="store_true", help="update nnunet_ext/measured.json")
     options = parser.parse_args()
     patch = PATCH if options.device == "cuda" else (64, 64, 64)
     cuda = options.device == "cuda"
@@ -249,8 +231,6 @@ held: alive after the forward pass; peak: of forward and backward, gradients of 
 {markdown(stacks)}
 """
     (options.output / f"{name}.md").write_text(text)
-    if options.record:
-        record(memory, times, device, command)
     print(text)
 
 

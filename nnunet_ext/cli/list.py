@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from nnunet_ext import methods, registry
+from nnunet_ext import registry
 from nnunet_ext.printable import printable
 from nnunet_ext.registry import Entry
 
@@ -18,33 +18,15 @@ SCHEDULES = (
     "Schedules: every trainer here, and nnUNetTrainer, takes a suffix [_<N>epochs][_<M>iters][_NoMirroring], "
     "e.g. -tr nnUNetTrainer_20epochs_50iters: N epochs of M training iterations."
 )
-MISSING, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
-_HEADER = (
-    "method",
-    "architecture",
-    "trainers",
-    "planner",
-    "parameters",
-    "memory held",
-    "memory peak",
-    "step time",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext list``."""
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="print the records as JSON")
-    shape.add_argument(
-        "--markdown", action="store_true", help="print the README's table of this package's methods"
-    )
+    parser.add_argument("--json", action="store_true", help="print the records as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the names; return the exit status."""
-    if args.markdown:
-        print(markdown())
-        return 0
     entries = [entry for kind in registry.KINDS for entry in registry.entries(kind)]
     if args.json:
         print(
@@ -78,30 +60,3 @@ def _aligned(rows: Sequence[tuple[str, str, str]]) -> list[str]:
         printable(f"  {first:<{widths[0]}}  {second:<{widths[1]}}  {third}".rstrip())
         for first, second, third in rows
     ]
-
-
-def markdown() -> str:
-    """One row for each architecture of this package; the README holds it between its ``methods`` markers."""
-    rows = [_HEADER, tuple("---" for _ in _HEADER)]
-    for method in methods.methods():
-        if not method.architecture.distribution.startswith("nnunet-ext "):
-            continue
-        numbers = method.measured
-        rows.append(
-            (
-                method.name,
-                f"`{method.architecture.name}`",
-                _code(method.trainers),
-                _code(method.planners),
-                *map(_ratio, (numbers.parameters, numbers.held, numbers.peak, numbers.step_time)),
-            )
-        )
-    return "\n".join(printable(f"| {' | '.join(row)} |") for row in rows)
-
-
-def _code(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or MISSING
-
-
-def _ratio(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f}{TIMES}"

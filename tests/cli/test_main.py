@@ -61,7 +61,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nothing"], ["list", "--nothing"], ["list", "--json", "--markdown"]]
+    "arguments", [[], ["nothing"], ["list", "--nothing"]]
 )
 def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
