@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nnunet_ext import registry
+from tests.ranks import Ranks
 from tests.settings import machine, planned_dataset, setting  # noqa: F401 (fixtures)
 
 # Tiny networks wait for threads longer than they compute; processes that tests start read the variable.
@@ -22,6 +23,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 Install = Callable[..., Path]
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 KilledPartial = Callable[[Path], Path]
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two processes of one group: ``ranks.run(job, *arguments)``."""
+    pair = Ranks()
+    yield pair
+    pair.close()
 
 
 @pytest.fixture

@@ -60,9 +60,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"nnunet-ext {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["nothing"], ["list", "--nothing"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["list", "--nothing"]])
 def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +16,7 @@ from nnunet_ext import registry
 from nnunet_ext.memory.network import surrogate_loss
 from nnunet_ext.nnunet.trainers import trainer_class
 from tests.contract import ddp_worker
+from tests.ranks import Ranks
 from tests.settings import tiny
 
 TRAINERS = [
@@ -31,12 +30,9 @@ TRAINERS = [
     [(False, {}), (False, {"find_unused_parameters": True}), (False, {"static_graph": True}), (True, {})],
 )
 def test_two_ranks_have_the_gradients_of_one_process(
-    name: str, compiled: bool, options: dict[str, Any]
+    name: str, compiled: bool, options: dict[str, Any], ranks: Ranks
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    mp.spawn(ddp_worker.run, args=(2, name, port, compiled, options), nprocs=2)
+    ranks.run(ddp_worker.run, name, compiled, options)
 
 
 @pytest.fixture

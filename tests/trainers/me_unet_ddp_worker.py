@@ -1,13 +1,11 @@
-"""One rank of the DDP test of meU-net's step; a module of its own because ranks are spawned."""
+"""What each rank does in the DDP test of meU-net's step; a module of its own because ranks are spawned."""
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +16,7 @@ from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.trainers.me_cascade import Branch, MeCascadeTrainerMixin
 from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, bare
 from tests.contract.plans import arguments
+from tests.ranks import SIZE
 
 NETWORKS = {"PlainConvUNet": PlainConvUNet, "ReversibleUNet": ReversibleUNet, "DualMeUNet": DualMeUNet}
 STEPS = 3
@@ -56,25 +55,19 @@ def build(name: str) -> nn.Module:
     return NETWORKS[name](input_channels=2, num_classes=3, deep_supervision=True, **arguments("3d")).train()
 
 
-def run(rank: int, world_size: int, name: str, port: int, compiled: bool, options: dict[str, Any]) -> None:
+def run(rank: int, name: str, compiled: bool, options: dict[str, Any]) -> None:
     """Steps on this rank's half of the batch; gradients must equal those of one process on the whole."""
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    try:
-        torch.manual_seed(1)
-        data, target = torch.randn(2 * world_size, 2, 16, 16, 16), torch.randn(2 * world_size, 1, 16, 16, 16)
-        step = CascadeStep if name == "DualMeUNet" else Step
-        alone = step(build(name))
-        alone.accumulate_gradients(data, target)
-        network = build(name)
-        inner = torch.compile(network, backend="aot_eager") if compiled else network
-        ours = step(DistributedDataParallel(inner, **options))
-        mine = slice(2 * rank, 2 * rank + 2)
-        for _ in range(STEPS):  # DDP builds its buckets anew after the first
-            network.zero_grad(set_to_none=True)
-            ours.accumulate_gradients(data[mine], target[mine])
-            for found, wanted in zip(network.parameters(), alone.network.parameters(), strict=True):
-                torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-5)
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(1)
+    data, target = torch.randn(2 * SIZE, 2, 16, 16, 16), torch.randn(2 * SIZE, 1, 16, 16, 16)
+    step = CascadeStep if name == "DualMeUNet" else Step
+    alone = step(build(name))
+    alone.accumulate_gradients(data, target)
+    network = build(name)
+    inner = torch.compile(network, backend="aot_eager") if compiled else network
+    ours = step(DistributedDataParallel(inner, **options))
+    mine = slice(2 * rank, 2 * rank + 2)
+    for _ in range(STEPS):  # DDP builds its buckets anew after the first
+        network.zero_grad(set_to_none=True)
+        ours.accumulate_gradients(data[mine], target[mine])
+        for found, wanted in zip(network.parameters(), alone.network.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-5)

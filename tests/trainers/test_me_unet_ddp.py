@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from nnunet_ext.trainers.me_cascade import MeCascadeTrainerMixin
+from tests.ranks import Ranks
 from tests.trainers import me_unet_ddp_worker
 
 
@@ -22,12 +21,9 @@ from tests.trainers import me_unet_ddp_worker
     [(False, {}), (True, {}), (False, {"gradient_as_bucket_view": True})],
 )
 def test_two_ranks_have_the_gradients_of_one_process(
-    name: str, compiled: bool, options: dict[str, Any]
+    name: str, compiled: bool, options: dict[str, Any], ranks: Ranks
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    mp.spawn(me_unet_ddp_worker.run, args=(2, name, port, compiled, options), nprocs=2)
+    ranks.run(me_unet_ddp_worker.run, name, compiled, options)
 
 
 def test_gradients_of_the_cascade_are_averaged_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
