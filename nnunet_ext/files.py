@@ -26,8 +26,8 @@ def check_regular(path: Path, cure: str) -> None:
     """See that a path names a file that can be read to an end: a pipe would wait for ever.
 
     Args:
-        path: of the file, or of a link to it.
-        cure: what to do when it is none, as the end of a sentence.
+        path: File, or a link to it.
+        cure: What to do when it is none, as the end of a sentence.
 
     Raises:
         UsageError: it is missing, or something else than a file.
@@ -48,9 +48,9 @@ def read_json(path: Path, cure: str, kind: type = dict) -> Any:
     """Read a JSON object, or a list.
 
     Args:
-        path: of the file.
-        cure: what to do when it can't be read, as the end of a sentence.
-        kind: what the file must hold, `dict` or `list`.
+        path: File to read.
+        cure: What to do when it can't be read, as the end of a sentence.
+        kind: What the file must hold, `dict` or `list`.
 
     Raises:
         UsageError: the file can't be read or holds something else.
@@ -166,9 +166,9 @@ def write_files(folder: Path, contents: Mapping[str, bytes], gone: Iterable[str]
     does a new file stand beside an old one.
 
     Args:
-        folder: to write to; is made.
-        contents: name below `folder` -> content.
-        gone: names of earlier files that are deleted.
+        folder: Folder to write to; it is made.
+        contents: Name below `folder` -> content.
+        gone: Names of earlier files that are deleted.
 
     Raises:
         UsageError: the folder can't be written.
@@ -218,8 +218,8 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     What killed runs left beside `path` is deleted first.
 
     Args:
-        path: of the folder.
-        replace: whether an earlier `path` may be there; it is deleted when the new one is whole.
+        path: Name of the folder.
+        replace: Whether an earlier `path` may be there; it is deleted when the new one is whole.
 
     Raises:
         UsageError: the folder can't be written, or is there and must not be replaced.

@@ -47,8 +47,8 @@ def extra(name: str, fallback: tuple[str, ...]) -> str:
     """Command that installs what an optional part of this package needs.
 
     Args:
-        name: of the extra.
-        fallback: distributions to name where this copy has no metadata.
+        name: Extra to install.
+        fallback: Distributions to name where this copy has no metadata.
     """
     try:
         wanted = requirements(distribution(DISTRIBUTION), name)

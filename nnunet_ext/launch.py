@@ -26,8 +26,8 @@ def run(command: str, arguments: Sequence[str]) -> Any:
     """Run nnU-Net's console command in this process and return what it returns, for `sys.exit`.
 
     Args:
-        command: name of one of nnU-Net's commands, e.g. "nnUNetv2_train".
-        arguments: what follows it, passed unchanged.
+        command: Name of one of nnU-Net's commands, e.g. "nnUNetv2_train".
+        arguments: What follows it, passed unchanged.
 
     Raises:
         UsageError: nnU-Net isn't installed, or has no such command.

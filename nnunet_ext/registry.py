@@ -54,10 +54,10 @@ class Entry:
 
     Args:
         kind: "trainers", "planners" or "architectures".
-        name: name of the class.
+        name: Name of the class.
         value: "module:Class".
-        distribution: name and version of the distribution that registers it.
-        refused: why the name can't be used; empty where it can.
+        distribution: Name and version of the distribution that registers it.
+        refused: Why the name can't be used; empty where it can.
     """
 
     kind: str
@@ -77,10 +77,10 @@ class Schedule:
     """A shorter training, asked for by a suffix of the trainer's name.
 
     Args:
-        base: name of the trainer without the suffix.
-        epochs: number of epochs; None leaves the trainer's own.
-        iterations: training iterations per epoch; a fifth of them, at least one, validate.
-        no_mirroring: train and predict without mirroring.
+        base: Name of the trainer without the suffix.
+        epochs: Number of epochs; None leaves the trainer's own.
+        iterations: Training iterations per epoch; a fifth of them, at least one, validate.
+        no_mirroring: Train and predict without mirroring.
     """
 
     base: str

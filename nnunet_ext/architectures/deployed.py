@@ -26,8 +26,8 @@ def fused(network: nn.Module, form: Form = "hybrid") -> nn.Module:
     parametrised weights are folded.
 
     Args:
-        network: trained.
-        form: of FasterFusion blocks.
+        network: Trained.
+        form: Form of fused FasterFusion blocks.
 
     Raises:
         NothingToFuseError: see there.
@@ -56,8 +56,8 @@ class DeployedNetwork(nn.Module):
     On a CPU that has no instructions for a half precision it computes in float32.
 
     Args:
-        network: see `fused`.
-        dtype: of weights and computation. In float32 the predictor's autocast decides, as for any network.
+        network: See `fused`.
+        dtype: Type of weights and computation. In float32 the predictor's autocast decides, as for any network.
 
     Shape: (B, C, *patch) -> (B, num_classes, *patch), in float32 where `dtype` is bfloat16, because nnU-Net sums what
         windows predict in float16.

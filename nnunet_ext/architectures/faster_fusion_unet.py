@@ -58,18 +58,18 @@ class FasterFusionUNet(nn.Module):
     and settings; weights and state_dict stay those of training. docs/methods/faster_fusion.md says where it does not.
 
     Args:
-        input_channels: channels of the image.
-        num_classes: channels of the logits.
-        n_conv_per_stage: convolutions per encoder stage, from default plans.
-        n_blocks_per_stage: residual blocks per encoder stage, from ResEnc plans; one of both is given.
-        deep_supervision: return a list of logits, largest first.
-        threshold: output channels from which on a convolution is replaced.
-        divisor: one of so many input channels meets the kernel; one number, or one per resolution, finest first.
+        input_channels: Channels of the image.
+        num_classes: Channels of the logits.
+        n_conv_per_stage: Convolutions per encoder stage, from default plans.
+        n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
+        deep_supervision: Return a list of logits, largest first.
+        threshold: Output channels from which on a convolution is replaced.
+        divisor: One of so many input channels meets the kernel; one number, or one per resolution, finest first.
         downsample: "stride", or "maxpool" behind the block, as in the paper.
-        batch_norm: batch norm in place of the plans' norm also outside the blocks, so that prediction needs no norm.
-        decoder_split: where the channels that meet the kernel come from in the first block of a decoder stage: "up"
+        batch_norm: Batch norm in place of the plans' norm also outside the blocks, so that prediction needs no norm.
+        decoder_split: Where the channels that meet the kernel come from in the first block of a decoder stage: "up"
             from what is upsampled, as in the paper, or "both", half of them from the skip.
-        form: build the fused network itself, as `fuse` returns it: "hybrid", "t" or "dense".
+        form: Build the fused network itself, as `fuse` returns it: "hybrid", "t" or "dense".
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);
         patch divisible by the cumulative strides.
@@ -294,7 +294,7 @@ class FasterFusionUNet(nn.Module):
         """Elements that training keeps per sample, in the unit of nnU-Net's PlainConvUNet.
 
         Args:
-            input_size: voxels per axis.
+            input_size: Voxels per axis.
         """
         total = int(
             self.encoder.compute_conv_feature_map_size(input_size)

@@ -46,22 +46,22 @@ class ImplicitUNet(nn.Module):
     not used.
 
     Args:
-        input_channels: channels of the image.
-        num_classes: channels of the logits.
-        deep_supervision: there is none; accepted because nnU-Net passes it.
-        decoder_width: of the hidden layers (paper: 512).
-        decoder_depth: hidden layers (paper: 8).
-        frequencies: octaves of the positional encoding per axis (paper: 10). None: min(10, floor(log2 size)).
-        mesh_spacing: voxels between mesh points along the finest axes (paper: 4); smaller along axes that the encoder
+        input_channels: Channels of the image.
+        num_classes: Channels of the logits.
+        deep_supervision: There is none; accepted because nnU-Net passes it.
+        decoder_width: Units per hidden layer (paper: 512).
+        decoder_depth: Hidden layers (paper: 8).
+        frequencies: Octaves of the positional encoding per axis (paper: 10). None: min(10, floor(log2 size)).
+        mesh_spacing: Voxels between mesh points along the finest axes (paper: 4); smaller along axes that the encoder
             strides later and along axes of fewer than eight cells. Or one number per axis.
-        dropout: probability in the decoder (paper: 0.2).
-        split: split the decoder's input product; False concatenates: same weights, the reference of tests.
-        sparse: predict sparsely in eval mode; False decodes every voxel.
-        n_points: voxels per patch in training (paper: 30,000), at most a quarter of the patch.
-        max_stride: leading stages of the plans are taken while no axis is strided by more, in voxels (paper: 16).
-        convs_per_stage: of the encoder; None: 2, 2, 4, 4, then 1 (paper).
-        smooth: average the logits over 3 voxels per axis (paper); can erase small objects.
-        margin, threshold, second_look, dense_above, chunk_size: see
+        dropout: Probability in the decoder (paper: 0.2).
+        split: Split the decoder's input product; False concatenates: same weights, the reference of tests.
+        sparse: Predict sparsely in eval mode; False decodes every voxel.
+        n_points: Voxels per patch in training (paper: 30,000), at most a quarter of the patch.
+        max_stride: Leading stages of the plans are taken while no axis is strided by more, in voxels (paper: 16).
+        convs_per_stage: Convolutions per stage of the encoder; None: 2, 2, 4, 4, then 1 (paper).
+        smooth: Average the logits over 3 voxels per axis (paper); can erase small objects.
+        margin, threshold, second_look, dense_above, chunk_size: See
             `nnunet_ext.architectures.blocks.sparse_inference.Refinement`.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch);
@@ -215,7 +215,7 @@ class ImplicitUNet(nn.Module):
         """Share of the cells that sparse prediction decoded voxel by voxel since the last reset; None: no prediction.
 
         Args:
-            reset: start anew.
+            reset: Start anew.
         """
         share = self._refined_cells / self._cells if self._cells else None
         if reset:

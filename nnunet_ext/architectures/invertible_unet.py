@@ -142,17 +142,17 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
     that are not listed mean what they mean there. Features that do not fit are rounded (`fitting_features`) and logged.
 
     Args:
-        input_channels: channels of the image, and of the previous stage in a cascade.
-        num_classes: channels of the logits.
-        n_conv_per_stage, n_blocks_per_stage: blocks per encoder stage, from default or ResEnc plans.
-        n_conv_per_stage_decoder: blocks per decoder stage, coarsest first.
-        deep_supervision: return a list of logits, largest first.
-        blocks_per_stage: overrides the depth of the plans, as in `ReversibleUNet`.
+        input_channels: Channels of the image, and of the previous stage in a cascade.
+        num_classes: Channels of the logits.
+        n_conv_per_stage, n_blocks_per_stage: Blocks per encoder stage, from default or ResEnc plans.
+        n_conv_per_stage_decoder: Blocks per decoder stage, coarsest first.
+        deep_supervision: Return a list of logits, largest first.
+        blocks_per_stage: Overrides the depth of the plans, as in `ReversibleUNet`.
         reversible: False keeps all activations: same weights and outputs, plain autograd, the reference of tests.
-        exact: bit-exact inversion; needs ``resampling="squeeze"``.
-        preactivation: norm, nonlinearity, convolution within a block (True), or convolution, norm, nonlinearity.
-        vae: reconstruct the image from the bottleneck in training.
-        image_channels: channels that are reconstructed, the first ones; None: all.
+        exact: Bit-exact inversion; needs ``resampling="squeeze"``.
+        preactivation: Norm, nonlinearity, convolution within a block (True), or convolution, norm, nonlinearity.
+        vae: Reconstruct the image from the bottleneck in training.
+        image_channels: Channels that are reconstructed, the first ones; None: all.
         resampling: "orthogonal", a learned orthogonal mixing of channels beside the squeezing, or "squeeze", without.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale); in

@@ -37,12 +37,12 @@ class DualMeUNet(nn.Module):
     mean what they mean in nnU-Net's plans.
 
     Args:
-        input_channels: channels of the image.
-        num_classes: channels of the logits.
-        n_conv_per_stage: convolutions per encoder stage, from default plans.
-        n_blocks_per_stage: residual blocks per encoder stage, from ResEnc plans; one of both is given.
-        deep_supervision: return a list of logits, largest first.
-        regions: whether the classes are nnU-Net's regions, each with a sigmoid of its own. Part of the state_dict, so
+        input_channels: Channels of the image.
+        num_classes: Channels of the logits.
+        n_conv_per_stage: Convolutions per encoder stage, from default plans.
+        n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
+        deep_supervision: Return a list of logits, largest first.
+        regions: Whether the classes are nnU-Net's regions, each with a sigmoid of its own. Part of the state_dict, so
             that a network built from plans alone learns it from the checkpoint.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);
@@ -118,7 +118,7 @@ class DualMeUNet(nn.Module):
         """State_dict whose branches both hold these weights of nnU-Net's own network, to start a training from.
 
         Args:
-            weights: state_dict of a network from the same plans.
+            weights: State_dict of a network from the same plans.
         """
         branches = {f"branches.{i}.{key}": value for i in range(BRANCHES) for key, value in weights.items()}
         return {_STATE: torch.tensor(self.regions), **branches}
@@ -152,7 +152,7 @@ class DualMeUNet(nn.Module):
         """Elements that training keeps per sample, in nnU-Net's unit: those of one branch, they train in turn.
 
         Args:
-            input_size: voxels per axis.
+            input_size: Voxels per axis.
         """
         first: Any = self.branches[0]
         return int(first.compute_conv_feature_map_size(input_size))
@@ -162,7 +162,7 @@ class Mean(nn.Module):
     """The mean of several branches, which remembers in the checkpoint how their logits are meant.
 
     Args:
-        regions: sigmoids, not softmax.
+        regions: Sigmoids, not softmax.
 
     Shape: several (B, C, *spatial) -> (B, C, *spatial).
     """
@@ -188,7 +188,7 @@ class Decoders:
     """Several decoders with one switch of deep supervision.
 
     Args:
-        decoders: of the branches.
+        decoders: Decoders of the branches.
     """
 
     def __init__(self, decoders: Sequence[Any]) -> None:

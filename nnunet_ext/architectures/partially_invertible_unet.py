@@ -135,14 +135,14 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
     Built from nnU-Net's plans, default or ResEnc; arguments that are not listed mean what they mean there.
 
     Args:
-        input_channels: channels of the image, and of the previous stage in a cascade.
-        num_classes: channels of the logits.
-        n_conv_per_stage, n_blocks_per_stage: blocks per encoder stage, from default or ResEnc plans.
-        n_conv_per_stage_decoder: blocks per decoder stage, coarsest first.
-        deep_supervision: return a list of logits, largest first.
-        blocks_per_stage, reversible, exact, preactivation: as in `ReversibleUNet`.
-        vae: reconstruct the image from the bottleneck in training.
-        image_channels: channels that are reconstructed, the first ones; None: all.
+        input_channels: Channels of the image, and of the previous stage in a cascade.
+        num_classes: Channels of the logits.
+        n_conv_per_stage, n_blocks_per_stage: Blocks per encoder stage, from default or ResEnc plans.
+        n_conv_per_stage_decoder: Blocks per decoder stage, coarsest first.
+        deep_supervision: Return a list of logits, largest first.
+        blocks_per_stage, reversible, exact, preactivation: As in `ReversibleUNet`.
+        vae: Reconstruct the image from the bottleneck in training.
+        image_channels: Channels that are reconstructed, the first ones; None: all.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale); in
         training with ``vae=True`` a pair of that and a `Reconstruction`. The strides divide the patch.

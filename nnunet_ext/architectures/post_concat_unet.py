@@ -37,12 +37,12 @@ class PostConcatUNet(nn.Module):
     Arguments that are not listed mean what they mean in nnU-Net's plans.
 
     Args:
-        input_channels: channels of image and prior.
-        num_classes: channels of the logits.
-        n_conv_per_stage: convolutions per encoder stage, from default plans.
-        n_blocks_per_stage: residual blocks per encoder stage, from ResEnc plans; one of both is given.
-        deep_supervision: return a list of logits, largest first.
-        prior_channels: how many of `input_channels`, the last ones, are the prior.
+        input_channels: Channels of image and prior.
+        num_classes: Channels of the logits.
+        n_conv_per_stage: Convolutions per encoder stage, from default plans.
+        n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
+        deep_supervision: Return a list of logits, largest first.
+        prior_channels: How many of `input_channels`, the last ones, are the prior.
         fusion: "post", or "pre" for the ablation: the ordinary network, whose encoder sees image and prior.
         prior_resampling: "nearest", the voxel that nnU-Net's deep supervision takes, or "max", which keeps thin
             structures.
@@ -145,7 +145,7 @@ class PostConcatUNet(nn.Module):
         Weights on the prior, the last inputs of a convolution, are zero.
 
         Args:
-            weights: state_dict of a network from the same plans, of the image alone.
+            weights: State_dict of a network from the same plans, of the image alone.
         """
         widened = dict(weights)
         for key, own in self.state_dict().items():
@@ -164,7 +164,7 @@ class PostConcatUNet(nn.Module):
         """Elements that training keeps per sample, in the unit of nnU-Net's PlainConvUNet.
 
         Args:
-            input_size: voxels per axis.
+            input_size: Voxels per axis.
         """
         return int(
             self.encoder.compute_conv_feature_map_size(input_size)
@@ -177,11 +177,11 @@ class PriorDecoder(UNetDecoder):
 
     Args:
         encoder: nnU-Net's, of the image.
-        num_classes: channels of the logits.
-        n_conv_per_stage: convolutions per stage.
-        deep_supervision: return a list of logits, largest first.
-        prior_channels: channels of the prior.
-        resampling: of the prior, to the resolution of each level.
+        num_classes: Channels of the logits.
+        n_conv_per_stage: Convolutions per stage.
+        deep_supervision: Return a list of logits, largest first.
+        prior_channels: Channels of the prior.
+        resampling: How the prior comes to the resolution of each level.
 
     Shape: skips, finest first, and (B, prior_channels, *patch) -> as PostConcatUNet.
     """

@@ -109,17 +109,17 @@ class ReversibleUNet(CountedFeatureMaps):
     ResEnc; arguments that are not listed mean what they mean there.
 
     Args:
-        input_channels: channels of the image.
-        num_classes: channels of the logits.
-        n_conv_per_stage: blocks per encoder stage, from default plans.
-        n_blocks_per_stage: the same, from ResEnc plans; one of both is given.
-        n_conv_per_stage_decoder: blocks per decoder stage, coarsest first.
-        deep_supervision: return a list of logits, largest first.
-        blocks_per_stage: overrides the depth of the plans: one number for all stages of encoder and decoder, or
+        input_channels: Channels of the image.
+        num_classes: Channels of the logits.
+        n_conv_per_stage: Blocks per encoder stage, from default plans.
+        n_blocks_per_stage: The same, from ResEnc plans; one of both is given.
+        n_conv_per_stage_decoder: Blocks per decoder stage, coarsest first.
+        deep_supervision: Return a list of logits, largest first.
+        blocks_per_stage: Overrides the depth of the plans: one number for all stages of encoder and decoder, or
             one per resolution, finest first, for both. None: from the plans.
         reversible: False keeps all activations: same weights and outputs, plain autograd, the reference of tests.
-        exact: bit-exact inversion, see `nnunet_ext.architectures.blocks.reversible`.
-        preactivation: norm, nonlinearity, convolution within a block (True), or nnU-Net's convolution, norm,
+        exact: Bit-exact inversion, see `nnunet_ext.architectures.blocks.reversible`.
+        preactivation: Norm, nonlinearity, convolution within a block (True), or nnU-Net's convolution, norm,
             nonlinearity (False). docs/methods/reversible.md holds the comparison.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);

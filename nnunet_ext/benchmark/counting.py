@@ -34,8 +34,8 @@ class Builders:
     """Functions that build a trainer's network.
 
     Args:
-        train: for a training step.
-        deploy: in the form that predicts.
+        train: Builds the form of a training step.
+        deploy: Builds the form that predicts.
     """
 
     train: Callable[[], nn.Module]
@@ -122,8 +122,8 @@ def depth_key(setting: Setting, trainer: str) -> str | None:
     """How the depth of the trainer's network is set: by `BLOCKS`, by the plans' convolutions, or not at all.
 
     Args:
-        setting: holds the plans.
-        trainer: name; only nnU-Net's own is built from other plans, because others may not follow them.
+        setting: Holds the plans.
+        trainer: Name; only nnU-Net's own is built from other plans, because others may not follow them.
     """
     with FakeTensorMode():
         network = setting.builder(trainer)()
@@ -138,9 +138,9 @@ def at_depth(setting: Setting, depth: int, key: str) -> Setting:
     """Change a copy of the plans to `depth` pairs of convolutions per stage, which 1 is nnU-Net's default.
 
     Args:
-        setting: holds the plans.
-        depth: reversible or residual blocks per stage, each of two convolutions, or pairs of plain ones.
-        key: what `depth_key` says.
+        setting: Holds the plans.
+        depth: Reversible or residual blocks per stage, each of two convolutions, or pairs of plain ones.
+        key: What `depth_key` says.
     """
     configuration = setting.configuration_manager.configuration  # nnU-Net's own copy
     configuration.pop("inherits_from", None)
@@ -161,10 +161,10 @@ def measure_depth(
     """Count one point on shapes.
 
     Args:
-        setting: holds the plans.
-        trainer: name.
-        depth, key: as for `at_depth`.
-        autocast_dtype: as for `measure_step`.
+        setting: Holds the plans.
+        trainer: Name.
+        depth, key: As for `at_depth`.
+        autocast_dtype: As for `measure_step`.
     """
     build: Callable[[], nn.Module] = at_depth(setting, depth, key).training_builder(trainer)
     patch, batch = setting.patch_size, setting.batch_size

@@ -29,8 +29,8 @@ class TrainingStep:
     0: the operations are the same, but weights and so all repeats stay the same.
 
     Args:
-        network: in training mode, on the device.
-        machine: decides on autocast and gradient scaler.
+        network: Network in training mode, on the device.
+        machine: Decides on autocast and gradient scaler.
     """
 
     def __init__(self, network: nn.Module, machine: Machine) -> None:
@@ -91,10 +91,10 @@ class Subject:
     """A network that takes its turns on the device and waits in the host's memory between them.
 
     Args:
-        build: returns the network, in the mode that it runs in; called before the first turn.
+        build: Returns the network, in the mode that it runs in; called before the first turn.
         prepare: `training` or `inference`.
         shape: (B, C, *patch) of the input.
-        needed: bytes of a turn, parameters included.
+        needed: Bytes of a turn, parameters included.
     """
 
     def __init__(
@@ -169,10 +169,10 @@ def interleave(
 
     Args:
         subjects: (trainer, quantity) -> subject, in the order of their turns.
-        repeats: rounds that count.
-        machine: where they run.
-        on_round: called with the key before each turn.
-        clock: seconds.
+        repeats: Rounds that count.
+        machine: Where they run.
+        on_round: Called with the key before each turn.
+        clock: Seconds.
     """
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in subjects}
     errors: dict[tuple[str, str], Exception] = {}
@@ -196,9 +196,9 @@ class GpuStepMemory:
     """Memory of a training step.
 
     Args:
-        held: bytes alive after the forward pass that were not before: input, outputs, what is kept for backward.
-        peak: largest number of bytes allocated, with parameters, gradients and momentum.
-        reserved: bytes that the allocator took from the GPU meanwhile.
+        held: Bytes alive after the forward pass that were not before: input, outputs, what is kept for backward.
+        peak: Largest number of bytes allocated, with parameters, gradients and momentum.
+        reserved: Bytes that the allocator took from the GPU meanwhile.
     """
 
     held: int
@@ -210,9 +210,9 @@ def measure_gpu_step(build: Callable[[], nn.Module], shape: Sequence[int], machi
     """Measure the second of two training steps: the first makes the momentum and lets cuDNN try its algorithms.
 
     Args:
-        build: returns the network.
+        build: Returns the network.
         shape: (B, C, *patch) of the input.
-        machine: a CUDA device.
+        machine: A CUDA device.
     """
     step = TrainingStep(build().train().to(machine.kind), machine)
     step.finish(step.forward(torch.randn(*shape, device=machine.kind)))
@@ -230,9 +230,9 @@ def measure_gpu_inference(build: Callable[[], nn.Module], shape: Sequence[int], 
     """Measure the peak bytes of a forward pass, parameters included.
 
     Args:
-        build: returns the network, in eval mode.
+        build: Returns the network, in eval mode.
         shape: (1, C, *patch) of the input.
-        machine: a CUDA device.
+        machine: A CUDA device.
     """
     work = inference(build().to(machine.kind), torch.randn(*shape, device=machine.kind), machine)
     work()

@@ -43,24 +43,24 @@ class Method:
     """Figures of one trainer's network; None where there is none.
 
     Args:
-        trainer: name of the trainer.
-        network: class of the network; None where it can't be built.
-        status: whether everything that was asked for was measured.
-        reason: why not; empty where `status` is "ok".
-        parameters: number of weights in training.
-        parameters_deployed: number of weights in the form that predicts.
-        macs: multiply-accumulate operations of the deployed form for one patch.
+        trainer: Name of the trainer.
+        network: Class of the network; None where it can't be built.
+        status: Whether everything that was asked for was measured.
+        reason: Why not; empty where `status` is "ok".
+        parameters: Number of weights in training.
+        parameters_deployed: Number of weights in the form that predicts.
+        macs: Multiply-accumulate operations of the deployed form for one patch.
         memory: "counted" on shapes, or "measured" on the GPU; the latter holds parameters and momentum too.
-        held_bytes: alive after the forward pass of a training step.
-        peak_bytes: largest number of bytes alive in a training step.
-        reserved_bytes: taken from the GPU by PyTorch's allocator in a training step.
-        inference_peak_bytes: largest number of bytes alive in the forward pass of one patch.
-        step_seconds: of a training step, not compiled.
-        compiled_step_seconds: of a training step compiled as nnU-Net compiles it.
-        patch_seconds: of the forward pass of one patch.
-        case_seconds: computed for a case of median size, without mirroring.
-        case_seconds_mirrored: the same, mirrored along all axes.
-        ratios: name in `QUANTITIES` -> ratio to the baseline.
+        held_bytes: Alive after the forward pass of a training step.
+        peak_bytes: Largest number of bytes alive in a training step.
+        reserved_bytes: Taken from the GPU by PyTorch's allocator in a training step.
+        inference_peak_bytes: Largest number of bytes alive in the forward pass of one patch.
+        step_seconds: Seconds of a training step, not compiled.
+        compiled_step_seconds: Seconds of a training step compiled as nnU-Net compiles it.
+        patch_seconds: Seconds of the forward pass of one patch.
+        case_seconds: Computed for a case of median size, without mirroring.
+        case_seconds_mirrored: The same, mirrored along all axes.
+        ratios: Name in `QUANTITIES` -> ratio to the baseline.
     """
 
     trainer: str
@@ -108,11 +108,11 @@ class DepthPoint:
     """Memory of a training step of a network of some depth, counted on shapes.
 
     Args:
-        trainer: name of the trainer.
-        network: class of the network.
-        depth: reversible blocks per stage, or pairs of convolutions per stage of default nnU-Net.
-        parameters: number of weights.
-        held_bytes, peak_bytes: as in `Method`.
+        trainer: Name of the trainer.
+        network: Class of the network.
+        depth: Reversible blocks per stage, or pairs of convolutions per stage of default nnU-Net.
+        parameters: Number of weights.
+        held_bytes, peak_bytes: As in `Method`.
     """
 
     trainer: str
@@ -128,19 +128,19 @@ class Report:
     """Result of a benchmark; the first method is the baseline.
 
     Args:
-        device: name of the GPU, or the CPU and its threads.
-        torch, nnunetv2: versions.
+        device: Name of the GPU, or the CPU and its threads.
+        torch, nnunetv2: Versions.
         precision: "float32" or "mixed".
-        plans, configuration: names.
-        patch_size: voxels per axis that memory and operations are of.
-        batch_size: patches per training step.
-        input_channels, num_classes: of the network.
-        time_patch_size: voxels per axis that times are of.
-        repeats: rounds that were timed.
-        tiles_per_case: patches of a case of median size; None where it is not known.
-        passes_mirrored: forward passes per patch with mirroring.
-        methods: in the order asked for.
-        depth: empty where it was not asked for.
+        plans, configuration: Names.
+        patch_size: Voxels per axis that memory and operations are of.
+        batch_size: Patches per training step.
+        input_channels, num_classes: Channels of the network's input and output.
+        time_patch_size: Voxels per axis that times are of.
+        repeats: Rounds that were timed.
+        tiles_per_case: Patches of a case of median size; None where it is not known.
+        passes_mirrored: Forward passes per patch with mirroring.
+        methods: One record per trainer, in the order asked for.
+        depth: Empty where it was not asked for.
     """
 
     device: str

@@ -16,8 +16,8 @@ def to_json(report: Report, command: str) -> str:
     """Strict JSON of all records; docs/how-to/benchmark.md lists the keys.
 
     Args:
-        report: what was measured.
-        command: line that made it.
+        report: What was measured.
+        command: Line that made it.
     """
     return json.dumps({"command": command, **asdict(report)}, indent=2, allow_nan=False)
 

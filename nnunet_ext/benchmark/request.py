@@ -19,13 +19,13 @@ class Request:
     """What is measured.
 
     Args:
-        setting: plans, data set and configuration.
-        machine: where, and in which precision.
-        trainers: names beside the baseline; None: all that are registered and usable.
-        repeats: timed rounds; 0: no times.
-        time_patch: voxels per axis for the times; None: the plans' patch.
-        depths: for the curve of memory against depth; empty: none.
-        compiled: whether training steps are timed compiled too; None: on CUDA, where nnU-Net compiles.
+        setting: Plans, data set and configuration.
+        machine: Where, and in which precision.
+        trainers: Names beside the baseline; None: all that are registered and usable.
+        repeats: Timed rounds; 0: no times.
+        time_patch: Voxels per axis for the times; None: the plans' patch.
+        depths: Blocks per stage for the curve of memory against depth; empty: no curve.
+        compiled: Whether training steps are timed compiled too; None: on CUDA, where nnU-Net compiles.
 
     Raises:
         UsageError: a value that can't be.

@@ -41,8 +41,8 @@ def run(request: Request, on_progress: OnProgress = lambda done, total, what: No
     """Measure; whatever one method fails at is in its row, and the others go on.
 
     Args:
-        request: what is measured.
-        on_progress: called before every piece of work.
+        request: What is measured.
+        on_progress: Called before every piece of work.
 
     Raises:
         UsageError: not one network can be built.

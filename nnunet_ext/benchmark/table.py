@@ -21,9 +21,9 @@ class Table:
     """Text of a table.
 
     Args:
-        title: what it shows.
-        header: one cell per column; the second line is the unit.
-        rows: cells; the first is a name.
+        title: What it shows.
+        header: One cell per column; the second line is the unit.
+        rows: Cells; the first is a name.
     """
 
     title: str
@@ -179,8 +179,8 @@ def markdown(report: Report, command: str) -> str:
     """The report as a document.
 
     Args:
-        report: what was measured.
-        command: line that made it.
+        report: What was measured.
+        command: Line that made it.
     """
     lines = [
         f"# Benchmark: {escaping.markdown(f'{report.plans}, {report.configuration}')}",

@@ -30,11 +30,11 @@ class Options:
 
     Args:
         device: "cuda", "cpu" or "mps".
-        step_size: of the sliding window, as a share of the patch.
-        mirroring: whether to average over mirrored images.
-        save_probabilities: of stage 2.
-        preprocessing, export: number of processes.
-        keep_going: keep what an interrupted call with the same settings has finished.
+        step_size: Step of the sliding window, as a share of the patch.
+        mirroring: Whether to average over mirrored images.
+        save_probabilities: Whether to keep the probabilities of stage 2.
+        preprocessing, export: Number of processes.
+        keep_going: Keep what an interrupted call with the same settings has finished.
     """
 
     device: str = "cuda"
@@ -70,12 +70,12 @@ def predict(
     """Predict with stage 1, then with stage 2; return the folder of stage 1's predictions.
 
     Args:
-        stages: see `find_stages`.
-        images: folder of new scans, named as in imagesTs.
-        output: folder of the result; holds what nnUNetv2_predict writes.
-        keep: folder of stage 1's predictions; None: beside `output`, called <output>_<configuration of stage 1>.
-        options: of both predictions.
-        report: gets one line for each step.
+        stages: See `find_stages`.
+        images: Folder of new scans, named as in imagesTs.
+        output: Folder of the result; holds what nnUNetv2_predict writes.
+        keep: Folder of stage 1's predictions; None: beside `output`, called <output>_<configuration of stage 1>.
+        options: Options of both predictions.
+        report: Gets one line for each step.
 
     Raises:
         UsageError: folders that can't be used together, incomplete input, or a continuation with other settings.
@@ -141,10 +141,10 @@ class _Good:
     """What a prediction must be like to be taken as finished.
 
     Args:
-        reader: of nnU-Net.
-        ending: of its files.
-        labels: that it may hold.
-        shapes: of the scans, by case.
+        reader: Reader of nnU-Net.
+        ending: Ending of its files.
+        labels: Values that it may hold.
+        shapes: Shapes of the scans, by case.
     """
 
     reader: Any

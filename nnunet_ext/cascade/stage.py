@@ -23,7 +23,7 @@ class Stage(ModelFolder):
     """A trained model and the folds that predict.
 
     Args:
-        checkpoints: Of these folds, by the fold's name.
+        checkpoints: File of each fold, by the fold's name.
     """
 
     checkpoints: dict[str, Path]
@@ -77,12 +77,12 @@ def find_stages(
     """Find both trained stages below nnUNet_results.
 
     Args:
-        dataset: number or name.
-        plans, trainer: names.
-        configuration: of stage 2.
-        folds: of stage 1 and of stage 2.
-        checkpoint: name of the file in a fold's folder.
-        trusted: let nnU-Net run whatever code the models' files hold.
+        dataset: Number or name.
+        plans, trainer: Names.
+        configuration: Configuration of stage 2.
+        folds: Folds of stage 1 and of stage 2.
+        checkpoint: Name of the file in a fold's folder.
+        trusted: Let nnU-Net run whatever code the models' files hold.
 
     Raises:
         UsageError: one is missing or incomplete, or holds code; the configuration has no stage before it; their labels

@@ -27,17 +27,17 @@ class Request:
     """What to compare.
 
     Args:
-        runs: trained models; may be empty where there are predictions.
-        predictions: label -> folder of segmentations of held-out cases; the labels of `runs` where there are runs.
-        references: folder of the held-out cases' references.
-        dataset: content of dataset.json.
-        baseline: label of the run that the others are compared with.
-        margin: loss of Dice that does not matter, in Dice points (1 point = 0.01).
-        tolerance: of NSD in mm; None: no surface distances.
-        places: where references and images of validation cases lie.
-        benchmark: content of `nnunet-ext benchmark`'s JSON.
-        processes: that read segmentations.
-        trusted: build whatever code the runs' plans name.
+        runs: Trained models; may be empty where there are predictions.
+        predictions: Label -> folder of segmentations of held-out cases; the labels of `runs` where there are runs.
+        references: Folder of the held-out cases' references.
+        dataset: Content of dataset.json.
+        baseline: Label of the run that the others are compared with.
+        margin: Loss of Dice that does not matter, in Dice points (1 point = 0.01).
+        tolerance: Tolerance of NSD in mm; None: no surface distances.
+        places: Where references and images of validation cases lie.
+        benchmark: Content of `nnunet-ext benchmark`'s JSON.
+        processes: Number of processes that read segmentations.
+        trusted: Build whatever code the runs' plans name.
     """
 
     runs: tuple[Run, ...]
@@ -64,10 +64,10 @@ class Comparison:
     """What was found.
 
     Args:
-        request: what was asked for.
-        evaluations: of cross-validation and of held-out cases, those that there are.
-        trainings, costs: label -> what its run logged and costs.
-        warnings: why the comparison may not be fair.
+        request: What was asked for.
+        evaluations: Results of cross-validation and of held-out cases, as far as there are any.
+        trainings, costs: Label -> what its run logged and costs.
+        warnings: Why the comparison may not be fair.
     """
 
     request: Request

@@ -18,16 +18,16 @@ class Cost:
     """Cost of one run; None where not known.
 
     Args:
-        parameters: number of weights.
-        macs: multiply-accumulate operations of a forward pass of one patch.
-        patch_size, batch_size, spacing, network: from the plans; spacing in mm.
-        epochs, iterations: number of epochs (of all folds the same, else None), training iterations per epoch.
-        seconds_per_epoch: as the trainings logged it.
-        machine: of the trainings.
-        peak: bytes of a training step beside the weights, see `memory_source`.
-        inference_peak: bytes of the prediction of a patch beside the weights.
-        case_seconds: prediction of a case with mirroring.
-        memory_source: how `peak` was measured.
+        parameters: Number of weights.
+        macs: Multiply-accumulate operations of a forward pass of one patch.
+        patch_size, batch_size, spacing, network: Values of the plans; spacing in mm.
+        epochs, iterations: Number of epochs (of all folds the same, else None), training iterations per epoch.
+        seconds_per_epoch: Value that the trainings logged.
+        machine: Machine of the trainings.
+        peak: Bytes of a training step beside the weights, see `memory_source`.
+        inference_peak: Bytes of the prediction of a patch beside the weights.
+        case_seconds: Prediction of a case with mirroring.
+        memory_source: How `peak` was measured.
     """
 
     parameters: int | None
@@ -52,12 +52,12 @@ def read_cost(
     """Cost of a run, and warnings about what could not be found.
 
     Args:
-        run: its folder.
-        training: what it logged.
-        benchmark: content of `nnunet-ext benchmark`'s JSON, where there is one.
-        peaks: whether the training memory is the benchmark's too, which needs a record of every run: what was
+        run: Its folder.
+        training: What it logged.
+        benchmark: Content of `nnunet-ext benchmark`'s JSON, where there is one.
+        peaks: Whether the training memory is the benchmark's too, which needs a record of every run: what was
             measured and what is counted here can't stand in one ratio.
-        trusted: build whatever code the run's plans name.
+        trusted: Build whatever code the run's plans name.
     """
     settings, warnings = run.settings, []
     measured = benchmarked(run, benchmark)

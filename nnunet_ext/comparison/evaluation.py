@@ -31,10 +31,10 @@ class Job:
     """One prediction to score.
 
     Args:
-        case: its name.
-        prediction, reference: files of label maps of equal shape.
-        dataset: content of dataset.json.
-        tolerance: of NSD in mm; None: no surface distances.
+        case: Its name.
+        prediction, reference: Files of label maps of equal shape.
+        dataset: Content of dataset.json.
+        tolerance: Tolerance of NSD in mm; None: no surface distances.
     """
 
     case: str
@@ -119,8 +119,8 @@ def surface(
 
     Args:
         truth, found: (z, y, x) or (y, x).
-        spacing: mm per voxel along each axis.
-        tolerance: of NSD, in mm.
+        spacing: Mm per voxel along each axis.
+        tolerance: Tolerance of NSD in mm.
     """
     import surface_distance
 

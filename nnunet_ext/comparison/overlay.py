@@ -22,13 +22,13 @@ class Scan:
     """An unseen scan with its segmentations.
 
     Args:
-        name: of the case.
-        image: first channel, (z, y, x).
-        spacing: along z, y, x in mm.
-        truth: labels, (z, y, x).
-        predictions: title -> labels, (z, y, x).
-        names: label -> name.
-        is_ct: whether `image` holds Hounsfield units, which are shown in a fixed window.
+        name: Name of the case.
+        image: First channel, (z, y, x).
+        spacing: Along z, y, x in mm.
+        truth: Labels, (z, y, x).
+        predictions: Title -> labels, (z, y, x).
+        names: Label -> name.
+        is_ct: Whether `image` holds Hounsfield units, which are shown in a fixed window.
     """
 
     name: str

@@ -20,8 +20,8 @@ class Places:
     """Folders to search in.
 
     Args:
-        raw, preprocessed: what nnU-Net's variables name; None where they are not set.
-        references, images: folders that the user names; searched first.
+        raw, preprocessed: What nnU-Net's variables name; None where they are not set.
+        references, images: Folders that the user names; searched first.
     """
 
     raw: Path | None = None
@@ -74,8 +74,8 @@ def dataset_of(folders: Sequence[Path], description: Path | None) -> dict[str, A
     """Content of the dataset.json that labels and file ending are taken from.
 
     Args:
-        folders: of predictions and references; nnU-Net's prediction leaves a dataset.json there.
-        description: file that the user names, searched first.
+        folders: Folders of predictions and references; nnU-Net's prediction leaves a dataset.json there.
+        description: File that the user names, searched first.
 
     Raises:
         UsageError: there is none, or it is not nnU-Net's.

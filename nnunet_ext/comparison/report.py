@@ -60,10 +60,10 @@ def write(
     """Write the report, which replaces an earlier one as a whole. The same input gives the same bytes.
 
     Args:
-        comparison: what was found.
-        folder: to write to; is made.
-        command: that made it, for the report.
-        on_status: called with what is being done.
+        comparison: What was found.
+        folder: Folder to write to; it is made.
+        command: Command line, for the report.
+        on_status: Called with what is being done.
 
     Returns:
         Path of report.html.

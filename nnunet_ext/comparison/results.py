@@ -23,9 +23,9 @@ class Mean:
     """Mean of one metric and structure over the common cases of one run.
 
     Args:
-        n: cases with a value.
-        missed: cases in which the reference has the structure and the run finds none of it.
-        invented: cases in which the run finds the structure and the reference has none.
+        n: Cases with a value.
+        missed: Cases in which the reference has the structure and the run finds none of it.
+        invented: Cases in which the run finds the structure and the reference has none.
     """
 
     run: str
@@ -45,7 +45,7 @@ class Comparand:
     Args:
         p_holm: `difference.p` after Holm's correction over its family: all runs for the mean over structures (the
             primary outcome), all runs and structures together for the single structures; each metric apart.
-        verdict: non-inferiority by the margin; empty for metrics other than Dice.
+        verdict: Non-inferiority by the margin; empty for metrics other than Dice.
     """
 
     run: str
@@ -62,14 +62,14 @@ class Evaluation:
 
     Args:
         name: "cross-validation" or "held-out".
-        scores: all rows; `compared` tells whether the case is one that all runs have.
-        labels: of the runs, the baseline first.
-        structures: names, in the order of dataset.json.
+        scores: All rows; `compared` tells whether the case is one that all runs have.
+        labels: Labels of the runs, the baseline first.
+        structures: Names, in the order of dataset.json.
         metrics: "Dice", "IoU" and, where surfaces were measured, "NSD", "HD95".
-        cases: names of the common cases.
-        means, comparands: one for each run, metric and structure (`MEAN` included).
+        cases: Names of the common cases.
+        means, comparands: One for each run, metric and structure (`MEAN` included).
         ranks: (run, rank) number of cases, by mean Dice.
-        worst: run -> its cases of the lowest mean Dice, lowest first.
+        worst: Run -> its cases of the lowest mean Dice, lowest first.
     """
 
     name: str
@@ -114,10 +114,10 @@ def evaluate(name: str, scores: pd.DataFrame, labels: Sequence[str], margin: flo
     """Compare runs over the cases that all of them have.
 
     Args:
-        name: of the set of cases.
-        scores: one row per run, case and structure.
-        labels: of the runs, the baseline first.
-        margin: of the verdicts, in Dice points.
+        name: Name of the set of cases.
+        scores: One row per run, case and structure.
+        labels: Labels of the runs, the baseline first.
+        margin: Margin of the verdicts, in Dice points.
 
     Raises:
         UsageError: no case is in all runs.

@@ -50,7 +50,7 @@ def find_runs(
 
     Args:
         results: Folder of all results; None: what `nnUNet_results` names.
-        dataset: number or DatasetXXX_Name.
+        dataset: Number or DatasetXXX_Name.
 
     Raises:
         UsageError: no such data set, or a trainer, plans or configuration without any run.

@@ -18,22 +18,22 @@ class Selection:
     """Names and folders, as the options of `nnunet-ext compare` hold them.
 
     Args:
-        dataset: number or name; with `configurations`, `plans` and `trainers` names runs below `results`.
-        results: folder of all results; None: what `nnUNet_results` names.
-        folds: to compare; None: all that are validated.
-        folders: of further runs, TRAINER__PLANS__CONFIGURATION.
-        predictions: folders of segmentations of held-out cases, in the order of the runs.
-        references: folder of the held-out cases' references.
-        description: dataset.json of the labels; None: the runs' own, or one beside the predictions.
-        names: of the runs, in their order; empty: made of trainers, plans and configurations.
-        baseline: label or trainer; None: the first run.
-        margin: loss of Dice that does not matter, in Dice points (1 point = 0.01).
-        tolerance: of NSD in mm; None: no surface distances.
-        validation_references, images: folders with the cases of runs that come from another machine.
+        dataset: Number or name; with `configurations`, `plans` and `trainers` names runs below `results`.
+        results: Folder of all results; None: what `nnUNet_results` names.
+        folds: Folds to compare; None: all that are validated.
+        folders: Folders of further runs, TRAINER__PLANS__CONFIGURATION.
+        predictions: Folders of segmentations of held-out cases, in the order of the runs.
+        references: Folder of the held-out cases' references.
+        description: Dataset.json of the labels; None: the runs' own, or one beside the predictions.
+        names: Names of the runs, in their order; empty: made of trainers, plans and configurations.
+        baseline: Label or trainer; None: the first run.
+        margin: Loss of Dice that does not matter, in Dice points (1 point = 0.01).
+        tolerance: Tolerance of NSD in mm; None: no surface distances.
+        validation_references, images: Folders with the cases of runs that come from another machine.
         benchmark: JSON of `nnunet-ext benchmark`; None: benchmark.json in `output`, where there is one.
-        output: folder of the report.
-        processes: that read segmentations; None: as many as nnU-Net takes.
-        trusted: build whatever code the runs' plans name.
+        output: Folder of the report.
+        processes: Number of processes that read segmentations; None: as many as nnU-Net takes.
+        trusted: Build whatever code the runs' plans name.
     """
 
     dataset: str | None = None

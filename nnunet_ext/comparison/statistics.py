@@ -30,11 +30,11 @@ class Difference:
     """Mean difference of a run to the baseline over the cases that both have a value for.
 
     Args:
-        n: number of such cases.
-        mean: mean of run minus baseline; NaN without cases.
+        n: Number of such cases.
+        mean: Mean of run minus baseline; NaN without cases.
         low, high: 95 % interval of `mean`; NaN with fewer than two cases.
         p: Wilcoxon signed-rank, two-sided; NaN with fewer than two cases, 1 where all differences are zero.
-        better, worse: number of cases with a positive, a negative difference.
+        better, worse: Number of cases with a positive, a negative difference.
     """
 
     n: int
@@ -97,8 +97,8 @@ def verdict(found: Difference, margin: float) -> Verdict:
     """Non-inferiority by the interval of a difference of which more is better.
 
     Args:
-        found: the difference.
-        margin: largest loss that does not matter, in the unit of the difference, not negative.
+        found: The difference.
+        margin: Largest loss that does not matter, in the unit of the difference, not negative.
     """
     if found.low > 0:
         return "superior"

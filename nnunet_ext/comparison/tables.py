@@ -20,10 +20,10 @@ class Table:
     """A table: the first column names the row, the others hold values.
 
     Args:
-        caption: what it shows.
-        header: one text per column.
-        rows: one text per column each.
-        texts: number of leading columns that hold text; the others are right-aligned numbers.
+        caption: What it shows.
+        header: One text per column.
+        rows: One text per column each.
+        texts: Number of leading columns that hold text; the others are right-aligned numbers.
     """
 
     caption: str

@@ -32,11 +32,11 @@ class Training:
     """The trainings of one run.
 
     Args:
-        curves: fold -> what it logged; folds without a readable checkpoint are missing.
-        machines: fold -> GPU (or "cpu"), PyTorch; from debug.json.
-        planned_epochs: number of epochs of each fold that debug.json tells.
-        iterations: training iterations per epoch, None where unknown or not the same in all folds.
-        warnings: sentences about what is missing or doubtful.
+        curves: Fold -> what it logged; folds without a readable checkpoint are missing.
+        machines: Fold -> GPU (or "cpu"), PyTorch; from debug.json.
+        planned_epochs: Number of epochs of each fold that debug.json tells.
+        iterations: Training iterations per epoch, None where unknown or not the same in all folds.
+        warnings: Sentences about what is missing or doubtful.
     """
 
     curves: Mapping[str, Curves]

@@ -27,10 +27,10 @@ class Child:
     """A command to run.
 
     Args:
-        command: name of a console command and its arguments.
-        log: file that its output is appended to.
-        environment: of the child.
-        lock: descriptor of the demo's lock, kept open while the child lives.
+        command: Name of a console command and its arguments.
+        log: File that its output is appended to.
+        environment: Environment of the child.
+        lock: Descriptor of the demo's lock, kept open while the child lives.
     """
 
     command: tuple[str, ...]
@@ -43,9 +43,9 @@ def environment(folders: Mapping[str, Path], device: str, is_short: bool) -> dic
     """Return the user's environment with nnU-Net's folders replaced; what else is set is only a default.
 
     Args:
-        folders: variable -> folder.
+        folders: Variable -> folder.
         device: "cpu", "cuda" or "mps"; more processes than cores slow a training without a GPU down.
-        is_short: compiling the network takes longer than such a training.
+        is_short: Compiling the network takes longer than such a training.
     """
     own = {name: str(folder) for name, folder in folders.items()}
     own |= {"PYTHONUNBUFFERED": "1", "nnUNet_wandb_enabled": "0"}

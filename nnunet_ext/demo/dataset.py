@@ -29,9 +29,9 @@ class RawDataset:
 
     Args:
         folder: DatasetXXX_Name.
-        description: content of its dataset.json.
-        training: cases to train on.
-        unseen: cases to predict.
+        description: Content of its dataset.json.
+        training: Cases to train on.
+        unseen: Cases to predict.
     """
 
     folder: Path
@@ -142,9 +142,9 @@ def are_predicted(data: Path, predictions: Path, cases: Sequence[str]) -> bool:
     """Whether every unseen case has a prediction that is whole, of its image's shape, with labels of the data set.
 
     Args:
-        data: data set that `link` made, or the phantom.
-        predictions: folder of segmentations.
-        cases: names.
+        data: Data set that `link` made, or the phantom.
+        predictions: Folder of segmentations.
+        cases: Names.
     """
     description = _read_description(data)
     ending = str(description["file_ending"])

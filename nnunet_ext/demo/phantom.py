@@ -33,11 +33,11 @@ class PhantomSpec:
     """What a phantom data set holds.
 
     Args:
-        n_training: cases with number in imagesTr and labelsTr.
-        n_test: unseen cases in imagesTs and labelsTs.
-        field_of_view: extent of the largest scan along x, y, z in mm.
-        spacing: the middle of the voxel sizes along x, y, z in mm.
-        seed: of all random numbers.
+        n_training: Cases with number in imagesTr and labelsTr.
+        n_test: Unseen cases in imagesTs and labelsTs.
+        field_of_view: Extent of the largest scan along x, y, z in mm.
+        spacing: The middle of the voxel sizes along x, y, z in mm.
+        seed: Seed of all random numbers.
     """
 
     n_training: int = 12
@@ -52,11 +52,11 @@ class Tissue:
     """An ellipsoid of one attenuation; an infinite radius makes it a cylinder.
 
     Args:
-        label: value in the segmentation.
-        hu: attenuation in Hounsfield units.
-        centre: in mm.
-        radii: in mm.
-        vary: how much the place (mm) and, in percent, the radii vary between cases.
+        label: Value in the segmentation.
+        hu: Attenuation in Hounsfield units.
+        centre: Centre in mm.
+        radii: Radii in mm.
+        vary: How much the place (mm) and, in percent, the radii vary between cases.
     """
 
     label: int
@@ -94,7 +94,7 @@ class Case:
     Args:
         image: (z, y, x), int16, Hounsfield units.
         labels: (z, y, x), uint8.
-        spacing: along x, y, z in mm.
+        spacing: Along x, y, z in mm.
     """
 
     image: NDArray[np.int16]

@@ -24,9 +24,9 @@ class Model:
     """What one training gave.
 
     Args:
-        trainer: name as tables call it.
-        dice: mean Dice of the unseen scans; None where it is not defined.
-        seconds_per_epoch: median over the epochs; None where it was not logged.
+        trainer: Name as tables call it.
+        dice: Mean Dice of the unseen scans; None where it is not defined.
+        seconds_per_epoch: Median over the epochs; None where it was not logged.
     """
 
     trainer: str
@@ -39,8 +39,8 @@ class Report:
     """A written report.
 
     Args:
-        path: of the page.
-        models: one per trainer.
+        path: File of the page.
+        models: One per trainer.
     """
 
     path: Path

@@ -24,10 +24,10 @@ class Settings:
     """What the user asks for.
 
     Args:
-        output: folder of the demo.
-        raw: data set in nnU-Net's raw format; None for the phantom.
-        trainers: names without a schedule's suffix.
-        schedule: suffix such as "9epochs_20iters_NoMirroring", or "full" for the trainers' own schedule.
+        output: Folder of the demo.
+        raw: Data set in nnU-Net's raw format; None for the phantom.
+        trainers: Names without a schedule's suffix.
+        schedule: Suffix such as "9epochs_20iters_NoMirroring", or "full" for the trainers' own schedule.
         configuration: "2d", "3d_fullres" or "3d_lowres".
         device: "cpu", "cuda" or "mps"; None for what the folder's demo has used, else what PyTorch finds.
     """
@@ -45,10 +45,10 @@ class Demo:
     """Where everything of one demo lies.
 
     Args:
-        root: absolute folder of the demo.
+        root: Absolute folder of the demo.
         dataset: DatasetXXX_Name.
-        trainers: names as the user gave them.
-        schedule, configuration, device: as in `Settings`.
+        trainers: Names as the user gave them.
+        schedule, configuration, device: As in `Settings`.
     """
 
     root: Path

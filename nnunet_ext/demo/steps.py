@@ -31,12 +31,12 @@ class Step:
     """One step.
 
     Args:
-        name: of its log and its marker.
-        title: for people.
-        inputs: the command that it runs, or what else decides its result.
-        work: does it; gets a callback for a short status.
-        results: tells whether all that it makes is there.
-        needs: names of the steps that it builds on.
+        name: Name of its log and its marker.
+        title: Title for people.
+        inputs: The command that it runs, or what else decides its result.
+        work: Does it; gets a callback for a short status.
+        results: Tells whether all that it makes is there.
+        needs: Names of the steps that it builds on.
     """
 
     name: str
@@ -151,7 +151,7 @@ class EpochWatch:
     """Reads the output of a training and says how far it is.
 
     Args:
-        epochs: number of epochs, None where it is not known.
+        epochs: Number of epochs, None where it is not known.
     """
 
     def __init__(self, epochs: int | None) -> None:

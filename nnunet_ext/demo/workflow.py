@@ -39,12 +39,12 @@ class Progress:
     """News of one step.
 
     Args:
-        number: of the step, from 1.
-        total: number of steps.
-        title: of the step.
+        number: Number of the step, from 1.
+        total: Number of steps.
+        title: Title of the step.
         state: "started", "running", "finished", or "reused" where an earlier run has finished it.
-        status: how far a running step is.
-        seconds: since the step's start.
+        status: How far a running step is.
+        seconds: Since the step's start.
     """
 
     number: int
@@ -64,10 +64,10 @@ def run(
     """Run the demo in `settings.output`, or finish the one that an earlier call began there.
 
     Args:
-        settings: what the user asks for.
-        on_start: called once the settings have been accepted.
-        on_progress: called at the start and end of every step and while it runs.
-        runner: runs a command of nnU-Net.
+        settings: What the user asks for.
+        on_start: Called once the settings have been accepted.
+        on_progress: Called at the start and end of every step and while it runs.
+        runner: Runs a command of nnU-Net.
 
     Raises:
         ChildError: a command of nnU-Net failed.

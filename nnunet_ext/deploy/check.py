@@ -22,11 +22,11 @@ class Difference:
     """How far two predictions are apart.
 
     Args:
-        image: what was predicted, "random" or the name of a case.
-        absolute: largest difference of two logits.
-        relative: the same, divided by the largest logit.
-        voxels: number of voxels whose label differs.
-        total: number of voxels.
+        image: What was predicted, "random" or the name of a case.
+        absolute: Largest difference of two logits.
+        relative: The same, divided by the largest logit.
+        voxels: Number of voxels whose label differs.
+        total: Number of voxels.
     """
 
     image: str
@@ -62,8 +62,8 @@ def real_patch(setting: Setting, folder: Path) -> tuple[str, Tensor]:
     """Preprocess the first case of a folder as nnU-Net does; return its name and a patch of its middle.
 
     Args:
-        setting: plans, data set and configuration.
-        folder: images in nnU-Net's format, CASE_0000.nii.gz.
+        setting: Plans, data set and configuration.
+        folder: Images in nnU-Net's format, CASE_0000.nii.gz.
 
     Raises:
         UsageError: there is no image, it is cut off or has other channels, or the configuration also needs the

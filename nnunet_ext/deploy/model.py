@@ -24,11 +24,11 @@ class Model:
     """A trained model.
 
     Args:
-        folder: as nnU-Net's trainer left it.
-        trainer: name of the trainer.
-        setting: plans, data set and configuration.
-        checkpoints: of each fold, by the fold's name.
-        mirroring_axes: axes that prediction may mirror.
+        folder: Folder that nnU-Net's trainer left.
+        trainer: Name of the trainer.
+        setting: Plans, data set and configuration.
+        checkpoints: File of each fold, by the fold's name.
+        mirroring_axes: Axes that prediction may mirror.
     """
 
     folder: Path
@@ -44,10 +44,10 @@ class Model:
         """Find the folds and read what the first checkpoint says of the model.
 
         Args:
-            folder: of a training.
-            folds: names; None: all that have the checkpoint.
-            checkpoint_name: as nnU-Net's `-chk`.
-            trusted: build whatever code the plans name.
+            folder: Folder of a training.
+            folds: Names; None: all that have the checkpoint.
+            checkpoint_name: File name, as nnU-Net's `-chk`.
+            trusted: Build whatever code the plans name.
 
         Raises:
             UsageError: no such folder, no fold, no or another checkpoint, a model that is deployed already, a trainer

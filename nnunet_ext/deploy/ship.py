@@ -39,10 +39,10 @@ class Options:
     """What the model is made into.
 
     Args:
-        dtype: a key of `DTYPES`.
-        form: of FasterFusion blocks.
-        onnx: also write ONNX files.
-        images: folder of real images to check with; None: random ones alone.
+        dtype: A key of `DTYPES`.
+        form: Form of fused FasterFusion blocks.
+        onnx: Also write ONNX files.
+        images: Folder of real images to check with; None: random ones alone.
     """
 
     dtype: str = "float32"
@@ -56,10 +56,10 @@ class Shipped:
     """One fold, before and after.
 
     Args:
-        parameters, parameters_before: numbers of weights.
-        bytes, bytes_before: of the checkpoint's file.
-        differences: of the deployed network to the trained one.
-        onnx_differences: of ONNX Runtime to the fused network in float32.
+        parameters, parameters_before: Numbers of weights.
+        bytes, bytes_before: Size of the checkpoint's file, deployed and trained.
+        differences: Differences of the deployed network to the trained one.
+        onnx_differences: Differences of ONNX Runtime to the fused network in float32.
     """
 
     parameters_before: int
@@ -76,10 +76,10 @@ def ship(
     """Write the model; return what became of each fold.
 
     Args:
-        model: trained.
-        output: a folder that does not exist yet.
-        options: see there.
-        show: called before each piece of work.
+        model: Trained.
+        output: A folder that does not exist yet.
+        options: See there.
+        show: Called before each piece of work.
 
     Raises:
         UsageError: `output` exists, there is nothing to fuse, weights don't fit, or the result is not the same.

@@ -39,7 +39,7 @@ def interpreter(script: str | None) -> tuple[list[str], Finding]:
     """Return the command line of the interpreter that runs `script`, and what there is to say about it.
 
     Args:
-        script: path of the console script; None where it isn't on PATH.
+        script: Path of the console script; None where it isn't on PATH.
     """
     own = [sys.executable]
     if script is None:

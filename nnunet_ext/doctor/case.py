@@ -28,8 +28,8 @@ class Case:
     """Files of one case.
 
     Args:
-        name: of the case.
-        images: one file per channel, or fewer with several channels each.
+        name: Name of the case.
+        images: One file per channel, or fewer with several channels each.
         label: None where there is none to be.
     """
 
@@ -43,10 +43,10 @@ class Rules:
     """What holds for all cases.
 
     Args:
-        reader: class of nnU-Net's reader.
-        channels: number of them.
-        foreground: labels beside the background, without the ignore label.
-        ignore: the ignore label, where there is one.
+        reader: Class of nnU-Net's reader.
+        channels: Number of them.
+        foreground: Labels beside the background, without the ignore label.
+        ignore: The ignore label, where there is one.
     """
 
     reader: Any
@@ -65,11 +65,11 @@ class Look:
     """What a case is like.
 
     Args:
-        name: of the case.
-        findings: failures and warnings.
-        shape, spacing: of its image, in the order of nnU-Net's arrays; empty where it can't be read.
-        labels: that its label map holds.
-        digest: equal for equal images.
+        name: Name of the case.
+        findings: Failures and warnings.
+        shape, spacing: Shape and spacing of its image, in the order of nnU-Net's arrays; empty where it can't be read.
+        labels: Values that its label map holds.
+        digest: Equal for equal images.
     """
 
     name: str

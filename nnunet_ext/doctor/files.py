@@ -17,9 +17,9 @@ def of_folder(folder: Path, ending: str, has_channels: bool) -> Iterator[Finding
     """What is wrong with the names in a folder of images or labels.
 
     Args:
-        folder: of the files.
-        ending: of those that count.
-        has_channels: whether names end with the channel, CASE_0000.
+        folder: Folder to list.
+        ending: Ending of the files that count.
+        has_channels: Whether names end with the channel, CASE_0000.
     """
     entries = sorted(folder.iterdir())
     gone = [path.name for path in entries if path.is_symlink() and not path.exists()]

@@ -14,9 +14,9 @@ class Finding:
 
     Args:
         level: "failure" where trainings would fail, "warning" where something may be meant otherwise.
-        subject: what was checked.
-        detail: what was found, in one line.
-        cure: what to do about it, in one line; empty where nothing needs to be done.
+        subject: What was checked.
+        detail: What was found, in one line.
+        cure: What to do about it, in one line; empty where nothing needs to be done.
     """
 
     level: Level

@@ -58,8 +58,8 @@ def examine(folder: Path, processes: int, on_progress: Progress) -> list[Finding
 
     Args:
         folder: DatasetXXX_Name.
-        processes: that read.
-        on_progress: called with the number of cases that are done, and of all.
+        processes: Number of processes that read.
+        on_progress: Called with the number of cases that are done, and of all.
     """
     description, findings = describe(folder / "dataset.json")
     findings += _about_name(folder)

@@ -33,13 +33,13 @@ class TrainingMemory:
     """Bytes of a training.
 
     Args:
-        parameters: weights and buffers of the network.
-        gradients: of the weights.
-        optimizer: state of the optimiser.
-        activations: alive after the forward pass beside these: images, labels, what is kept for backward, loss. Of
+        parameters: Weights and buffers of the network.
+        gradients: Gradients of the weights.
+        optimizer: State of the optimiser.
+        activations: Alive after the forward pass beside these: images, labels, what is kept for backward, loss. Of
             several passes the largest.
-        peak: the most that tensors need at any time of a step, all of the above included where alive.
-        workspace: copies of input and output of the largest convolution, which cuDNN makes in the layout of its
+        peak: The most that tensors need at any time of a step, all of the above included where alive.
+        workspace: Copies of input and output of the largest convolution, which cuDNN makes in the layout of its
             tensor cores.
     """
 
@@ -109,8 +109,8 @@ def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
     from where on it grows by the same for every sample (tests/memory/test_count.py).
 
     Args:
-        setting: plans, data set and configuration.
-        trainer: name, also of nnU-Net's own and with a schedule's suffix.
+        setting: Plans, data set and configuration.
+        trainer: Name, also of nnU-Net's own and with a schedule's suffix.
 
     Raises:
         UsageError: no trainer has this name.
@@ -137,8 +137,8 @@ def count_memory(setting: Setting, trainer: str, batch_size: int) -> TrainingMem
     """Count the memory of a training at this batch size, whatever the plans say.
 
     Args:
-        setting, trainer: as for `training_memory`.
-        batch_size: patches per step.
+        setting, trainer: As for `training_memory`.
+        batch_size: Patches per step.
     """
     setting.check_code()
     return _counted(

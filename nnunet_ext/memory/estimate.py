@@ -23,9 +23,9 @@ class Measured:
     """What a real step took of a GPU.
 
     Args:
-        allocated: bytes of PyTorch's allocator in use at most: tensors, and workspaces of cuDNN and cuBLAS.
-        reserved: bytes that the allocator held of the GPU at most.
-        outside: bytes of the GPU in use beside these afterwards: CUDA's context, libraries, other programs.
+        allocated: Bytes of PyTorch's allocator in use at most: tensors, and workspaces of cuDNN and cuBLAS.
+        reserved: Bytes that the allocator held of the GPU at most.
+        outside: Bytes of the GPU in use beside these afterwards: CUDA's context, libraries, other programs.
     """
 
     allocated: int
@@ -59,11 +59,11 @@ class Estimate:
     """What a training is expected to need.
 
     Args:
-        setting: plans, data set and configuration.
-        trainer: name.
-        memory: bytes.
-        gpu: name and bytes of this machine's GPU, if there is one.
-        measured: what a real step took of it, if that was asked for.
+        setting: Plans, data set and configuration.
+        trainer: Name.
+        memory: Bytes.
+        gpu: Name and bytes of this machine's GPU, if there is one.
+        measured: What a real step took of it, if that was asked for.
     """
 
     setting: Setting

@@ -26,9 +26,9 @@ class StepMemory:
     """Memory of one training step beside parameters, gradients and optimiser.
 
     Args:
-        held: bytes alive after the forward pass: outputs and what is kept for backward.
-        peak: largest number of bytes alive at any time of forward and backward, gradients of parameters included.
-        parameters: bytes of the parameters.
+        held: Bytes alive after the forward pass: outputs and what is kept for backward.
+        peak: Largest number of bytes alive at any time of forward and backward, gradients of parameters included.
+        parameters: Bytes of the parameters.
     """
 
     held: int
@@ -46,11 +46,11 @@ def measure_step(
     """Measure forward and backward of a network in training mode, without allocating.
 
     Args:
-        build: returns the network; called under fake tensors.
-        input_channels: channels of the image.
-        patch_size: voxels per axis.
-        batch_size: patches per step.
-        autocast_dtype: run the forward pass under CPU autocast of this dtype; None: float32.
+        build: Returns the network; called under fake tensors.
+        input_channels: Channels of the image.
+        patch_size: Voxels per axis.
+        batch_size: Patches per step.
+        autocast_dtype: Run the forward pass under CPU autocast of this dtype; None: float32.
     """
     with FakeTensorMode():
         network = build().train()
@@ -70,8 +70,8 @@ def training_outputs(network: nn.Module, x: Tensor) -> Any:
     """Run a network as training does, with what its `training_inputs(x)` gives beside the image, where it has that.
 
     Args:
-        network: in training mode.
-        x: image (B, C, *patch).
+        network: Network in training mode.
+        x: Image (B, C, *patch).
     """
     inputs = getattr(network, "training_inputs", None)
     return network(x, **(inputs(x) if callable(inputs) else {}))
@@ -89,7 +89,7 @@ def surrogate_loss(outputs: Any) -> Tensor:
     """A loss with a dense gradient and one normalisation over the classes, as cross-entropy has them.
 
     Args:
-        outputs: logits (B, num_classes, *patch), with deep supervision a list of them; what a network gives beside
+        outputs: Logits (B, num_classes, *patch), with deep supervision a list of them; what a network gives beside
             logits in training, as the reconstruction of a VAE branch, counts alike.
     """
     return torch.stack([leaf.logsumexp(1).mean() for leaf in tree_leaves(outputs)]).sum()
@@ -104,7 +104,7 @@ def measure_inference(
     """Measure the peak bytes of the forward pass of one patch in eval mode, without allocating; no parameters.
 
     Args:
-        build, input_channels, patch_size, autocast_dtype: as for `measure_step`.
+        build, input_channels, patch_size, autocast_dtype: As for `measure_step`.
     """
     with FakeTensorMode(), torch.inference_mode():
         network = with_assumed_share(build().eval())
@@ -122,8 +122,8 @@ class Size:
     """Size of a network.
 
     Args:
-        parameters: number of weights.
-        macs: multiply-accumulate operations of convolutions and matrix products in one forward pass of one patch,
+        parameters: Number of weights.
+        macs: Multiply-accumulate operations of convolutions and matrix products in one forward pass of one patch,
             in eval mode.
     """
 
@@ -135,9 +135,9 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
     """Count the weights of a network, and its operations for one patch, without allocating either.
 
     Args:
-        build: returns the network; called under fake tensors.
-        input_channels: channels of the image.
-        patch_size: voxels per axis.
+        build: Returns the network; called under fake tensors.
+        input_channels: Channels of the image.
+        patch_size: Voxels per axis.
     """
     with FakeTensorMode(), torch.no_grad():
         network = with_assumed_share(build().eval())

@@ -57,12 +57,12 @@ class TrainerStep:
     """A training step that can be run again and again.
 
     Args:
-        setting: plans, data set and configuration.
-        trainer: name, also of nnU-Net's own and with a schedule's suffix.
+        setting: Plans, data set and configuration.
+        trainer: Name, also of nnU-Net's own and with a schedule's suffix.
         device: "cpu" for fake tensors, or "cuda".
 
     Attributes:
-        parameters: of the network, all of them.
+        parameters: Parameters of the network, all of them.
 
     Raises:
         UsageError: no trainer has this name.
@@ -147,7 +147,7 @@ def passes_of(form: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield what has a backward pass of its own in a training step, with its input; most trainers have one.
 
     Args:
-        form: what the trainer's `training_form` gives, or the network itself.
+        form: What the trainer's `training_form` gives, or the network itself.
         x: (B, C, *patch).
     """
     passes = getattr(form, "passes", None)

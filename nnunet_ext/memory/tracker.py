@@ -21,8 +21,8 @@ class StorageTracker(TorchDispatchMode):
     """Counts the bytes of all storages that are made while it is entered and still alive.
 
     Attributes:
-        current: bytes alive now.
-        peak: largest value of `current` so far.
+        current: Bytes alive now.
+        peak: Largest value of `current` so far.
     """
 
     def __init__(self) -> None:

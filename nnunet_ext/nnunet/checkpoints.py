@@ -16,9 +16,9 @@ class Trained:
     """What a checkpoint says of the model that it belongs to.
 
     Args:
-        trainer, configuration: names.
-        weights: of the network.
-        mirroring_axes: axes that prediction may mirror.
+        trainer, configuration: Names.
+        weights: Weights of the network.
+        mirroring_axes: Axes that prediction may mirror.
     """
 
     trainer: str
@@ -72,8 +72,8 @@ def read_checkpoint(path: Path, cure: str) -> dict[str, Any]:
     """Read a checkpoint with `weights_only=True`; beside tensors nnU-Net stores numbers of NumPy, and nothing else.
 
     Args:
-        path: of the file.
-        cure: what to do when it can't be read, as the end of a sentence.
+        path: File to read.
+        cure: What to do when it can't be read, as the end of a sentence.
 
     Raises:
         UsageError: it is cut off, holds anything else, or is no checkpoint.

@@ -45,9 +45,9 @@ def find_dataset(
 
     Args:
         dataset: Number or whole name.
-        option: That it was given by.
-        variable: Of the environment, which names the folder to look in.
-        root: Instead of the variable.
+        option: Option that names it.
+        variable: Variable of the environment with the folder to look in.
+        root: Folder to look in instead.
         instead: What may be given instead of the variable.
         cure: What to do when there is none, as the end of a sentence.
 
@@ -79,9 +79,9 @@ def read_dataset(path: Path, cure: str, needed: Iterable[str] = ("labels", "file
     """Read a dataset.json.
 
     Args:
-        path: of the file.
-        cure: what to do when it can't be used, as the end of a sentence.
-        needed: keys that it must have.
+        path: File to read.
+        cure: What to do when it can't be used, as the end of a sentence.
+        needed: Keys that it must have.
 
     Raises:
         UsageError: it can't be read, lacks a key, or has something else than nnU-Net writes.

@@ -31,7 +31,7 @@ class ModelFolder:
         """Read a folder, under whatever name.
 
         Args:
-            folder: Of a training.
+            folder: Folder of a training.
             rule: What must be an existing folder, as the start of a sentence.
             cure: What to do when it can't be used, as its end.
 

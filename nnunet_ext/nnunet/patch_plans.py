@@ -19,8 +19,8 @@ def setting_of_patch(patch_size: Sequence[int], dataset: dict[str, Any]) -> Sett
     The plans hold no median image size, because there is no image.
 
     Args:
-        patch_size: two or three numbers of voxels.
-        dataset: content of dataset.json.
+        patch_size: Two or three numbers of voxels.
+        dataset: Content of dataset.json.
 
     Raises:
         UsageError: not two or three numbers, or too small for two stages.

@@ -24,8 +24,8 @@ def read_plans(path: Path, cure: str) -> dict[str, Any]:
     """Read a plans file.
 
     Args:
-        path: of the file.
-        cure: what to do when it can't be used, as the end of a sentence.
+        path: File to read.
+        cure: What to do when it can't be used, as the end of a sentence.
 
     Raises:
         UsageError: it can't be read, holds no configurations, or names that are paths.
@@ -49,8 +49,8 @@ def configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A configuration as nnU-Net's own handler resolves it, with what it inherits and the network of old plans.
 
     Args:
-        plans: content of plans.json; left as it is.
-        name: of the configuration.
+        plans: Content of plans.json; left as it is.
+        name: Name of the configuration.
 
     Raises:
         UsageError: there is none, it inherits in a circle, or lacks what every training needs.

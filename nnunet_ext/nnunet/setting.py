@@ -20,10 +20,10 @@ class Setting:
     """One configuration of nnU-Net's plans for one data set.
 
     Args:
-        plans: content of plans.json.
-        dataset: content of dataset.json.
-        configuration: a name in `plans`.
-        trusted: build whatever code the plans name, see `nnunet_ext.nnunet.trust`.
+        plans: Content of plans.json.
+        dataset: Content of dataset.json.
+        configuration: A name in `plans`.
+        trusted: Build whatever code the plans name, see `nnunet_ext.nnunet.trust`.
 
     Raises:
         UsageError: the plans don't have the configuration, or not as nnU-Net writes it.

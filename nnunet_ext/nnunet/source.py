@@ -27,14 +27,14 @@ class Source:
     """What the user names; one of `dataset`, `plans_file` and `patch`.
 
     Args:
-        dataset: number or DatasetXXX_Name of a data set that nnU-Net has planned.
-        plans: name of its plans.
-        plans_file: a plans.json; a dataset.json beside it is read too.
-        patch: voxels per axis of an isotropic image.
-        configuration: name in the plans; may be None for a plans file that has 3d_fullres or one configuration.
-        channels, classes: instead of those of dataset.json; classes count the background.
-        batch: patches per training step, instead of those of the plans.
-        trusted: build whatever code the plans name.
+        dataset: Number or DatasetXXX_Name of a data set that nnU-Net has planned.
+        plans: Name of its plans.
+        plans_file: A plans.json; a dataset.json beside it is read too.
+        patch: Voxels per axis of an isotropic image.
+        configuration: Name in the plans; may be None for a plans file that has 3d_fullres or one configuration.
+        channels, classes: Numbers instead of those of dataset.json; classes count the background.
+        batch: Patches per training step, instead of those of the plans.
+        trusted: Build whatever code the plans name.
     """
 
     dataset: str | None = None

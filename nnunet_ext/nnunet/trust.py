@@ -46,7 +46,7 @@ def check_network(configuration: Mapping[str, Any]) -> None:
     """Refuse a network, or a layer of its arguments, that is no `nn.Module` of `PACKAGES` or a registered module.
 
     Args:
-        configuration: of plans.json, with what it inherits.
+        configuration: Configuration of plans.json, with what it inherits.
 
     Raises:
         UsageError: names the first value that is not admitted.
@@ -65,7 +65,7 @@ def check_host_names(*contents: Mapping[str, Any]) -> None:
     nnU-Net takes whatever its modules hold by that name, also what they import.
 
     Args:
-        contents: of plans.json, its configuration, or dataset.json.
+        contents: Content of plans.json, of its configuration, or of dataset.json.
 
     Raises:
         UsageError: names the first value that is not admitted.

@@ -18,8 +18,8 @@ class ExpandedPatchMixin:
     stages is planned as before. Memory is the larger of both passes, so a large k shrinks P.
 
     Attributes:
-        k: size of kP over that of P, one number for all axes.
-        expanded_share: memory of the expanded pass over that of a whole pass of the same patch, in 2D and 3D, about
+        k: Size of kP over that of P, one number for all axes.
+        expanded_share: Memory of the expanded pass over that of a whole pass of the same patch, in 2D and 3D, about
             (docs/methods/me_unet.md); it only steers the search.
     """
 

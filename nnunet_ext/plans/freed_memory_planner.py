@@ -43,10 +43,10 @@ class FreedMemoryPlanner(ExperimentPlanner):
     Images of one voxel along an axis are planned as slices across it.
 
     Attributes:
-        network_class: network that is planned.
-        network_options: options of the network, written into the plans.
-        trainer: name of the trainer whose step is planned for.
-        default_plans_name: name of the plans where none is asked for.
+        network_class: Network that is planned.
+        network_options: Options of the network, written into the plans.
+        trainer: Name of the trainer whose step is planned for.
+        default_plans_name: Name of the plans where none is asked for.
     """
 
     network_class: type[nn.Module]
@@ -163,8 +163,8 @@ class FreedMemoryPlanner(ExperimentPlanner):
         """The plan with a patch, padded to what its strides divide, and the topology that nnU-Net gives it.
 
         Args:
-            plan: a configuration; it is not changed.
-            patch: voxels per axis.
+            plan: A configuration; it is not changed.
+            patch: Voxels per axis.
 
         Returns:
             None where there is no such network.

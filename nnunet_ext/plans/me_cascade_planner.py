@@ -59,8 +59,8 @@ class MeCascadePlanner(MeUNetPlanner):
         """Configurations at P, and the stages of the cascade.
 
         Args:
-            configurations: as planned, with kP as patch.
-            dataset_json: of the data set.
+            configurations: Configurations as planned, with kP as patch.
+            dataset_json: Content of the data set's dataset.json.
         """
         planned: dict[str, dict[str, Any]] = {}
         for name, configuration in configurations.items():
@@ -87,9 +87,9 @@ def stages_of(
     """Both stages, as configurations that inherit from the one at P.
 
     Args:
-        configuration: as planned, with kP as patch.
-        name: of the configuration.
-        dataset_json: of the data set.
+        configuration: Configuration as planned, with kP as patch.
+        name: Name of the configuration.
+        dataset_json: Content of the data set's dataset.json.
     """
     labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
     context, post = (f"{name[:2]}_{stage}" for stage in STAGES)

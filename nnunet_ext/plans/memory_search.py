@@ -24,13 +24,13 @@ class Candidate:
     """A patch with its topology.
 
     Args:
-        plan: the configuration, without batch size.
-        key: what tells it from others.
-        worth: what is to be as large as possible.
-        voxels: what memory is about proportional to.
-        weights: number of weights, relative to other candidates.
-        covers_image: whether the patch covers a typical image.
-        most: largest batch that the data set allows.
+        plan: The configuration, without batch size.
+        key: What tells it from others.
+        worth: What is to be as large as possible.
+        voxels: What memory is about proportional to.
+        weights: Number of weights, relative to other candidates.
+        covers_image: Whether the patch covers a typical image.
+        most: Largest batch that the data set allows.
     """
 
     plan: dict[str, Any]
@@ -61,11 +61,11 @@ class MemorySearch:
     """The search of one configuration; `known` may hold measurements of others with the same network.
 
     Args:
-        target: bytes of the GPU.
-        least: smallest batch.
-        guess: voxels of a batch that is measured first, where nothing is known.
-        measure: memory of a candidate at a batch.
-        known: measurements, added to.
+        target: Bytes of the GPU.
+        least: Smallest batch.
+        guess: Voxels of a batch that is measured first, where nothing is known.
+        measure: Memory of a candidate at a batch.
+        known: Measurements, added to.
     """
 
     target: int

@@ -27,8 +27,8 @@ def patch_shapes(spacing: Sequence[float], image: Sequence[float]) -> dict[Size,
     """Shapes, not yet padded to what a network's strides divide, with their distortion, 1 for the best proportions.
 
     Args:
-        spacing: in mm, or any unit.
-        image: size of a typical image in voxels.
+        spacing: Spacing per axis in mm, or any unit.
+        image: Size of a typical image in voxels.
     """
     whole = image_size(image)
     found = {whole: 1.0}

@@ -38,10 +38,10 @@ def settled(
     """Give configurations of new plans that can't share data an identifier of their own; say so, and what to run.
 
     Args:
-        folder: of the data set in nnUNet_preprocessed.
-        plans: as they will be written, changed in place.
-        fingerprint: of the data set.
-        cases: names of the training cases, in the fingerprint's order.
+        folder: Folder of the data set in nnUNet_preprocessed.
+        plans: Plans that will be written; changed in place.
+        fingerprint: Fingerprint of the data set.
+        cases: Names of the training cases, in the fingerprint's order.
     """
     known = len(fingerprint["spacings"]) == len(cases)
     if not known:
@@ -75,9 +75,9 @@ class Preprocessed:
     """Preprocessed data of a configuration.
 
     Args:
-        folder: where they lie, or will lie.
-        plans: holding the configuration.
-        configuration: its name.
+        folder: Where they lie, or will lie.
+        plans: Holding the configuration.
+        configuration: Its name.
     """
 
     folder: Path
@@ -113,8 +113,8 @@ class Preprocessed:
         Data that an older nnU-Net stored as .npz or .npy are taken to be right.
 
         Args:
-            fingerprint: of the data set.
-            cases: names of the training cases, in the fingerprint's order.
+            fingerprint: Fingerprint of the data set.
+            cases: Names of the training cases, in the fingerprint's order.
         """
         forward = self.plans.transpose_forward
         target = self.plans.get_configuration(self.configuration).spacing

@@ -14,8 +14,8 @@ def builds(network_class: type[nn.Module], **options: Any) -> staticmethod[..., 
     """Make a trainer's `build_network_architecture`: `network_class` from the plans, for training and prediction.
 
     Args:
-        network_class: built by `build_from_plans`.
-        options: of the network, stronger than those of the plans; a function is called with the configuration.
+        network_class: Built by `build_from_plans`.
+        options: Options of the network, stronger than those of the plans; a function is called with the configuration.
     """
 
     def build_network_architecture(

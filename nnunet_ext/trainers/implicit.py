@@ -25,19 +25,19 @@ class ImplicitTrainerMixin:
     these hold an option of the same name, in training and prediction alike.
 
     Attributes:
-        network_class: network that is trained.
-        n_points: points per patch (paper: k = 30,000), at most a quarter of the voxels.
-        boundary_share: share of them at label boundaries (paper: alpha = 0.5).
-        boundary_sigma: standard deviation of their displacement from the boundary, in voxels of the finest axis
+        network_class: Network that is trained.
+        n_points: Points per patch (paper: k = 30,000), at most a quarter of the voxels.
+        boundary_share: Share of them at label boundaries (paper: alpha = 0.5).
+        boundary_sigma: Standard deviation of their displacement from the boundary, in voxels of the finest axis
             (paper: sigma = 5); the same length in mm along the other axes.
-        class_balanced: give every label the same number of boundary points (not in the paper).
-        decoder_width: units of a hidden layer of the decoder (paper: 512).
-        decoder_depth: hidden layers of the decoder (paper: 8).
-        frequencies: octaves of the positional encoding per axis (paper: L = 10); None: as many as differ on the patch.
-        mesh_spacing: voxels between the mesh points of prediction (paper: 4).
-        dropout: probability in the decoder (paper: 0.2).
-        learning_rate: of AdamW, at the start of nnU-Net's polynomial decay (paper: 1e-4, AdamW).
-        adamw_weight_decay: decoupled, per unit of learning rate (not in the paper; PyTorch's default).
+        class_balanced: Give every label the same number of boundary points (not in the paper).
+        decoder_width: Units of a hidden layer of the decoder (paper: 512).
+        decoder_depth: Hidden layers of the decoder (paper: 8).
+        frequencies: Octaves of the positional encoding per axis (paper: L = 10); None: as many as differ on the patch.
+        mesh_spacing: Voxels between the mesh points of prediction (paper: 4).
+        dropout: Probability in the decoder (paper: 0.2).
+        learning_rate: Learning rate of AdamW at the start of nnU-Net's polynomial decay (paper: 1e-4, AdamW).
+        adamw_weight_decay: Decoupled, per unit of learning rate (not in the paper; PyTorch's default).
     """
 
     network_class: type[ImplicitUNet]

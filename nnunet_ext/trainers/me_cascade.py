@@ -27,10 +27,10 @@ class Branch:
     """One meU-net of the dual network.
 
     Args:
-        network: the branch itself.
-        whole: what the standard pass calls, compiled where nnU-Net compiles.
-        expanded: its expanded pass.
-        patch: its expanded patch.
+        network: The branch itself.
+        whole: What the standard pass calls, compiled where nnU-Net compiles.
+        expanded: Its expanded pass.
+        patch: Its expanded patch.
     """
 
     network: nn.Module
@@ -49,8 +49,8 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
     Stage 2, a configuration with ``previous_stage``: `PostConcatUNet`, nnU-Net's own step at the plans' patch.
 
     Attributes:
-        k: of the plans' patch over the standard patch, where the plans do not say it: that of the larger branch.
-        branch_ks: size of each branch's expanded patch over the standard patch they share.
+        k: Ratio of the plans' patch to the standard patch, where the plans do not say it: that of the larger branch.
+        branch_ks: Size of each branch's expanded patch over the standard patch they share.
     """
 
     k: float | Sequence[float] = 1.75
@@ -131,8 +131,8 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         """Add up the gradients of both patches, branch by branch; return the mean loss.
 
         Args:
-            data: the larger expanded patch, (B, C, *kP).
-            target: its labels at full resolution.
+            data: The larger expanded patch, (B, C, *kP).
+            target: Its labels at full resolution.
         """
         losses = [
             self._accumulate_branch(branch, *(centre_crop(x, branch.patch) for x in (data, target)))

@@ -34,11 +34,11 @@ class MeUNetTrainerMixin:
         3. one clip, one step of the optimiser
 
     Attributes:
-        k: size of kP over that of P, one number or one per axis, where the plans do not say it.
-        expanded_weight: w.
-        expanded_deep_supervision: whether the expanded patch supervises all levels from the second on, with
+        k: Size of kP over that of P, one number or one per axis, where the plans do not say it.
+        expanded_weight: W.
+        expanded_deep_supervision: Whether the expanded patch supervises all levels from the second on, with
             nnU-Net's weights, and not the second alone.
-        softmax_weighted: weight rare classes up in the cross-entropy of all passes, see `SoftmaxWeightedCrossEntropy`.
+        softmax_weighted: Weight rare classes up in the cross-entropy of all passes, see `SoftmaxWeightedCrossEntropy`.
     """
 
     k: float | Sequence[float] = 1.5
@@ -79,7 +79,7 @@ class MeUNetTrainerMixin:
         """Keep what the training step runs beside the network itself.
 
         Args:
-            network: without the wrappers of DDP and torch.compile.
+            network: Network without the wrappers of DDP and torch.compile.
         """
         self.expanded_pass = self.make_expanded_pass(network)
 
@@ -106,8 +106,8 @@ class MeUNetTrainerMixin:
         """Add up the gradients of both patches.
 
         Args:
-            data: the expanded patch, (B, C, *kP).
-            target: its labels at full resolution.
+            data: The expanded patch, (B, C, *kP).
+            target: Its labels at full resolution.
 
         Returns:
             The joint loss.
@@ -185,8 +185,8 @@ def plan_standard_patch(configuration: ConfigurationManager, default_k: float | 
     """The standard patch of a configuration.
 
     Args:
-        configuration: its ``me_unet`` holds k, and beside it `MeUNetPlanner` writes ``standard_patch_size``.
-        default_k: where the configuration has no k.
+        configuration: Its ``me_unet`` holds k, and beside it `MeUNetPlanner` writes ``standard_patch_size``.
+        default_k: Where the configuration has no k.
 
     Raises:
         ValueError: k, the patch or the stages do not fit, or k and the noted standard patch contradict each other.

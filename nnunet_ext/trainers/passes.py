@@ -44,8 +44,8 @@ class TwoPasses(_Passes):
     """meU-net's training step: the expanded pass, then the standard one.
 
     Args:
-        trained_network: takes both passes.
-        standard_patch: voxels per axis of the expanded patch -> of the standard patch.
+        trained_network: Takes both passes.
+        standard_patch: Voxels per axis of the expanded patch -> of the standard patch.
 
     Shape: (B, C, *kP) -> logits of P.
     """
@@ -72,9 +72,9 @@ class InTurn(_Passes):
     """meU-net's training step of a network's branches on centres of one patch, one after the other.
 
     Args:
-        trained_network: has ``branches``, of which each takes both passes.
-        standard_patch: voxels per axis of the whole patch -> of the standard patch that all share.
-        expanded_patches: for each branch, voxels per axis of the whole patch -> of its expanded patch.
+        trained_network: Has ``branches``, of which each takes both passes.
+        standard_patch: Voxels per axis of the whole patch -> of the standard patch that all share.
+        expanded_patches: Function of each branch: voxels per axis of the whole patch -> of its expanded patch.
 
     Shape: (B, C, *patch) -> logits of P by the last branch.
     """

@@ -24,11 +24,11 @@ class FirstStage:
 
     Args:
         command: ``nnUNetv2_train DATASET CONFIGURATION``.
-        options: of the command, the same for all folds.
-        model: its folder TRAINER__PLANS__CONFIGURATION.
-        configuration: its name.
-        priors: folder that its validations write for this stage.
-        splits: validation cases of each fold.
+        options: Options of the command, the same for all folds.
+        model: Its folder TRAINER__PLANS__CONFIGURATION.
+        configuration: Its name.
+        priors: Folder that its validations write for this stage.
+        splits: Validation cases of each fold.
     """
 
     command: str
@@ -42,9 +42,9 @@ class FirstStage:
         """Check the prior of every case.
 
         Args:
-            datasets: of nnU-Net, with these priors.
-            labels: that a prior may hold beside the background.
-            read: also read them all: shape, labels, whether they are whole.
+            datasets: Data sets of nnU-Net with these priors.
+            labels: Values that a prior may hold in addition to the background.
+            read: Also read them all: shape, labels, whether they are whole.
 
         Raises:
             ValueError: a prior is missing, unreadable, or belongs to another image or label set.

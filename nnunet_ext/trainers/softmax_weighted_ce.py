@@ -18,7 +18,7 @@ class SoftmaxWeightedCrossEntropy(RobustCrossEntropyLoss):
     The weights' mean is 1. A class that is everywhere weighs e times less than one that is nowhere.
 
     Args:
-        ignore_index: label that counts neither in the shares nor in the loss.
+        ignore_index: Label that counts neither in the shares nor in the loss.
 
     Shape: logits (B, C, *patch), labels (B, 1, *patch) or (B, *patch) -> scalar.
     """
@@ -37,9 +37,9 @@ def class_weights(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
     """Weights (num_classes,) of the classes, float32; see `SoftmaxWeightedCrossEntropy`.
 
     Args:
-        labels: int64, of any shape.
+        labels: Int64, of any shape.
         num_classes: C.
-        ignore_index: label that does not count.
+        ignore_index: Label that does not count.
     """
     counted = labels.masked_fill(labels == ignore_index, -1)
     # Class by class: adding all voxels up in a few bins lets them queue for these on a GPU.

@@ -18,7 +18,7 @@ class VAELoss(nn.Module):
 
     Args:
         segmentation: nnU-Net's loss.
-        l2_weight, kl_weight: of the two terms.
+        l2_weight, kl_weight: Weights of the two terms.
     """
 
     def __init__(self, segmentation: nn.Module, l2_weight: float, kl_weight: float) -> None:
@@ -53,8 +53,8 @@ class VAETrainerMixin:
     """Loss of the VAE branch for trainers; place it before nnUNetTrainer.
 
     Attributes:
-        l2_weight: of the mean squared error of the reconstructed image (normalised intensities).
-        kl_weight: of the mean KL divergence of the latent.
+        l2_weight: Weight of the mean squared error of the reconstructed image (normalised intensities).
+        kl_weight: Weight of the mean KL divergence of the latent.
     """
 
     l2_weight = 0.1

@@ -42,12 +42,12 @@ class Chain:
 
     Args:
         steps: `AdditiveCoupling`, `Descend`, `Ascend` and `Tap`; the last feature map has the shape of the first.
-        exact: whether the couplings are exact.
+        exact: Whether the couplings are exact.
         reversible: False lets plain autograd keep everything: same outputs, the reference.
-        group_elements: run the samples in groups of at most this many elements of the input (at least one sample),
+        group_elements: Run the samples in groups of at most this many elements of the input (at least one sample),
             which lowers the peak of the backward pass. Only right where all modules treat samples independently:
             not with batch norm. None: all samples at once.
-        exact_range: checks the exact mode; shared by the chains of a network, which then waits once per step. None:
+        exact_range: Checks the exact mode; shared by the chains of a network, which then waits once per step. None:
             nothing is checked.
 
     Raises:
@@ -273,12 +273,12 @@ class _Walk:
     """The way back through a chain.
 
     Args:
-        seen: by modules in the forward pass, by (start of the group, step, half).
-        places: of the parameters, by module.
-        autocast: of the forward pass.
-        leaves: matrices of the steps, then parameters.
-        x_needs_grad: whether the chain's input does.
-        n_steps: of the chain.
+        seen: What modules saw in the forward pass, by (start of the group, step, half).
+        places: Places of the parameters, by module.
+        autocast: State of autocast in the forward pass.
+        leaves: Matrices of the steps, then parameters.
+        x_needs_grad: Whether the chain's input does.
+        n_steps: Number of steps of the chain.
     """
 
     seen: dict[tuple[int, int, str], Seen]

@@ -75,8 +75,8 @@ class AdditiveCoupling(nn.Module):
     (Gomez et al. 2017, equations 6 and 7).
 
     Args:
-        f, g: modules that keep the shape of their input and do not change it in place.
-        exact: round what `f` and `g` return to multiples of 2^-12 (straight-through gradient). With inputs that
+        f, g: Modules that keep the shape of their input and do not change it in place.
+        exact: Round what `f` and `g` return to multiples of 2^-12 (straight-through gradient). With inputs that
             are such multiples and values below 2^12, additions in float32 are exact and so is the inverse.
 
     Shape: two tensors (B, C, *spatial) -> two tensors (B, C, *spatial).

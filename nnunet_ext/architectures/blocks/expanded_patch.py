@@ -33,8 +33,8 @@ def factors(k: Any, dim: int) -> tuple[float, ...]:
     """`k` for each axis.
 
     Args:
-        k: one number, or one per axis.
-        dim: number of axes.
+        k: One number, or one per axis.
+        dim: Number of axes.
 
     Raises:
         ValueError: not one number or one per axis; below 1, infinite or not a number.
@@ -57,9 +57,9 @@ def standard_patch(patch: Sequence[int], k: Any, divisor: Sequence[int]) -> Size
     """P for an expanded patch: kP / k per axis, rounded to the nearest multiple of the divisor.
 
     Args:
-        patch: kP, the patch of the plans.
-        k: one number, or one per axis.
-        divisor: of each axis, see `divisors`.
+        patch: KP, the patch of the plans.
+        k: One number, or one per axis.
+        divisor: Divisor of each axis, see `divisors`.
 
     Raises:
         ValueError: kP is not divisible; P falls under the divisor, or leaves one voxel on the coarsest level.
@@ -92,9 +92,9 @@ def expanded_patch(standard: Sequence[int], k: Any, divisor: Sequence[int], imag
 
     Args:
         standard: P.
-        k: one number, or one per axis.
-        divisor: of each axis, see `divisors`.
-        image: size of a typical image in voxels.
+        k: One number, or one per axis.
+        divisor: Divisor of each axis, see `divisors`.
+        image: Size of a typical image in voxels.
     """
     ks = factors(k, len(standard))
     wanted = [round(size * factor / d) * d for size, factor, d in zip(standard, ks, divisor, strict=True)]

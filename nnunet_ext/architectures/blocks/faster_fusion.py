@@ -38,13 +38,13 @@ class Geometry:
     """Sizes of a block.
 
     Args:
-        conv_op: convolution of the wanted dimension.
-        input_channels: channels of the input, C_i.
-        output_channels: channels of the output, C_o.
-        kernel_size: odd, per axis.
-        stride: per axis.
-        divisor: one of so many input channels meets the kernel, the others are mixed pointwise.
-        inputs: number of equal parts that the input is a concatenation of; the kernel meets the first channels of each.
+        conv_op: Convolution of the wanted dimension.
+        input_channels: Channels of the input, C_i.
+        output_channels: Channels of the output, C_o.
+        kernel_size: Odd, per axis.
+        stride: Per axis.
+        divisor: One of so many input channels meets the kernel, the others are mixed pointwise.
+        inputs: Number of equal parts that the input is a concatenation of; the kernel meets the first channels of each.
         downsample: "stride", or "maxpool" behind the block.
 
     Raises:
@@ -167,10 +167,10 @@ class FasterFusionBlock(_Block):
     nonlinearity between A, B, norm and P, so `fuse` makes fewer operations of them.
 
     Args:
-        geometry: sizes.
-        conv_bias: whether A, B and P have biases.
-        norm_op_kwargs: eps and momentum of the batch norm; other entries belong to other norms.
-        dropout: behind the projection; None: none.
+        geometry: Sizes.
+        conv_bias: Whether A, B and P have biases.
+        norm_op_kwargs: Eps and momentum of the batch norm; other entries belong to other norms.
+        dropout: Behind the projection; None: none.
         nonlin: None: none.
 
     Shape: (B, C_i, *spatial) -> (B, C_o, *spatial / stride)
@@ -268,9 +268,9 @@ class FusedBlock(_Block):
         """Set the weights.
 
         Args:
-            spatial: of A, (S, spatial_input, *kernel).
-            mix: of the projection behind A, norm included, (C_o, S).
-            pointwise: of B, norm and projection, (C_o, C_i - spatial_input).
+            spatial: Kernel of A, (S, spatial_input, *kernel).
+            mix: Projection that follows A, norm included, (C_o, S).
+            pointwise: Product of B, its norm and the projection, (C_o, C_i - spatial_input).
             bias: (C_o,).
         """
         raise NotImplementedError

@@ -18,7 +18,7 @@ class CountedFeatureMaps(nn.Module):
     """A network whose convolutions are counted as nnU-Net counts those of PlainConvUNet.
 
     Attributes:
-        input_channels: of the network.
+        input_channels: Channels of the network's input.
     """
 
     input_channels: int

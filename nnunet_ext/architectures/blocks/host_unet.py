@@ -30,9 +30,9 @@ def host_unet(
     """Build the network that the plans describe.
 
     Args:
-        n_conv_per_stage: convolutions per encoder stage, from default plans.
-        n_blocks_per_stage: residual blocks per encoder stage, from ResEnc plans; one of both is given.
-        arguments: of nnU-Net's networks.
+        n_conv_per_stage: Convolutions per encoder stage, from default plans.
+        n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
+        arguments: Arguments of nnU-Net's networks.
 
     Raises:
         ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, lists that do not fit n_stages, fewer

@@ -56,7 +56,7 @@ class ReLUDropout(_DropoutNd):
     """ReLU, then dropout in training, keeping only the output for backward, which the next layer keeps anyway.
 
     Args:
-        p: probability of a value to be dropped, below 1; drawn with 16 bits.
+        p: Probability of a value to be dropped, below 1; drawn with 16 bits.
 
     Shape: any, of the same shape.
     """
@@ -73,7 +73,7 @@ class WeightNormLinear(nn.Module):
     """Linear layer with weight norm: ``W = scale direction / |direction|``, a norm for each output.
 
     Args:
-        in_features, out_features: widths.
+        in_features, out_features: Widths.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -91,7 +91,7 @@ class SegmentationHeads(nn.Linear):
     """Last layer, which also remembers in the checkpoint how its logits are meant: softmax or, for regions, sigmoid.
 
     Attributes:
-        regions: whether the heads are regions, each with a sigmoid of its own. The trainer sets it.
+        regions: Whether the heads are regions, each with a sigmoid of its own. The trainer sets it.
     """
 
     regions = False
@@ -143,8 +143,8 @@ class Level:
 
     Args:
         values: (B, C, voxels) of a map that is looked up as it is, (B, voxels, C) of a product.
-        size: voxels per axis.
-        stride: voxels of the patch per voxel of the map, per axis.
+        size: Voxels per axis.
+        stride: Voxels of the patch per voxel of the map, per axis.
     """
 
     values: Tensor
@@ -157,11 +157,11 @@ class Maps:
     """What all points of a patch share, see `PointDecoder.prepare`.
 
     Args:
-        fine: feature maps that are looked up as they are.
-        product: sum of products of the others with the weights, on the finest grid among them.
-        tables: per axis (size, 2 octaves): encoding.
-        weights: effective weights of all layers.
-        fine_weight, bias: of the product with looked-up features and encoding; None where nothing is split.
+        fine: Feature maps that are looked up as they are.
+        product: Sum of products of the others with the weights, on the finest grid among them.
+        tables: Per axis (size, 2 octaves): encoding.
+        weights: Effective weights of all layers.
+        fine_weight, bias: Those of the product with looked-up features and encoding; None where nothing is split.
     """
 
     fine: list[Level]
@@ -184,12 +184,12 @@ class PointDecoder(nn.Module):
     would be wider than they are. The same product serves both layers that see z.
 
     Args:
-        channels: of the feature maps, finest first.
-        strides: cumulative, of each map per axis; each a multiple of the one before.
-        num_classes: heads.
-        width, depth: of the hidden layers.
-        frequencies: octaves per axis; None: as many as differ on the patch, at most 10.
-        dropout: probability, in training.
+        channels: Channels of the feature maps, finest first.
+        strides: Cumulative, of each map per axis; each a multiple of the one before.
+        num_classes: Heads.
+        width, depth: Units and number of the hidden layers.
+        frequencies: Octaves per axis; None: as many as differ on the patch, at most 10.
+        dropout: Probability, in training.
         split: False looks up all maps and concatenates: same weights, the reference of tests.
     """
 
@@ -234,9 +234,9 @@ class PointDecoder(nn.Module):
         """Compute what all points of a patch share.
 
         Args:
-            features: maps, finest first.
-            patch: voxels per axis.
-            n_points: points that will look maps up; a map is multiplied as a whole where it has fewer voxels.
+            features: Maps, finest first.
+            patch: Voxels per axis.
+            n_points: Points that will look maps up; a map is multiplied as a whole where it has fewer voxels.
         """
         weights = [layer.weight() for layer in self._layers()]
         levels = [

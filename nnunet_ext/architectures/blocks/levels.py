@@ -25,8 +25,8 @@ class Streams:
     """What lives between two steps.
 
     Args:
-        halves: of the channels of the feature map.
-        skips: what the levels above left behind, finest first, as halves.
+        halves: Two halves of the channels of the feature map.
+        skips: What the levels above left behind, finest first, as halves.
     """
 
     halves: Halves
@@ -63,7 +63,7 @@ class OrthogonalMixing(Mixing):
     of that can't be saved whole, nor be cast to half precision.
 
     Args:
-        n: rows and columns.
+        n: Rows and columns.
     """
 
     def __init__(self, n: int) -> None:
@@ -91,9 +91,9 @@ class Squeeze(nn.Module):
     forward: ``y = Q squeeze(x)``; inverse: ``x = unsqueeze(Q^T y)``.
 
     Args:
-        channels: of x.
-        stride: per axis.
-        mixing: whether Q is learned; without it forward only moves numbers.
+        channels: Channels of x.
+        stride: Per axis.
+        mixing: Whether Q is learned; without it forward only moves numbers.
 
     Shape: (B, channels, *spatial) -> (B, channels * prod(stride), *spatial / stride).
 
@@ -148,7 +148,7 @@ class Descend(nn.Module):
     """Leave a skip behind and squeeze the other channels; the inverse joins them again.
 
     Args:
-        squeeze: of the channels that go down.
+        squeeze: Squeeze of the channels that go down.
 
     Shape: halves of (B, C, *spatial) -> halves of (B, squeeze.channels * prod(stride), *spatial / stride).
     """
@@ -173,7 +173,7 @@ class Ascend(nn.Module):
     """Unsqueeze a feature map and join it with the skip of its level; the inverse is a `Descend`.
 
     Args:
-        squeeze: whose inverse leads up.
+        squeeze: Whose inverse leads up.
 
     Shape: halves of (B, squeeze.channels * prod(stride), *spatial / stride) -> halves of (B, C, *spatial).
     """

@@ -85,7 +85,7 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """Return ``conv(x)`` for an `x` that is kept anyway: under autocast no low-precision copy of it is kept.
 
     Args:
-        conv: a convolution or transposed convolution of any dimension.
+        conv: A convolution or transposed convolution of any dimension.
         x: (B, C, *spatial).
     """
     casts = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)

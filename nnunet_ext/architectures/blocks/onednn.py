@@ -17,7 +17,7 @@ def convolve(conv: Any, x: Tensor) -> Tensor:
     """Return ``conv(x)``, in float32 on the CPU and without gradients always by oneDNN where PyTorch has it.
 
     Args:
-        conv: a convolution that is not transposed.
+        conv: A convolution that is not transposed.
         x: (B, C, *spatial).
     """
     if not _can_choose(conv, x):

@@ -26,8 +26,8 @@ class ExpandedPass(nn.Module):
     kept. All coarser levels of encoder and decoder run as they do in the network. Weights are the network's own.
 
     Args:
-        network: a U-Net of at least three stages.
-        deep_supervision: return the logits of all levels from the second on, largest first.
+        network: A U-Net of at least three stages.
+        deep_supervision: Return the logits of all levels from the second on, largest first.
 
     Shape: (B, C_in, *patch) -> (B, num_classes, *patch / stride of level 2), or a list of them.
 
@@ -61,7 +61,7 @@ class ExpandedPass(nn.Module):
         """Compile both parts, as nnU-Net compiles its network; modes are switched outside of them.
 
         Args:
-            options: of `torch.compile`.
+            options: Options of `torch.compile`.
         """
         # Not `Module.compile`, which leaves a bare Sequential as it is up to PyTorch 2.11, without a word.
         self._levels = torch.compile(self.shallow, **options), torch.compile(self.deep, **options)

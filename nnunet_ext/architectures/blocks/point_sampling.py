@@ -32,10 +32,10 @@ def valid_voxels(target: Tensor, ignore_label: int | None, regions: bool) -> Ten
     """Voxels that are not to be ignored. Shape: (B, C, *patch) -> (B, *patch).
 
     Args:
-        target: labels (B, 1, *patch), or regions (B, R, *patch), whose last channel is the voxels to be ignored where
+        target: Labels (B, 1, *patch), or regions (B, R, *patch), whose last channel is the voxels to be ignored where
             there is an ignore label: what nnU-Net's losses take.
         ignore_label: None where there is none.
-        regions: whether the target holds regions.
+        regions: Whether the target holds regions.
     """
     if ignore_label is None:
         return torch.ones_like(target[:, 0], dtype=torch.bool)
@@ -72,10 +72,10 @@ class PointSampler:
     """Draws the points of a training step.
 
     Args:
-        n_points: points per patch (k of the paper, 30,000); see `points_per_patch`.
-        boundary_share: share of them at label boundaries (alpha of the paper, 0.5).
-        sigma: standard deviation of their displacement per axis, in voxels (5 in the paper).
-        class_balanced: every label with a boundary gets the same number of points (not in the paper); for regions,
+        n_points: Points per patch (k of the paper, 30,000); see `points_per_patch`.
+        boundary_share: Share of them at label boundaries (alpha of the paper, 0.5).
+        sigma: Standard deviation of their displacement per axis, in voxels (5 in the paper).
+        class_balanced: Every label with a boundary gets the same number of points (not in the paper); for regions,
             every number of regions that a voxel lies in.
 
     Raises:
@@ -120,8 +120,8 @@ class PointSampler:
         """Draw points, those at boundaries first; uniform ones in their place where a patch has no boundary.
 
         Args:
-            target, ignore_label, regions: as of `valid_voxels`.
-            generator: on the device of the target; None: torch's own, which `torch.manual_seed` seeds.
+            target, ignore_label, regions: As of `valid_voxels`.
+            generator: Generator on the device of the target; None: torch's own, which `torch.manual_seed` seeds.
 
         Shape: (B, C, *patch) -> (B, K, dims), int64.
         """

@@ -73,8 +73,8 @@ class Seen:
     """What an evaluation of a module sees, and a repeated one would not see any more.
 
     Args:
-        random: states of the generators, where the module may draw.
-        buffers: copies of those that it may read, and where they stand.
+        random: States of the generators, where the module may draw.
+        buffers: Copies of those that it may read, and where they stand.
     """
 
     random: RandomState | None
@@ -99,7 +99,7 @@ class Modes:
     """Whether each part of some modules is in training, and how much dropout drops: `eval()` may come before backward.
 
     Args:
-        modules: whose present modes are kept.
+        modules: Whose present modes are kept.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -178,7 +178,7 @@ class Weights:
     was assigned), and what autograd kept may be copies (hooks of saved tensors, a checkpoint around).
 
     Args:
-        modules: that hold them.
+        modules: Modules that hold them.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -201,7 +201,7 @@ class Leaves:
 
     Args:
         tensors: None stays None.
-        needed: whether a gradient is wanted, for each.
+        needed: Whether a gradient is wanted, for each.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
@@ -287,10 +287,10 @@ def run_recomputed(
     """Run a module; in training it keeps its inputs only and is run again, with modes and weights of now.
 
     Args:
-        module: without running statistics, which would be counted twice.
+        module: Module without running statistics, which would be counted twice.
         recomputed: False keeps everything, as plain autograd does.
-        inputs: of the module.
-        group_elements: run the samples in groups of at most this many elements of the largest input (at least one
+        inputs: Inputs of the module.
+        group_elements: Run the samples in groups of at most this many elements of the largest input (at least one
             sample), for modules that treat samples independently. None: all at once.
     """
     # PyTorch's checkpoint gives RReLU wrong gradients: its noise is saved before it is drawn.

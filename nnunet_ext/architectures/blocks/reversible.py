@@ -18,8 +18,8 @@ class ReversibleSequence(nn.Module):
     up to the rounding of the inversion, and exactly in the exact mode (`tests/architectures/test_reversible.py`).
 
     Args:
-        couplings: at least one; all of them exact or none.
-        reversible, group_elements, exact_range: see `Chain`.
+        couplings: One coupling or more; all of them exact or none.
+        reversible, group_elements, exact_range: See `Chain`.
 
     Shape: (B, C, *spatial) -> (B, C, *spatial), C even.
 

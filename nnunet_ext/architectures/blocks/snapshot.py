@@ -22,8 +22,8 @@ class Snapshot:
     """Modules of a network with their settings, and copies of its parameters and buffers.
 
     Args:
-        settings: modules in order, each with its public attributes that are numbers, words, tuples or None.
-        tensors: copies of parameters and buffers.
+        settings: Modules in order, each with its public attributes that are numbers, words, tuples or None.
+        tensors: Copies of parameters and buffers.
     """
 
     settings: Sequence[tuple[nn.Module, dict[str, Any]]]

@@ -29,11 +29,11 @@ class Refinement:
     """What is refined, and how.
 
     Args:
-        margin: a cell whose most likely two classes are closer than this in probability is refined.
-        threshold: so is one where a foreground class that did not win is more likely than this.
-        second_look: share of the cells (those not refined yet, of most deviant features) that get a second point.
-        dense_above: share of cells above which everything is decoded.
-        chunk_size: voxels that are decoded at a time; at width 512 a voxel takes about 16 KiB in float32. None: 16384,
+        margin: A cell whose most likely two classes are closer than this in probability is refined.
+        threshold: So is one where a foreground class that did not win is more likely than this.
+        second_look: Share of the cells (those not refined yet, of most deviant features) that get a second point.
+        dense_above: Share of cells above which everything is decoded.
+        chunk_size: Voxels that are decoded at a time; at width 512 a voxel takes about 16 KiB in float32. None: 16384,
             on CUDA 65536, where small pieces leave the GPU idle.
 
     Raises:
@@ -64,8 +64,8 @@ class Mesh:
     """Cells of a patch; the last cell of an axis may be smaller.
 
     Args:
-        patch: voxels per axis.
-        spacing: voxels per cell and axis.
+        patch: Voxels per axis.
+        spacing: Voxels per cell and axis.
     """
 
     patch: tuple[int, ...]
@@ -158,15 +158,15 @@ class SparsePrediction:
     """Prediction of one patch.
 
     Args:
-        decode: logits at voxels.
-        mesh: cells of the patch.
-        refinement: what is refined.
-        regions: whether each class has a sigmoid of its own, or all share a softmax.
-        assumed_share: refine this share of the cells, whichever they are, with the work of choosing them; for
+        decode: Logits at voxels.
+        mesh: Cells of the patch.
+        refinement: What is refined.
+        regions: Whether each class has a sigmoid of its own, or all share a softmax.
+        assumed_share: Refine this share of the cells, whichever they are, with the work of choosing them; for
             benchmarks and counting. None: refine what needs it.
 
     Attributes:
-        refined: cells that were refined.
+        refined: Cells that were refined.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class SparsePrediction:
         """Decode what is needed, fill the rest.
 
         Args:
-            finest: feature map (C, *size) of the finest encoder stage.
+            finest: Feature map (C, *size) of the finest encoder stage.
 
         Shape: (num_classes, *patch).
         """

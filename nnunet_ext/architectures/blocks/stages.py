@@ -164,9 +164,9 @@ def stage_specs(
     """Check what the plans say of the stages, finest first; arguments as in the networks.
 
     Args:
-        conv_op, n_stages, features_per_stage, kernel_sizes, strides: of the plans.
-        n_conv_per_stage, n_blocks_per_stage, n_conv_per_stage_decoder, blocks_per_stage: of the plans.
-        fit: rounds features for the strides, where the network needs it.
+        conv_op, n_stages, features_per_stage, kernel_sizes, strides: Arguments of the plans.
+        n_conv_per_stage, n_blocks_per_stage, n_conv_per_stage_decoder, blocks_per_stage: Depths of the plans.
+        fit: Rounds features for the strides, where the network needs it.
 
     Raises:
         ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, lists that do not fit n_stages, fewer

@@ -26,9 +26,9 @@ class Reconstruction(NamedTuple):
     """What the branch makes of the bottleneck.
 
     Attributes:
-        image: reconstructed, (B, image_channels, *patch).
-        target: the image itself.
-        mean, log_variance: of the latent, (B, latent, *bottleneck).
+        image: Reconstructed, (B, image_channels, *patch).
+        target: The image itself.
+        mean, log_variance: Mean and logarithm of the variance of the latent, (B, latent, *bottleneck).
     """
 
     image: Tensor
@@ -89,9 +89,9 @@ class VAEBranch(nn.Module):
     gradient scaler (tests/trainers/test_vae.py).
 
     Args:
-        image_channels: channels of the image to reconstruct.
-        spec: convolutions, norm and nonlinearity of the network.
-        stages: of the network, finest first.
+        image_channels: Channels of the image to reconstruct.
+        spec: Convolutions, norm and nonlinearity of the network.
+        stages: Stages of the network, finest first.
 
     Shape: (B, C_bottleneck, *patch / strides), image (B, image_channels, *patch) -> `Reconstruction`.
     """
