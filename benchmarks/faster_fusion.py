@@ -19,9 +19,9 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.faster_fusion import FasterFusionBlock, Geometry
-from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
+from nnunet_ext.architectures.fusion.blocks import FasterFusionBlock, Geometry
+from nnunet_ext.architectures.fusion.folding import fold_batch_norms
 from nnunet_ext.nnunet.patch_plans import setting_of_patch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

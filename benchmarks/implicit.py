@@ -29,7 +29,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_ext.architectures.blocks.implicit_decoder import PointDecoder
+from nnunet_ext.architectures.implicit.decoder import PointDecoder
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 from nnunet_ext.memory.network import measure_inference, measure_step, surrogate_loss, training_outputs
 from nnunet_ext.memory.tracker import GIB

@@ -25,7 +25,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from reversible import markdown
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.point_sampling import PointSampler, at_points
+from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 
 SIZE, ORGANS, FEATURES = 64, 13, [16, 32, 64, 128, 128]

@@ -22,8 +22,8 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnunet_ext.architectures.blocks.coupling import AdditiveCoupling
-from nnunet_ext.architectures.blocks.reversible import ReversibleSequence
+from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling
+from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.memory.network import measure_step
 from nnunet_ext.memory.tracker import GIB

@@ -7,10 +7,10 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.copying import convert_in_place, copied
-from nnunet_ext.architectures.blocks.faster_fusion import Form
-from nnunet_ext.architectures.blocks.folding import fold_batch_norms, fold_parametrizations, is_foldable
-from nnunet_ext.architectures.blocks.onednn import computes_natively
+from nnunet_ext.architectures.common.copying import convert_in_place, copied
+from nnunet_ext.architectures.common.onednn import computes_natively
+from nnunet_ext.architectures.fusion.blocks import Form
+from nnunet_ext.architectures.fusion.folding import fold_batch_norms, fold_parametrizations, is_foldable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

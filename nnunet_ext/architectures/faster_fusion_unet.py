@@ -1,7 +1,7 @@
 """FasterFusion U-Net: nnU-Net's networks, their heavy convolutions replaced by blocks that fuse for prediction.
 
 Heinrich, Hagenah 2023, "Make nnUNets Small Again" (MIDL short paper). Different from the paper: see
-`nnunet_ext.architectures.blocks.faster_fusion`; batch norm everywhere and thresholds below 160 are options, without
+`nnunet_ext.architectures.fusion.blocks`; batch norm everywhere and thresholds below 160 are options, without
 which the network becomes smaller, but hardly faster (docs/methods/faster_fusion.md).
 """
 
@@ -26,19 +26,19 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
-from nnunet_ext.architectures.blocks.copying import convert_in_place, copied
-from nnunet_ext.architectures.blocks.faster_fusion import (
+from nnunet_ext.architectures.common.copying import convert_in_place, copied
+from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
+from nnunet_ext.architectures.common.onednn import is_exporting, is_observed, is_transformed
+from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
+from nnunet_ext.architectures.fusion.blocks import (
     Downsample,
     FasterFusionBlock,
     Form,
     FusedBlock,
     Geometry,
 )
-from nnunet_ext.architectures.blocks.folding import fold_batch_norms
-from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
-from nnunet_ext.architectures.blocks.onednn import is_exporting, is_observed, is_transformed
-from nnunet_ext.architectures.blocks.plan_sizes import check_patch_size, patch_divisors
-from nnunet_ext.architectures.blocks.snapshot import Snapshot
+from nnunet_ext.architectures.fusion.folding import fold_batch_norms
+from nnunet_ext.architectures.fusion.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Self

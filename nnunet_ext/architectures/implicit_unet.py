@@ -22,17 +22,22 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from nnunet_ext.architectures.blocks.implicit_decoder import Maps, PointDecoder
-from nnunet_ext.architectures.blocks.onednn import is_exporting, is_transformed
-from nnunet_ext.architectures.blocks.plan_sizes import (
+from nnunet_ext.architectures.common.onednn import is_exporting, is_transformed
+from nnunet_ext.architectures.common.plan_sizes import (
     check_norm,
     check_stages,
     check_whole,
     per_stage_and_axis,
     per_stage_list,
 )
-from nnunet_ext.architectures.blocks.point_sampling import points_per_patch
-from nnunet_ext.architectures.blocks.sparse_inference import Mesh, Refinement, SparsePrediction, dense_logits
+from nnunet_ext.architectures.implicit.decoder import Maps, PointDecoder
+from nnunet_ext.architectures.implicit.point_sampling import points_per_patch
+from nnunet_ext.architectures.implicit.sparse_inference import (
+    Mesh,
+    Refinement,
+    SparsePrediction,
+    dense_logits,
+)
 
 CONVS_PER_STAGE = (2, 2, 4, 4, 1)  # of the paper; further stages have one
 
@@ -62,7 +67,7 @@ class ImplicitUNet(nn.Module):
         convs_per_stage: Convolutions per stage of the encoder; None: 2, 2, 4, 4, then 1 (paper).
         smooth: Average the logits over 3 voxels per axis (paper); can erase small objects.
         margin, threshold, second_look, dense_above, chunk_size: See
-            `nnunet_ext.architectures.blocks.sparse_inference.Refinement`.
+            `nnunet_ext.architectures.implicit.sparse_inference.Refinement`.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch);
         with points (B, K, dims), int64 voxels of the patch -> (B, num_classes, K).

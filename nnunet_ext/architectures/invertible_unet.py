@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from nnunet_ext.architectures.blocks.chain import Chain
-from nnunet_ext.architectures.blocks.coupling import ExactRange
-from nnunet_ext.architectures.blocks.feature_maps import CountedFeatureMaps
-from nnunet_ext.architectures.blocks.levels import Ascend, Descend, Squeeze, Tap
-from nnunet_ext.architectures.blocks.mixed_precision import convolve
-from nnunet_ext.architectures.blocks.recomputation import uncompiled
-from nnunet_ext.architectures.blocks.stages import (
+from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.reversible.chain import Chain
+from nnunet_ext.architectures.reversible.coupling import ExactRange
+from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze, Tap
+from nnunet_ext.architectures.reversible.mixed_precision import convolve
+from nnunet_ext.architectures.reversible.recomputation import uncompiled
+from nnunet_ext.architectures.reversible.stages import (
     ConvSpec,
     CouplingSpec,
     StageSpec,
@@ -32,7 +32,7 @@ from nnunet_ext.architectures.blocks.stages import (
     group_elements,
     stage_specs,
 )
-from nnunet_ext.architectures.blocks.vae_branch import Reconstruction, VAEBranch, VAENetwork
+from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
 
 _logger = logging.getLogger("nnunet_ext")
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from nnunet_ext.architectures.blocks.feature_maps import CountedFeatureMaps
-from nnunet_ext.architectures.blocks.mixed_precision import convolve
-from nnunet_ext.architectures.blocks.recomputation import run_recomputed, uncompiled
-from nnunet_ext.architectures.blocks.stages import (
+from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.reversible.mixed_precision import convolve
+from nnunet_ext.architectures.reversible.recomputation import run_recomputed, uncompiled
+from nnunet_ext.architectures.reversible.stages import (
     GROUP_ELEMENTS,
     ConvSpec,
     CouplingSpec,
@@ -28,7 +28,7 @@ from nnunet_ext.architectures.blocks.stages import (
     check_patch,
     stage_specs,
 )
-from nnunet_ext.architectures.blocks.vae_branch import Reconstruction, VAEBranch, VAENetwork
+from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
 
 
 class Encoder(nn.Module):

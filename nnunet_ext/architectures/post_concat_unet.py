@@ -19,9 +19,9 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from nnunet_ext.architectures.blocks.host_unet import host_unet, initialize_as_host
-from nnunet_ext.architectures.blocks.partial_pass import downsample_labels
-from nnunet_ext.architectures.blocks.plan_sizes import check_patch_size, patch_divisors
+from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
+from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
+from nnunet_ext.architectures.expanded.partial_pass import downsample_labels
 
 Resampling = Literal["nearest", "max"]
 

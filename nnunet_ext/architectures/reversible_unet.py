@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from nnunet_ext.architectures.blocks.feature_maps import CountedFeatureMaps
-from nnunet_ext.architectures.blocks.mixed_precision import convolve
-from nnunet_ext.architectures.blocks.recomputation import uncompiled
-from nnunet_ext.architectures.blocks.stages import (
+from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.reversible.mixed_precision import convolve
+from nnunet_ext.architectures.reversible.recomputation import uncompiled
+from nnunet_ext.architectures.reversible.stages import (
     ConvSpec,
     CouplingSpec,
     StageSpec,
@@ -118,7 +118,7 @@ class ReversibleUNet(CountedFeatureMaps):
         blocks_per_stage: Overrides the depth of the plans: one number for all stages of encoder and decoder, or
             one per resolution, finest first, for both. None: from the plans.
         reversible: False keeps all activations: same weights and outputs, plain autograd, the reference of tests.
-        exact: Bit-exact inversion, see `nnunet_ext.architectures.blocks.reversible`.
+        exact: Bit-exact inversion, see `nnunet_ext.architectures.reversible.sequence`.
         preactivation: Norm, nonlinearity, convolution within a block (True), or nnU-Net's convolution, norm,
             nonlinearity (False). docs/methods/reversible.md holds the comparison.
 

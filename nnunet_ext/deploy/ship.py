@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ext import __version__
-from nnunet_ext.architectures.blocks.faster_fusion import Form
-from nnunet_ext.architectures.blocks.onednn import computes_natively
+from nnunet_ext.architectures.common.onednn import computes_natively
 from nnunet_ext.architectures.deployed import DTYPES, DeployedNetwork, NothingToFuseError, fused
+from nnunet_ext.architectures.fusion.blocks import Form
 from nnunet_ext.deploy import onnx
 from nnunet_ext.deploy.check import (
     FLOAT16_MAX,

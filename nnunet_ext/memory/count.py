@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from nnunet_ext.architectures.blocks.stages import GROUP_ELEMENTS
+from nnunet_ext.architectures.reversible.stages import GROUP_ELEMENTS
 from nnunet_ext.memory.autocast import CudaAutocast
 from nnunet_ext.memory.tracker import GIB, StorageTracker
 from nnunet_ext.nnunet.setting import Setting

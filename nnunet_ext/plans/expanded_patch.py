@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from nnunet_ext.architectures.blocks.expanded_patch import MIN_STAGES, divisors, expanded_patch
+from nnunet_ext.architectures.expanded.patch import MIN_STAGES, divisors, expanded_patch
 from nnunet_ext.plans.patch_shapes import image_size
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.expanded_patch import Size, divisors, expanded_patch, standard_patch
-from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
+from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
+from nnunet_ext.architectures.expanded.patch import Size, divisors, expanded_patch, standard_patch
 from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, bare, plan_standard_patch
 from nnunet_ext.trainers.passes import InTurn
 from nnunet_ext.trainers.priors import first_stage

@@ -18,8 +18,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from nnunet_ext.architectures.blocks.expanded_patch import Size, divisors, standard_patch
-from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop, downsample_labels
+from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop, downsample_labels
+from nnunet_ext.architectures.expanded.patch import Size, divisors, standard_patch
 from nnunet_ext.trainers.passes import TwoPasses
 from nnunet_ext.trainers.softmax_weighted_ce import weight_classes
 

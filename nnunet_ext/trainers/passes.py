@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass, centre_crop
+from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.memory.network import surrogate_loss
 
 

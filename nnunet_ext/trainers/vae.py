@@ -8,7 +8,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.vae_branch import Reconstruction
+from nnunet_ext.architectures.reversible.vae_branch import Reconstruction
 
 
 class VAELoss(nn.Module):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnunet_ext.architectures import deployed as module
-from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.deployed import DeployedNetwork, fused
+from nnunet_ext.architectures.fusion.folding import fold_batch_norms
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from tests.contract.plans import PATCHES, arguments

@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from nnunet_ext.architectures import faster_fusion_unet
-from nnunet_ext.architectures.blocks import snapshot
-from nnunet_ext.architectures.blocks.faster_fusion import FasterFusionBlock
-from nnunet_ext.architectures.blocks.folding import fold_batch_norms
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
+from nnunet_ext.architectures.fusion import snapshot
+from nnunet_ext.architectures.fusion.blocks import FasterFusionBlock
+from nnunet_ext.architectures.fusion.folding import fold_batch_norms
 from nnunet_ext.memory.network import deployed, measure_size, measure_step
 from tests.contract.plans import PATCHES, arguments
 from tests.contract.test_architectures import train_gradients

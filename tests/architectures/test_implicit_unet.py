@@ -9,7 +9,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.blocks.point_sampling import at_points
+from nnunet_ext.architectures.implicit.point_sampling import at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 from nnunet_ext.memory.network import (
     ASSUMED_SHARE,

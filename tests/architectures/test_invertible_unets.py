@@ -10,10 +10,10 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnunet_ext.architectures.blocks.stages import GROUP_ELEMENTS
-from nnunet_ext.architectures.blocks.vae_branch import Reconstruction
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet, fitting_features
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
+from nnunet_ext.architectures.reversible.stages import GROUP_ELEMENTS
+from nnunet_ext.architectures.reversible.vae_branch import Reconstruction
 from nnunet_ext.memory.network import StepMemory, deployed, measure_size, measure_step, surrogate_loss
 from tests.architectures.test_reversible_unet import ANISOTROPIC, DEFAULT, arguments
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass
+from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass
 from nnunet_ext.benchmark.counting import Builders, count
 from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.benchmark.measure import TrainingStep, training

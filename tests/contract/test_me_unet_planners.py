@@ -11,7 +11,7 @@ import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_ext.architectures.blocks.expanded_patch import divisors
+from nnunet_ext.architectures.expanded.patch import divisors
 from nnunet_ext.plans.me_res_enc_unet_planner import MeResEncUNetPlanner
 from nnunet_ext.plans.me_reversible_unet_planner import MeReversibleUNetPlanner
 from nnunet_ext.plans.me_unet_planner import MeUNetPlanner

@@ -10,7 +10,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_ext.architectures.blocks.partial_pass import ExpandedPass
+from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.trainers.me_cascade import Branch, MeCascadeTrainerMixin

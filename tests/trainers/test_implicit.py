@@ -16,7 +16,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_ext.architectures.blocks.point_sampling import PointSampler, at_points
+from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 from nnunet_ext.trainers.implicit import ImplicitTrainerMixin, implicit_network
 from nnunet_ext.trainers.nnUNetTrainerImplicit import nnUNetTrainerImplicit

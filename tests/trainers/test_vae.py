@@ -11,9 +11,9 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import nn
 
-from nnunet_ext.architectures.blocks.vae_branch import Reconstruction, VAEBranch
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
+from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch
 from nnunet_ext.trainers.vae import VAELoss, VAETrainerMixin, image_channels
 from tests.contract.plans import arguments
 

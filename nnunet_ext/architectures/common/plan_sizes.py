@@ -1,0 +1,136 @@
+"""Checks of what plans say of a U-Net's stages, and of the patches that its strides divide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from numbers import Integral
+from typing import Any
+
+from dynamic_network_architectures.building_blocks.helper import (
+    convert_conv_op_to_dim,
+    maybe_convert_scalar_to_list,
+)
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from nnunet_ext.architectures.common.onednn import is_exporting
+
+
+def per_stage_list(name: str, values: Any, n: int) -> list[Any]:
+    """Repeat one value `n` times; check the length of a list."""
+    if isinstance(values, int):
+        return [values] * n
+    if len(values) != n:
+        raise ValueError(f"{name} needs one number or {n} of them (n_stages), got {list(values)}.")
+    return list(values)
+
+
+def per_stage_and_axis(name: str, conv_op: type[_ConvNd], values: Any, n_stages: int) -> list[list[int]]:
+    """Kernel sizes or strides of every stage and axis, from one number, one per stage, or all of them.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    dim = convert_conv_op_to_dim(conv_op)
+    stages = [list(maybe_convert_scalar_to_list(conv_op, v)) for v in per_stage_list(name, values, n_stages)]
+    for stage in stages:
+        if len(stage) != dim:
+            raise ValueError(f"{name} need {dim} numbers per stage for {conv_op.__name__}, got {stage}.")
+    return [check_whole(name, stage) for stage in stages]
+
+
+def check_whole(name: str, values: Sequence[Any]) -> list[int]:
+    """Sizes as numbers that PyTorch takes.
+
+    Raises:
+        ValueError: one is not whole, or below 1.
+    """
+    if not all(isinstance(v, Integral) and int(v) >= 1 for v in values):
+        raise ValueError(f"{name} must be whole numbers of at least 1, got {list(values)}.")
+    return [int(v) for v in values]
+
+
+def check_first_stride(strides: Sequence[Sequence[int]]) -> None:
+    """Refuse a network whose finest logits would be coarser than the patch.
+
+    Raises:
+        ValueError: the first stage has a stride.
+    """
+    if max(strides[0]) > 1:
+        raise ValueError(
+            f"The first stage must keep the size of the patch, got stride {list(strides[0])}: use 1 there, as nnU-Net "
+            "plans it."
+        )
+
+
+def check_norm(norm_op: type[nn.Module] | None) -> None:
+    """Refuse norms that take more than channels, which nnU-Net's blocks do not give.
+
+    Raises:
+        ValueError: the norm is a group norm.
+    """
+    if norm_op is nn.GroupNorm:
+        raise ValueError(
+            "nnU-Net builds a norm from its number of channels alone, got GroupNorm, which needs num_groups of 1 or "
+            "more first: use instance or batch norm, or a subclass of GroupNorm that takes channels alone."
+        )
+
+
+def check_stages(kind: str, n_stages: int, least: int = 2) -> None:
+    """Refuse a network without a decoder.
+
+    Raises:
+        ValueError: fewer stages than `least`.
+    """
+    if n_stages < least:
+        raise ValueError(
+            f"A {kind} needs at least {least} stages, got n_stages={n_stages}: plan a larger patch."
+        )
+
+
+def check_odd(kernels: Sequence[Sequence[int]]) -> None:
+    """Refuse even kernels.
+
+    Raises:
+        ValueError: names the stage.
+    """
+    for i, kernel in enumerate(kernels):
+        if any(k % 2 == 0 for k in kernel):
+            raise ValueError(
+                f"Kernels must be odd to keep the size, stage {i} has kernel size {list(kernel)}: use 3, or 1 along "
+                "axes of thick slices."
+            )
+
+
+def check_depths(encoder: Sequence[int], decoder: Sequence[int]) -> None:
+    """Refuse stages without a block; numbers finest first in the encoder, coarsest first in the decoder.
+
+    Raises:
+        ValueError: a stage has none.
+    """
+    if min(*encoder, *decoder) < 1:
+        raise ValueError(
+            f"Every stage needs at least one block, got encoder {list(encoder)}, decoder {list(decoder)}: use 1 or "
+            "more."
+        )
+
+
+def patch_divisors(strides: Sequence[Sequence[int]]) -> list[int]:
+    """What each axis of a patch must be a multiple of: the product of the strides per stage and axis."""
+    return [prod(axis) for axis in zip(*strides, strict=True)]
+
+
+def check_patch_size(x: Tensor, divisors: Sequence[int]) -> None:
+    """Refuse an image that the strides do not divide; not in export, whose sizes are no numbers.
+
+    Raises:
+        ValueError: names the divisor of each axis.
+    """
+    if is_exporting():
+        return
+    if any(size % divisor for size, divisor in zip(x.shape[2:], divisors, strict=True)):
+        raise ValueError(
+            f"The patch must be divisible by {list(divisors)}, the product of the strides, got {list(x.shape[2:])}: "
+            "use the patch of nnU-Net's plans, or round it up."
+        )

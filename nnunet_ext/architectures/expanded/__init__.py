@@ -1,0 +1,1 @@
+"""meU-net: the expanded patch and its pass."""

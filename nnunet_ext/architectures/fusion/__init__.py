@@ -1,0 +1,1 @@
+"""FasterFusion: blocks that fuse into one convolution, and folding of batch norms."""

@@ -1,0 +1,1 @@
+"""Implicit decoder: points, their features and sparse prediction."""

@@ -1,0 +1,215 @@
+"""What the stages of the reversible networks share: arguments of nnU-Net's plans, checked, and their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from nnunet_ext.architectures.common.plan_sizes import (
+    check_depths,
+    check_first_stride,
+    check_norm,
+    check_odd,
+    check_patch_size,
+    check_stages,
+    check_whole,
+    patch_divisors,
+    per_stage_and_axis,
+    per_stage_list,
+)
+from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling, ExactRange
+from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
+
+# Samples are recomputed together up to this many elements of a stage's feature map (32 MiB in float32): enough
+# to fill a GPU, small beside what a full-resolution stage holds.
+GROUP_ELEMENTS = 2**23
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """What all convolutions of a network share; names and meaning as in nnU-Net's plans."""
+
+    conv_op: Callable[..., nn.Module]
+    conv_bias: bool
+    norm_op: type[nn.Module] | None
+    norm_op_kwargs: Mapping[str, Any]
+    dropout_op: type[_DropoutNd] | None
+    dropout_op_kwargs: Mapping[str, Any]
+    nonlin: type[nn.Module] | None
+    nonlin_kwargs: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        check_norm(self.norm_op)
+
+    def conv(
+        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]
+    ) -> nn.Module:
+        """A bare convolution: (B, C_in, *spatial) -> (B, C_out, *spatial / stride)."""
+        padding = [(k - 1) // 2 for k in kernel_size]
+        return self.conv_op(in_channels, out_channels, kernel_size, stride, padding, bias=self.conv_bias)
+
+    def shift(self, channels: int, kernel_size: Sequence[int], preactivation: bool) -> nn.Module:
+        """One f or g of a coupling: (B, C, *spatial) -> (B, C, *spatial)."""
+        # In place saves nothing where all is recomputed, and costs two copies in the backward pass of what is a view,
+        # as the output of instance norm is. Without a norm it would change the stream itself.
+        nonlin_kwargs = {k: False if k == "inplace" else v for k, v in self.nonlin_kwargs.items()}
+        if not preactivation:
+            return ConvDropoutNormReLU(
+                self.conv_op,
+                channels,
+                channels,
+                kernel_size,
+                1,
+                self.conv_bias,
+                self.norm_op,
+                dict(self.norm_op_kwargs),
+                self.dropout_op,
+                dict(self.dropout_op_kwargs),
+                self.nonlin,
+                nonlin_kwargs,
+            )
+        layers: list[nn.Module] = []
+        if self.norm_op is not None:
+            layers.append(self.norm_op(channels, **self.norm_op_kwargs))
+        if self.nonlin is not None:
+            layers.append(self.nonlin(**nonlin_kwargs))
+        layers.append(self.conv(channels, channels, kernel_size, [1] * len(kernel_size)))
+        if self.dropout_op is not None:
+            layers.append(self.dropout_op(**self.dropout_op_kwargs))
+        return nn.Sequential(*layers)
+
+    def conv_norm_nonlin(
+        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]
+    ) -> list[nn.Module]:
+        """Convolution, norm and nonlinearity: (B, C_in, *spatial) -> (B, C_out, *spatial / stride)."""
+        layers = [self.conv(in_channels, out_channels, kernel_size, stride)]
+        if self.norm_op is not None:
+            layers.append(self.norm_op(out_channels, **self.norm_op_kwargs))
+        if self.nonlin is not None:
+            layers.append(self.nonlin(**self.nonlin_kwargs))
+        return layers
+
+    @property
+    def samples_are_independent(self) -> bool:
+        """Whether the norm has no statistics over the batch."""
+        if self.norm_op is None:
+            return True
+        independent = issubclass(self.norm_op, (_InstanceNorm, nn.GroupNorm, nn.LayerNorm))
+        return independent and not self.norm_op_kwargs.get("track_running_stats", False)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One resolution: channels, kernel, stride that leads into it, couplings in encoder and decoder."""
+
+    channels: int
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    encoder_blocks: int
+    decoder_blocks: int
+
+
+@dataclass(frozen=True)
+class CouplingSpec:
+    """How the couplings of all stages are built; options of the reversible networks."""
+
+    reversible: bool
+    exact: bool
+    preactivation: bool
+    exact_range: ExactRange = field(default_factory=ExactRange)
+
+    def couplings(self, spec: ConvSpec, stage: StageSpec, blocks: int) -> list[AdditiveCoupling]:
+        """Couplings of one stage."""
+
+        def shift() -> nn.Module:
+            return spec.shift(stage.channels // 2, stage.kernel_size, self.preactivation)
+
+        return [AdditiveCoupling(shift(), shift(), self.exact) for _ in range(blocks)]
+
+    def sequence(self, spec: ConvSpec, stage: StageSpec, blocks: int) -> ReversibleSequence:
+        """Reversible blocks of one stage: (B, C, *spatial) -> (B, C, *spatial)."""
+        return ReversibleSequence(
+            self.couplings(spec, stage, blocks),
+            reversible=self.reversible,
+            group_elements=group_elements(spec),
+            exact_range=self.exact_range,
+        )
+
+
+def group_elements(spec: ConvSpec) -> int | None:
+    """Elements that are recomputed together; None where the norm mixes samples."""
+    return GROUP_ELEMENTS if spec.samples_are_independent else None
+
+
+def stage_specs(
+    conv_op: type[_ConvNd],
+    n_stages: int,
+    *,
+    features_per_stage: Any,
+    kernel_sizes: Any,
+    strides: Any,
+    n_conv_per_stage: Any,
+    n_blocks_per_stage: Any,
+    n_conv_per_stage_decoder: Any,
+    blocks_per_stage: Any,
+    fit: Callable[[list[int], list[list[int]]], list[int]] | None = None,
+) -> list[StageSpec]:
+    """Check what the plans say of the stages, finest first; arguments as in the networks.
+
+    Args:
+        conv_op, n_stages, features_per_stage, kernel_sizes, strides: Arguments of the plans.
+        n_conv_per_stage, n_blocks_per_stage, n_conv_per_stage_decoder, blocks_per_stage: Depths of the plans.
+        fit: Rounds features for the strides, where the network needs it.
+
+    Raises:
+        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, lists that do not fit n_stages, fewer
+            than two stages, odd features, even kernels, a depth below 1.
+    """
+    if (n_conv_per_stage is None) == (n_blocks_per_stage is None):
+        raise ValueError(
+            "A reversible network needs either n_conv_per_stage (default plans) or n_blocks_per_stage (ResEnc plans), "
+            f"got {n_conv_per_stage} and {n_blocks_per_stage}."
+        )
+    encoder_blocks = n_blocks_per_stage if n_conv_per_stage is None else n_conv_per_stage
+    decoder_blocks = n_conv_per_stage_decoder
+    if blocks_per_stage is not None:
+        per_stage = per_stage_list("blocks_per_stage", blocks_per_stage, n_stages)
+        encoder_blocks, decoder_blocks = per_stage, per_stage[-2::-1]
+    check_stages("reversible network", n_stages)
+    features = check_whole(
+        "features_per_stage", per_stage_list("features_per_stage", features_per_stage, n_stages)
+    )
+    kernels = per_stage_and_axis("kernel_sizes", conv_op, kernel_sizes, n_stages)
+    check_odd(kernels)
+    steps = per_stage_and_axis("strides", conv_op, strides, n_stages)
+    check_first_stride(steps)
+    features = fit(features, steps) if fit else features
+    encoder = per_stage_list("blocks per encoder stage", encoder_blocks, n_stages)
+    decoder = per_stage_list("n_conv_per_stage_decoder", decoder_blocks, n_stages - 1)[::-1]
+    for i, channels in enumerate(features):
+        if channels % 2:
+            raise ValueError(
+                f"Reversible stages split their channels in two halves: stage {i} has {channels} features; "
+                f"use {max(2, channels - 1)} or {channels + 1} in features_per_stage {features}."
+            )
+    check_depths(encoder, decoder[::-1])
+    # The coarsest stage has no decoder.
+    return [
+        StageSpec(*values) for values in zip(features, kernels, steps, encoder, [*decoder, 0], strict=True)
+    ]
+
+
+def check_patch(x: Tensor, stages: Sequence[StageSpec]) -> None:
+    """Refuse an image that the strides do not divide.
+
+    Raises:
+        ValueError: names the divisor of each axis.
+    """
+    check_patch_size(x, patch_divisors([stage.stride for stage in stages]))
