@@ -285,7 +285,7 @@ class FasterFusionUNet(nn.Module):
     def initialize(module: nn.Module) -> None:
         """Initialise a module as nnU-Net's own networks do (He et al. 2015); meant for `Module.apply`.
 
-        Activations keep their size through blocks (tests/architectures/test_faster_fusion.py). Residual blocks start as
+        Activations keep their size through blocks (tests/architectures/fusion/test_blocks.py). Residual blocks start as
         identity, by the norm inside their last block.
         """
         initialize_as_host(module)

@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.reversible.chain import Chain
 from nnunet_ext.architectures.reversible.coupling import ExactRange
-from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze, Tap
+from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze
 from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
 from nnunet_ext.architectures.reversible.stages import (
@@ -32,6 +32,7 @@ from nnunet_ext.architectures.reversible.stages import (
     group_elements,
     stage_specs,
 )
+from nnunet_ext.architectures.reversible.steps import Tap
 from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
 
 _logger = logging.getLogger("nnunet_ext")
@@ -82,7 +83,7 @@ class Encoder(nn.Module):
             for stage in stages[1:]
         )
 
-    def steps(self) -> Iterator[nn.Module]:
+    def steps(self) -> Iterator[Any]:
         """Steps of the chain from the first feature map to the bottleneck."""
         first, *lower = self.stages
         yield from first.children()
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
             spec.conv_op(stage.channels, num_classes, 1, 1, 0, bias=True) for stage in upwards
         )
 
-    def steps(self) -> Iterator[nn.Module]:
+    def steps(self) -> Iterator[Any]:
         """Steps of the chain from the bottleneck to the last feature map; taps where heads need one."""
         for i, (ascent, stage) in enumerate(zip(self.ascents, self.stages, strict=True)):
             yield ascent

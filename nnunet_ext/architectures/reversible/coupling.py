@@ -6,13 +6,16 @@ New against the paper: the exact mode, in which float32 inverts bit for bit.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nnunet_ext.architectures.reversible.mixed_precision import lowered
+from nnunet_ext.architectures.reversible.steps import Evaluate, Halves, Pass, Step, Streams, evaluate
+
+if TYPE_CHECKING:
+    from nnunet_ext.architectures.reversible.walk import State, Walk
 
 EXACT_STEP = 2.0**-12
 EXACT_RANGE = 2.0**12
@@ -68,7 +71,7 @@ class ExactRange:
             )
 
 
-class AdditiveCoupling(nn.Module):
+class AdditiveCoupling(Step):
     """A bijection of two equally shaped tensors, whatever `f` and `g` compute.
 
     forward: ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``; inverse: ``x2 = y2 - g(y1)``, ``x1 = y1 - f(x2)``
@@ -91,17 +94,36 @@ class AdditiveCoupling(nn.Module):
         self.g = g
         self.exact = exact
 
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x1: Tensor, x2: Tensor, evaluate: Evaluate = evaluate) -> Halves:
         """Return ``(y1, y2)``."""
-        y1 = x1 + self.finish(self.f(lowered(x2)), x2)
-        y2 = x2 + self.finish(self.g(lowered(y1)), y1)
+        y1 = x1 + self.finish(evaluate(self.f, x2), x2)
+        y2 = x2 + self.finish(evaluate(self.g, y1), y1)
         return y1, y2
 
-    def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y1: Tensor, y2: Tensor) -> Halves:
         """Return ``(x1, x2)``."""
-        x2 = y2 - self.finish(self.g(lowered(y1)), y1)
-        x1 = y1 - self.finish(self.f(lowered(x2)), x2)
+        x2 = y2 - self.finish(evaluate(self.g, y1), y1)
+        x1 = y1 - self.finish(evaluate(self.f, x2), x2)
         return x1, x2
+
+    def run(self, streams: Streams, forward: Pass) -> Streams:
+        """Go one step on."""
+        halves = self(*streams.halves, forward.evaluate)
+        forward.note(*halves)
+        return Streams(halves, streams.skips)
+
+    def invert(self, streams: Streams) -> Streams:
+        """Go one step back."""
+        return Streams(self.inverse(*streams.halves), streams.skips)
+
+    def walk_back(self, state: State, walk: Walk) -> None:
+        """Recover x2, and pass the gradient of y2 on to y1; then x1, and the gradient of y1 to x2."""
+        walk.undo(self.g, self.finish, state)
+        walk.undo(self.f, self.finish, state, ends_step=True)
+
+    def shifts(self) -> tuple[nn.Module, ...]:
+        """Both, which are evaluated again."""
+        return self.f, self.g
 
     def finish(self, shift: Tensor, given: Tensor) -> Tensor:
         """Check what `f` or `g` made of `given`, and round it in the exact mode, in the dtype of `given`."""

@@ -1,53 +1,23 @@
 """Steps of a reversible chain that change the resolution: channels go down, the others wait as a skip.
 
 Invertible down- and upsampling: Yamazaki et al. 2021, https://arxiv.org/abs/2103.09042 ("based on squeezing"); learned
-by an orthogonal mixing of channels as in iUNets (Etmann et al. 2020, https://arxiv.org/abs/2005.05220). The feature map
-is a pair of halves of its channels, as the couplings take it.
+by an orthogonal mixing of channels as in iUNets (Etmann et al. 2020, https://arxiv.org/abs/2005.05220).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.reversible.mixed_precision import full_precision_products
+from nnunet_ext.architectures.reversible.steps import Pass, Step, Streams, halves_of, join, part
 
-Halves = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Streams:
-    """What lives between two steps.
-
-    Args:
-        halves: Two halves of the channels of the feature map.
-        skips: What the levels above left behind, finest first, as halves.
-    """
-
-    halves: Halves
-    skips: tuple[Halves, ...] = ()
-
-
-def part(halves: Halves, channels: int) -> tuple[Tensor, Halves]:
-    """Take the first `channels` off a feature map; the rest as halves that keep nothing else alive."""
-    first, second = halves
-    if channels <= first.shape[1]:
-        return first[:, :channels], (first[:, channels:].clone(), second)
-    more = channels - first.shape[1]
-    return torch.cat((first, second[:, :more]), dim=1), (first[:, :0], second[:, more:].clone())
-
-
-def join(taken: Tensor, rest: Halves) -> Halves:
-    """Put back what `part` has taken."""
-    half = (taken.shape[1] + rest[0].shape[1] + rest[1].shape[1]) // 2
-    if taken.shape[1] <= half:
-        return torch.cat((taken, rest[0]), dim=1), rest[1]
-    return taken[:, :half], torch.cat((taken[:, half:], rest[1]), dim=1)
+if TYPE_CHECKING:
+    from nnunet_ext.architectures.reversible.walk import State, Walk
 
 
 class Mixing(nn.Module):
@@ -144,7 +114,7 @@ class Squeeze(nn.Module):
             return (matrix @ y.flatten(2)).view(y.shape)
 
 
-class Descend(nn.Module):
+class Descend(Step):
     """Leave a skip behind and squeeze the other channels; the inverse joins them again.
 
     Args:
@@ -157,23 +127,33 @@ class Descend(nn.Module):
         super().__init__()
         self.squeeze = squeeze
 
-    def forward(self, streams: Streams, matrix: Tensor | None = None) -> Streams:
-        """Go one level down; `matrix` as of the squeeze."""
+    def run(self, streams: Streams, forward: Pass) -> Streams:
+        """Go one level down."""
         taken, rest = part(streams.halves, self.squeeze.channels)
-        return Streams(_halves(self.squeeze(taken, matrix)), (*streams.skips, rest))
+        return Streams(halves_of(self.squeeze(taken, forward.matrix)), (*streams.skips, rest))
 
-    def inverse(self, streams: Streams) -> Streams:
+    def invert(self, streams: Streams) -> Streams:
         """Go back up."""
         *skips, rest = streams.skips
         taken = self.squeeze.inverse(torch.cat(streams.halves, dim=1))
         return Streams(join(taken, rest), tuple(skips))
 
+    def walk_back(self, state: State, walk: Walk) -> None:
+        """Go back up."""
+        y, d_y = state.whole()
+        x = walk.moved(self.squeeze.inverse, y)
+        state.join(x, walk.pulled(self.squeeze.forward, x, d_y))
 
-class Ascend(nn.Module):
+    def matrix(self) -> Tensor | None:
+        """That of the squeeze."""
+        return self.squeeze.matrix()
+
+
+class Ascend(Step):
     """Unsqueeze a feature map and join it with the skip of its level; the inverse is a `Descend`.
 
     Args:
-        squeeze: Whose inverse leads up.
+        squeeze: Squeeze whose inverse leads up.
 
     Shape: halves of (B, squeeze.channels * prod(stride), *spatial / stride) -> halves of (B, C, *spatial).
     """
@@ -182,28 +162,23 @@ class Ascend(nn.Module):
         super().__init__()
         self.squeeze = squeeze
 
-    def forward(self, streams: Streams, matrix: Tensor | None = None) -> Streams:
-        """Go one level up; `matrix` as of the squeeze."""
+    def run(self, streams: Streams, forward: Pass) -> Streams:
+        """Go one level up."""
         *skips, rest = streams.skips
-        taken = self.squeeze.inverse(torch.cat(streams.halves, dim=1), matrix)
+        taken = self.squeeze.inverse(torch.cat(streams.halves, dim=1), forward.matrix)
         return Streams(join(taken, rest), tuple(skips))
 
-    def inverse(self, streams: Streams) -> Streams:
+    def invert(self, streams: Streams) -> Streams:
         """Go back down."""
         taken, rest = part(streams.halves, self.squeeze.channels)
-        return Streams(_halves(self.squeeze(taken)), (*streams.skips, rest))
+        return Streams(halves_of(self.squeeze(taken)), (*streams.skips, rest))
 
+    def walk_back(self, state: State, walk: Walk) -> None:
+        """Go back down."""
+        y, d_y = state.part(self.squeeze.channels)
+        x = walk.moved(self.squeeze, y)
+        state.set(x, walk.pulled(self.squeeze.inverse, x, d_y))
 
-class Tap(nn.Module):
-    """Give the feature map out of the chain, for a head; the chain goes on with it unchanged."""
-
-    def forward(self, streams: Streams) -> Streams:
-        """Change nothing; the chain takes the feature map."""
-        return streams
-
-    inverse = forward
-
-
-def _halves(x: Tensor) -> Halves:
-    first, second = x.chunk(2, dim=1)
-    return first, second
+    def matrix(self) -> Tensor | None:
+        """That of the squeeze."""
+        return self.squeeze.matrix()

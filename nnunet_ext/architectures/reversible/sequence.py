@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ class ReversibleSequence(nn.Module):
 
     In training only the output is kept; the backward pass recomputes the input of each coupling from its output
     (one more evaluation of every `f` and `g`: 4/3 of the FLOPs of plain autograd). Gradients equal plain autograd's
-    up to the rounding of the inversion, and exactly in the exact mode (`tests/architectures/reversible/test_sequence.py`).
+    up to the rounding of the inversion, exactly in the exact mode (tests/architectures/reversible/test_sequence.py).
 
     Args:
         couplings: One coupling or more; all of them exact or none.
@@ -57,5 +58,5 @@ class ReversibleSequence(nn.Module):
         return self._chain().inverse(y)
 
     def _chain(self) -> Chain:
-        steps = list(self.couplings)
+        steps: list[Any] = list(self.couplings)
         return Chain(steps, self.exact, self.reversible, self.group_elements, self.exact_range)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze, Streams, join, part
+from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze
+from nnunet_ext.architectures.reversible.steps import Pass, Streams, join, part
 
 STRIDES = [(2, 2), (2, 2, 2), (1, 2, 2), (1, 1, 2), (3, 1, 2), (1, 1, 1)]
 
@@ -72,9 +73,9 @@ def test_descend_and_ascend_invert_each_other_and_themselves(channels: int) -> N
     x = image(4, (1, 2))
     start = Streams(tuple(x.chunk(2, dim=1)))  # type: ignore[arg-type]
     down, up = Descend(squeeze), Ascend(squeeze)
-    below = down(start)
+    below = down.run(start, Pass())
     assert sum(half.shape[1] for half in below.halves) == 2 * channels
     assert len(below.skips) == 1
-    for again in (down.inverse(below), up(below)):
+    for again in (down.invert(below), up.run(below, Pass())):
         torch.testing.assert_close(torch.cat(again.halves, dim=1), x, rtol=0, atol=1e-12)
         assert again.skips == ()
