@@ -11,6 +11,7 @@ from nnunet_ext.architectures.common.copying import convert_in_place, copied
 from nnunet_ext.architectures.common.onednn import computes_natively
 from nnunet_ext.architectures.fusion.blocks import Form
 from nnunet_ext.architectures.fusion.folding import fold_batch_norms, fold_parametrizations, is_foldable
+from nnunet_ext.protocols import Fusable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,15 +33,15 @@ def fused(network: nn.Module, form: Form = "hybrid") -> nn.Module:
     Raises:
         NothingToFuseError: see there.
     """
-    fuse = getattr(network, "fuse", None)
     nothing = NothingToFuseError(
         f"{type(network).__name__} has no block to fuse and no batch norm behind a convolution: predict with it as it "
         "was trained."
     )
-    if not callable(fuse) and not is_foldable(network):
+    if isinstance(network, Fusable):
+        options = {"form": form} if "form" in signature(network.fuse).parameters else {}
+        result = network.fuse(**options)
+    elif not is_foldable(network):
         raise nothing
-    if callable(fuse):
-        result = fuse(form=form) if "form" in signature(fuse).parameters else fuse()
     else:
         result = copied(network)
     folded = fold_batch_norms(result.eval()) + fold_parametrizations(result)

@@ -10,6 +10,7 @@ from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.protocols import only_predicts
 
 BASELINE = registry.CORE_TRAINER
 
@@ -84,6 +85,6 @@ class Request:
 def _only_predicts(name: str) -> bool:
     """Whether a registered trainer has no network of its own to measure; one that can't be loaded becomes a row."""
     try:
-        return bool(getattr(trainer_class(name), "predicts_only", False))
+        return only_predicts(trainer_class(name))
     except UsageError:
         return False

@@ -14,6 +14,7 @@ from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.printable import one_line
+from nnunet_ext.protocols import only_predicts
 
 COMMON_SIZES = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GB of GPUs
 
@@ -141,7 +142,7 @@ def estimate(setting: Setting, trainer: str, measure: bool = False) -> Estimate:
     Raises:
         UsageError: the trainer is unknown, does not train or can't run with these plans; no GPU to measure on.
     """
-    if getattr(trainer_class(trainer), "predicts_only", False):
+    if only_predicts(trainer_class(trainer)):
         raise UsageError(
             f"{trainer} only predicts, so no training can be estimated: name the trainer it came from."
         )

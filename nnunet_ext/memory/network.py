@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ext.architectures.deployed import NothingToFuseError, fused
 from nnunet_ext.memory.tracker import StorageTracker
+from nnunet_ext.protocols import DrawsInputs, RefinesAsAsked
 
 ASSUMED_SHARE = 0.1  # of a patch that sparse prediction refines; shapes and random weights can't tell
 
@@ -73,15 +74,13 @@ def training_outputs(network: nn.Module, x: Tensor) -> Any:
         network: Network in training mode.
         x: Image (B, C, *patch).
     """
-    inputs = getattr(network, "training_inputs", None)
-    return network(x, **(inputs(x) if callable(inputs) else {}))
+    return network(x, **(network.training_inputs(x) if isinstance(network, DrawsInputs) else {}))
 
 
 def with_assumed_share(network: nn.Module) -> nn.Module:
     """Let a network whose prediction refines as much as the image asks for refine `ASSUMED_SHARE`; return it."""
-    assume = getattr(network, "assume_refined_share", None)
-    if callable(assume):
-        assume(ASSUMED_SHARE)
+    if isinstance(network, RefinesAsAsked):
+        network.assume_refined_share(ASSUMED_SHARE)
     return network
 
 

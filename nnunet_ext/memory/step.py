@@ -18,6 +18,7 @@ from nnunet_ext.memory.autocast import mixed_precision
 from nnunet_ext.memory.network import training_outputs
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.protocols import HasTrainingForm, SeveralPasses
 
 
 class _WithoutFolders(nnUNetTrainer):
@@ -79,8 +80,8 @@ class TrainerStep:
             network.to(device)
         self._trainer.network = network
         self.parameters = list(network.parameters())
-        form = getattr(found, "training_form", None)
-        self._form = form(network, setting.configuration_manager) if form else network
+        is_form = isinstance(found, HasTrainingForm)
+        self._form = found.training_form(network, setting.configuration_manager) if is_form else network
         self._optimizer = self._trainer.configure_optimizers()[0]
         for group in self._optimizer.param_groups:
             if "foreach" in group:
@@ -150,8 +151,7 @@ def passes_of(form: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
         form: What the trainer's `training_form` gives, or the network itself.
         x: (B, C, *patch).
     """
-    passes = getattr(form, "passes", None)
-    if passes is None:
-        yield form, x
+    if isinstance(form, SeveralPasses):
+        yield from form.passes(x)
     else:
-        yield from passes(x)
+        yield form, x

@@ -13,6 +13,7 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.plans import configuration
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.nnunet.trust import check_host_names, check_network
+from nnunet_ext.protocols import HasTrainingForm
 
 
 @dataclass(frozen=True)
@@ -161,5 +162,7 @@ class Setting:
             UsageError: no trainer has this name.
         """
         build = self.builder(trainer)
-        form = getattr(trainer_class(trainer), "training_form", None)
-        return build if form is None else lambda: form(build(), self.configuration_manager)
+        found = trainer_class(trainer)
+        if not isinstance(found, HasTrainingForm):
+            return build
+        return lambda: found.training_form(build(), self.configuration_manager)

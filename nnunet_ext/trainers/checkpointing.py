@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_ext.files import remove_partials, whole_file
 from nnunet_ext.trainers.fold_lock import only_training
 
+if TYPE_CHECKING:
+    from nnunet_ext.protocols import HostTrainer
+else:
+    HostTrainer = object
 
-class AtomicCheckpointMixin:
+
+class AtomicCheckpointMixin(HostTrainer):
     """Keeps the files that a run continues from whole, and its own.
 
     A checkpoint is written beside its place and renamed; one training at a time works in a fold's folder; the best
@@ -21,14 +26,14 @@ class AtomicCheckpointMixin:
     # The file that a training continues from, where it holds the best weights so far.
     _best_so_far: Path | None = None
 
-    def run_training(self: Any) -> None:
+    def run_training(self) -> None:
         """Train as nnU-Net does, while no other training can write to this fold.
 
         Raises:
             UsageError: another training does.
         """
         if self.local_rank != 0:  # the first rank writes, and holds the lock for all
-            super().run_training()  # type: ignore[misc]
+            super().run_training()
             return
         folder = Path(self.output_folder)
         with only_training(folder) as is_alone:
@@ -40,33 +45,33 @@ class AtomicCheckpointMixin:
             if self._best_so_far is not None:
                 with whole_file(folder / "checkpoint_best.pth") as part:
                     shutil.copyfile(self._best_so_far, part)
-            super().run_training()  # type: ignore[misc]
+            super().run_training()
 
-    def save_checkpoint(self: Any, filename: str) -> None:
+    def save_checkpoint(self, filename: str) -> None:
         """Save as nnU-Net does, atomically.
 
         Raises:
             OSError: it can't be written; the previous checkpoint stays.
         """
         if self.local_rank != 0 or self.disable_checkpointing:  # nnU-Net writes nothing
-            super().save_checkpoint(filename)  # type: ignore[misc]
+            super().save_checkpoint(filename)
             return
         path = Path(filename)
         try:
             with whole_file(path) as part:
-                super().save_checkpoint(str(part))  # type: ignore[misc]
+                super().save_checkpoint(str(part))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             sentence = _failure(path, error)
             self.print_to_log_file(sentence, also_print_to_console=False)
             raise OSError(sentence) from error  # the last line of the traceback
 
-    def load_checkpoint(self: Any, *arguments: Any, **options: Any) -> None:
+    def load_checkpoint(self, *arguments: Any, **options: Any) -> None:
         """Load as nnU-Net does; the best moving average counts the epoch after which the file was written.
 
         nnU-Net writes ``checkpoint_latest.pth`` before it looks whether that epoch is the best: a kill between both
         leaves a ``checkpoint_best.pth`` of an earlier epoch, so that a training copies the file that it continues.
         """
-        super().load_checkpoint(*arguments, **options)  # type: ignore[misc]
+        super().load_checkpoint(*arguments, **options)
         noted, logged = self._best_ema, self.logger.get_checkpoint()["ema_fg_dice"]
         values = [v for v in (noted, *logged) if v is not None and not math.isnan(v)]
         self._best_ema = max(values, default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -13,11 +13,16 @@ from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_po
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 from nnunet_ext.trainers.from_plans import build_from_plans
 
+if TYPE_CHECKING:
+    from nnunet_ext.protocols import HostTrainer
+else:
+    HostTrainer = object
+
 # Attributes of the trainer that are arguments of the network.
 NETWORK_OPTIONS = ("decoder_width", "decoder_depth", "frequencies", "mesh_spacing", "dropout", "n_points")
 
 
-class ImplicitTrainerMixin:
+class ImplicitTrainerMixin(HostTrainer):
     """Trains the Implicit U-Net on points of each patch; place it before nnUNetTrainer.
 
     nnU-Net's own loss takes logits and labels of the points, (B, C, K) each. Validation and prediction use dense
@@ -74,12 +79,12 @@ class ImplicitTrainerMixin:
             **options,
         )
 
-    def initialize(self: Any) -> None:
+    def initialize(self) -> None:
         """Switch deep supervision off, set the learning rate, and tell the network how its logits are meant."""
         self.enable_deep_supervision = False
         self.initial_lr = self.learning_rate
         self.weight_decay = self.adamw_weight_decay
-        super().initialize()  # type: ignore[misc]
+        super().initialize()
         network = implicit_network(self.network)
         network.point_decoder.seg_layers.regions = self.label_manager.has_regions
         self.sampler = PointSampler.for_spacing(
@@ -90,7 +95,7 @@ class ImplicitTrainerMixin:
             self.class_balanced,
         )
 
-    def configure_optimizers(self: Any) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """AdamW with nnU-Net's schedule."""
         optimizer = torch.optim.AdamW(
             self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay
@@ -100,7 +105,7 @@ class ImplicitTrainerMixin:
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: there is no deep supervision."""
 
-    def train_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Train as nnU-Net does, on points of the patches: network and loss get these alone."""
         target = batch["target"].to(self.device, non_blocking=True)
         manager = self.label_manager
@@ -112,30 +117,28 @@ class ImplicitTrainerMixin:
         # On the outermost module, so that the points pass through DDP and torch.compile as an argument.
         hook = self.network.register_forward_pre_hook(with_points, with_kwargs=True)
         try:
-            result: dict[str, Any] = super().train_step(  # type: ignore[misc]
-                {**batch, "target": at_points(target, points)}
-            )
+            result: dict[str, Any] = super().train_step({**batch, "target": at_points(target, points)})
             return result
         finally:
             hook.remove()
 
-    def on_validation_epoch_start(self: Any) -> None:
+    def on_validation_epoch_start(self) -> None:
         """Count what is refined from here on."""
-        super().on_validation_epoch_start()  # type: ignore[misc]
+        super().on_validation_epoch_start()
         implicit_network(self.network).refined_share(reset=True)
 
-    def on_validation_epoch_end(self: Any, val_outputs: list[dict[str, Any]]) -> None:
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Log the refined share."""
-        super().on_validation_epoch_end(val_outputs)  # type: ignore[misc]
+        super().on_validation_epoch_end(val_outputs)
         self._log_refined_share("of the validation patches")
 
-    def perform_actual_validation(self: Any, save_probabilities: bool = False) -> None:
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does and log the refined share."""
         implicit_network(self.network).refined_share(reset=True)
-        super().perform_actual_validation(save_probabilities)  # type: ignore[misc]
+        super().perform_actual_validation(save_probabilities)
         self._log_refined_share("of the validation cases")
 
-    def _log_refined_share(self: Any, of_what: str) -> None:
+    def _log_refined_share(self, of_what: str) -> None:
         share = implicit_network(self.network).refined_share(reset=True)
         if share is not None:
             self.print_to_log_file(f"refined share {of_what}: {share:.4f}")

@@ -80,23 +80,23 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         divisor = divisors(configuration.pool_op_kernel_sizes, len(patch))
         return [expanded_patch(standard, k, divisor, patch) for k in cls.branch_ks]
 
-    def initialize(self: Any) -> None:
+    def initialize(self) -> None:
         """Initialise as nnU-Net does; stage 1 prepares its branches."""
         if self.is_cascaded:
             self.is_expanded = False
-            super(MeUNetTrainerMixin, self).initialize()  # type: ignore[misc]
+            super(MeUNetTrainerMixin, self).initialize()
             return
         super().initialize()
         self.is_expanded = True  # also where no patch is: the branches train apart
 
-    def get_tr_and_val_datasets(self: Any) -> tuple[Any, Any]:
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """Make nnU-Net's data sets; stage 2 checks the prior of each of their cases."""
-        datasets = super().get_tr_and_val_datasets()  # type: ignore[misc]
+        datasets = super().get_tr_and_val_datasets()
         if self.is_cascaded:
             self._check_priors(*datasets)
         return datasets
 
-    def perform_actual_validation(self: Any, save_probabilities: bool = False) -> None:
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does; stage 2 without a training before (``--val``) checks its priors."""
         if self.is_cascaded and self.dataloader_val is None:
             _, keys = self.do_split()
@@ -105,14 +105,14 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
                     self.preprocessed_dataset_folder, keys, self.folder_with_segs_from_previous_stage
                 )
             )
-        super().perform_actual_validation(save_probabilities)  # type: ignore[misc]
+        super().perform_actual_validation(save_probabilities)
 
-    def _check_priors(self: Any, *datasets: Any) -> None:
+    def _check_priors(self, *datasets: Any) -> None:
         stage = first_stage(self)
         stage.check_labels(self.dataset_json)
         stage.check(datasets, self.label_manager.foreground_labels, read=self.local_rank == 0)
 
-    def prepare_passes(self: Any, network: Any) -> None:
+    def prepare_passes(self, network: Any) -> None:
         """Tell the network of regions, and prepare its branches."""
         network.regions = self.label_manager.has_regions
         sizes = self.branch_patches(self.configuration_manager, self.standard_patch)
@@ -127,7 +127,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         ]
         self.print_to_log_file(f"Dual meU-net: expanded patches {[list(size) for size in sizes]}.")
 
-    def accumulate_gradients(self: Any, data: Tensor, target: Tensor) -> Tensor:
+    def accumulate_gradients(self, data: Tensor, target: Tensor) -> Tensor:
         """Add up the gradients of both patches, branch by branch; return the mean loss.
 
         Args:
@@ -142,7 +142,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
             self._average_over_ranks()
         return torch.stack(losses).mean()
 
-    def _accumulate_branch(self: Any, branch: Branch, data: Tensor, target: Tensor) -> Tensor:
+    def _accumulate_branch(self, branch: Branch, data: Tensor, target: Tensor) -> Tensor:
         """meU-net's two passes of one branch, not through DDP's wrapper, which waits for both branches."""
         if branch.patch == self.standard_patch:
             return self.backward(branch.whole, self.standard_loss, data, target, 1.0)
@@ -151,7 +151,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         data, target = (centre_crop(x, self.standard_patch) for x in (data, target))
         return expanded + self.backward(branch.whole, self.standard_loss, data, target, 1 - weight)
 
-    def _average_over_ranks(self: Any) -> None:
+    def _average_over_ranks(self) -> None:
         """What DDP does with gradients, once they are whole, in one message."""
         gradients = [p.grad for p in bare(self.network).parameters() if p.grad is not None]
         together = torch.cat([gradient.flatten() for gradient in gradients])
@@ -160,7 +160,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def clip_gradients(self: Any) -> None:
+    def clip_gradients(self) -> None:
         """Clip as nnU-Net does, each branch by itself."""
         for branch in self.branches:
             torch.nn.utils.clip_grad_norm_(branch.network.parameters(), 12)

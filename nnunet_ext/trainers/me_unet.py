@@ -8,7 +8,7 @@ both and not their sum; gradients are the same, because instance norm has no sta
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,13 @@ from nnunet_ext.architectures.expanded.patch import Size, divisors, standard_pat
 from nnunet_ext.trainers.passes import TwoPasses
 from nnunet_ext.trainers.softmax_weighted_ce import weight_classes
 
+if TYPE_CHECKING:
+    from nnunet_ext.protocols import HostTrainer
+else:
+    HostTrainer = object
 
-class MeUNetTrainerMixin:
+
+class MeUNetTrainerMixin(HostTrainer):
     """Two-pass training step for trainers; place it before nnUNetTrainer.
 
     The plans' patch is the expanded patch kP; loading, augmentation and prediction are nnU-Net's own. One step:
@@ -35,7 +40,7 @@ class MeUNetTrainerMixin:
 
     Attributes:
         k: Size of kP over that of P, one number or one per axis, where the plans do not say it.
-        expanded_weight: W.
+        expanded_weight: Weight w of the expanded pass.
         expanded_deep_supervision: Whether the expanded patch supervises all levels from the second on, with
             nnU-Net's weights, and not the second alone.
         softmax_weighted: Weight rare classes up in the cross-entropy of all passes, see `SoftmaxWeightedCrossEntropy`.
@@ -56,10 +61,10 @@ class MeUNetTrainerMixin:
         k = configuration.configuration.get("me_unet", {}).get("k", cls.k)
         return TwoPasses(network, lambda size: standard_patch(tuple(size), k, divisor))
 
-    def initialize(self: Any) -> None:
+    def initialize(self) -> None:
         """Initialise as nnU-Net does; check the patches before."""
         self.standard_patch = plan_standard_patch(self.configuration_manager, self.k)
-        super().initialize()  # type: ignore[misc]
+        super().initialize()
         self.is_expanded = self.standard_patch != tuple(self.configuration_manager.patch_size)
         self.prepare_passes(bare(self.network))
         self.print_to_log_file(
@@ -68,14 +73,14 @@ class MeUNetTrainerMixin:
             + ("." if self.is_expanded else ": nothing is expanded, so this is nnU-Net's own training step.")
         )
 
-    def _build_loss(self: Any) -> nn.Module:
+    def _build_loss(self) -> nn.Module:
         """nnU-Net's loss, its classes weighted where asked for."""
-        loss: nn.Module = super()._build_loss()  # type: ignore[misc]
+        loss: nn.Module = super()._build_loss()
         if self.softmax_weighted:
             weight_classes(loss)
         return loss
 
-    def prepare_passes(self: Any, network: nn.Module) -> None:
+    def prepare_passes(self, network: nn.Module) -> None:
         """Keep what the training step runs beside the network itself.
 
         Args:
@@ -83,17 +88,17 @@ class MeUNetTrainerMixin:
         """
         self.expanded_pass = self.make_expanded_pass(network)
 
-    def make_expanded_pass(self: Any, network: nn.Module) -> ExpandedPass:
+    def make_expanded_pass(self, network: nn.Module) -> ExpandedPass:
         """Make the expanded pass of a network, compiled where nnU-Net compiles."""
         expanded = ExpandedPass(network, self.expanded_deep_supervision)
         if self._do_i_compile():
             expanded.compile_levels()
         return expanded
 
-    def train_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Backward passes of both patches, then one step of the optimiser."""
         if not self.is_expanded:
-            return super().train_step(batch)  # type: ignore[misc]
+            return super().train_step(batch)
         target = batch["target"]
         target = target[0] if isinstance(target, list) else target  # the coarser ones follow from it
         data, target = (x.to(self.device, non_blocking=True) for x in (batch["data"], target))
@@ -102,7 +107,7 @@ class MeUNetTrainerMixin:
         self.update_weights()
         return {"loss": loss.cpu().numpy()}
 
-    def accumulate_gradients(self: Any, data: Tensor, target: Tensor) -> Tensor:
+    def accumulate_gradients(self, data: Tensor, target: Tensor) -> Tensor:
         """Add up the gradients of both patches.
 
         Args:
@@ -120,8 +125,8 @@ class MeUNetTrainerMixin:
         return expanded + self.backward(self.network, self.standard_loss, data, target, 1 - weight)
 
     def backward(
-        self: Any,
-        network: nn.Module,
+        self,
+        network: Callable[[Tensor], Any],
         loss_of: Callable[[Any, Tensor], Tensor],
         data: Tensor,
         target: Tensor,
@@ -134,13 +139,13 @@ class MeUNetTrainerMixin:
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
         return loss.detach()
 
-    def standard_loss(self: Any, output: Any, target: Tensor) -> Tensor:
+    def standard_loss(self, output: Any, target: Tensor) -> Tensor:
         """nnU-Net's loss of the whole network, `target` at full resolution."""
         if not isinstance(output, (list, tuple)):
             return self.loss(output, target)
         return self.loss(output, [downsample_labels(target, s) for s in self._level_strides()])
 
-    def expanded_loss(self: Any, output: Any, target: Tensor) -> Tensor:
+    def expanded_loss(self, output: Any, target: Tensor) -> Tensor:
         """The same loss of level 2, or of all levels from the second on; `target` at full resolution."""
         loss = self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
         _, *strides = self._level_strides()
@@ -152,7 +157,7 @@ class MeUNetTrainerMixin:
             output, [downsample_labels(target, s) for s in strides]
         )
 
-    def update_weights(self: Any) -> None:
+    def update_weights(self) -> None:
         """Clip the gradients and step, as nnU-Net does."""
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
@@ -163,20 +168,20 @@ class MeUNetTrainerMixin:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
 
-    def clip_gradients(self: Any) -> None:
+    def clip_gradients(self) -> None:
         """Clip as nnU-Net does."""
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
 
-    def validation_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Validate at kP sample by sample: a whole batch could need more memory than the training step."""
         # Under DDP ranks may hold different numbers of samples, and would wait for each other in the Dice loss.
         if not self.is_expanded or self.is_ddp:
-            return super().validation_step(batch)  # type: ignore[misc]
-        found = [super(MeUNetTrainerMixin, self).validation_step(sample) for sample in _samples(batch)]  # type: ignore[misc]
+            return super().validation_step(batch)
+        found = [super(MeUNetTrainerMixin, self).validation_step(sample) for sample in _samples(batch)]
         sums = {key: sum(result[key] for result in found) for key in found[0]}
         return {**sums, "loss": sums["loss"] / len(found)}
 
-    def _level_strides(self: Any) -> list[list[int]]:
+    def _level_strides(self) -> list[list[int]]:
         """Strides from the patch to each level that has a head, finest first."""
         return np.cumprod(self.configuration_manager.pool_op_kernel_sizes, axis=0)[:-1].tolist()
 

@@ -38,7 +38,7 @@ def class_weights(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
 
     Args:
         labels: Int64, of any shape.
-        num_classes: C.
+        num_classes: Number of classes, C.
         ignore_index: Label that does not count.
     """
     counted = labels.masked_fill(labels == ignore_index, -1)

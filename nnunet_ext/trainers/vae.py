@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.reversible.vae_branch import Reconstruction
+
+if TYPE_CHECKING:
+    from nnunet_ext.protocols import HostTrainer
+else:
+    HostTrainer = object
 
 
 class VAELoss(nn.Module):
@@ -49,7 +54,7 @@ class VAELoss(nn.Module):
         return segmentation, l2, kl
 
 
-class VAETrainerMixin:
+class VAETrainerMixin(HostTrainer):
     """Loss of the VAE branch for trainers; place it before nnUNetTrainer.
 
     Attributes:
@@ -61,15 +66,15 @@ class VAETrainerMixin:
     kl_weight = 0.1
 
     def _build_loss(self) -> nn.Module:
-        return VAELoss(super()._build_loss(), self.l2_weight, self.kl_weight)  # type: ignore[misc]
+        return VAELoss(super()._build_loss(), self.l2_weight, self.kl_weight)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the terms of the loss apart."""
-        super().on_train_epoch_end(train_outputs)  # type: ignore[misc]
-        means = self.loss.epoch_means()  # type: ignore[attr-defined]
+        super().on_train_epoch_end(train_outputs)
+        means = self.loss.epoch_means()
         if means is not None:
             segmentation, l2, kl = means
-            self.print_to_log_file(  # type: ignore[attr-defined]
+            self.print_to_log_file(
                 f"segmentation loss {segmentation:.4f}, L2 of the reconstruction {l2:.4f}, KL {kl:.4f}"
             )
 

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from nnunet_ext import registry
 from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.protocols import only_predicts
 
-TRAINERS = [
-    name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)
-]
+TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
 # Four stages have more convolutions than PyTorch's recompile limit, 8; meU-net takes a smaller patch out of this one.
 PATCH = [4, 4, 16]
 STRIDES = [[1, 1, 1], [1, 1, 2], [1, 1, 2], [1, 2, 2]]

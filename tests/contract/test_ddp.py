@@ -15,13 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_ext import registry
 from nnunet_ext.memory.network import surrogate_loss
 from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.protocols import only_predicts
 from tests.contract import ddp_worker
 from tests.ranks import Ranks
 from tests.settings import tiny
 
-TRAINERS = [
-    name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)
-]
+TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
 
 
 @pytest.mark.parametrize("name", registry.names("architectures"))

@@ -17,11 +17,10 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from nnunet_ext import registry
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.protocols import only_predicts
 
 CPU = torch.device("cpu")
-TRAINERS = [
-    name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)
-]
+TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
 
 
 @pytest.fixture(params=TRAINERS)

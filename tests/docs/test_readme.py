@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nnunet_ext import registry
+from nnunet_ext.protocols import only_predicts
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARK = REPOSITORY / "docs" / "benchmarks" / "2026-11-27-methods" / "benchmark.json"
@@ -41,9 +42,7 @@ def test_table_is_what_was_measured(script: ModuleType, benchmark: dict[str, Any
 
 def test_every_trainer_that_trains_has_a_row(script: ModuleType, benchmark: dict[str, Any]) -> None:
     trained = [
-        name
-        for name in registry.names("trainers")
-        if not getattr(registry.resolve("trainers", name), "predicts_only", False)
+        name for name in registry.names("trainers") if not only_predicts(registry.resolve("trainers", name))
     ]
     table = script.table(benchmark)
     assert [name for name in trained if f"| `{name}` |" not in table] == []

@@ -18,11 +18,10 @@ from nnunet_ext.memory.step import TrainerStep
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.source import Source
 from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.protocols import only_predicts
 from tests.settings import tiny
 
-TRAINERS = [
-    name for name in registry.names("trainers") if not getattr(trainer_class(name), "predicts_only", False)
-]
+TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
 VOXELS = 2 * 16**3  # of a batch of the tiny setting
 
 

@@ -91,7 +91,7 @@ def expanded_patch(standard: Sequence[int], k: Any, divisor: Sequence[int], imag
     An axis on which P already covers the image is not expanded.
 
     Args:
-        standard: P.
+        standard: Standard patch, P.
         k: One number, or one per axis.
         divisor: Divisor of each axis, see `divisors`.
         image: Size of a typical image in voxels.
