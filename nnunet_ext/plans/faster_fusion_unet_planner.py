@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
-from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+from nnunet_ext.plans.memory_planner import MemoryPlanner
 
 
-class FasterFusionUNetPlanner(FreedMemoryPlanner):
+class FasterFusionUNetPlanner(MemoryPlanner):
     """Plans `FasterFusionUNet` as `nnUNetTrainerFasterFusionBN` trains it.
 
     It saves parameters and time, not training memory, so patch and batch are about those of nnU-Net.

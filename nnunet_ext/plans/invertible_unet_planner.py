@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet
-from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+from nnunet_ext.plans.memory_planner import MemoryPlanner
 
 
-class InvertibleUNetPlanner(FreedMemoryPlanner):
+class InvertibleUNetPlanner(MemoryPlanner):
     """Spends the memory that `InvertibleUNet` frees on a larger patch, then on a larger batch."""
 
     network_class = InvertibleUNet

@@ -10,10 +10,10 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 )
 
 from nnunet_ext.plans.expanded_patch import ExpandedPatchMixin
-from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+from nnunet_ext.plans.memory_planner import MemoryPlanner
 
 
-class MeResEncUNetPlanner(ExpandedPatchMixin, FreedMemoryPlanner, nnUNetPlannerResEncM):
+class MeResEncUNetPlanner(ExpandedPatchMixin, MemoryPlanner, nnUNetPlannerResEncM):
     """Plans like nnU-Net's ResEnc M, and half as much more context around the patch for `nnUNetTrainerMeUNet`."""
 
     network_class = ResidualEncoderUNet

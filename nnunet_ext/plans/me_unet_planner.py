@@ -5,10 +5,10 @@ from __future__ import annotations
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from nnunet_ext.plans.expanded_patch import ExpandedPatchMixin
-from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+from nnunet_ext.plans.memory_planner import MemoryPlanner
 
 
-class MeUNetPlanner(ExpandedPatchMixin, FreedMemoryPlanner):
+class MeUNetPlanner(ExpandedPatchMixin, MemoryPlanner):
     """Plans nnU-Net's own network and patch, and half as much more context around it for `nnUNetTrainerMeUNet`."""
 
     network_class = PlainConvUNet

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
-from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+from nnunet_ext.plans.memory_planner import MemoryPlanner
 
 
-class PartiallyInvertibleUNetPlanner(FreedMemoryPlanner):
+class PartiallyInvertibleUNetPlanner(MemoryPlanner):
     """Spends the memory that `PartiallyInvertibleUNet` frees on a larger patch, then on a larger batch."""
 
     network_class = PartiallyInvertibleUNet

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+from nnunet_ext.plans.memory_planner import MemoryPlanner
 
 
-class ReversibleUNetPlanner(FreedMemoryPlanner):
+class ReversibleUNetPlanner(MemoryPlanner):
     """Spends the memory that `ReversibleUNet` frees on a larger patch, then on a larger batch."""
 
     network_class = ReversibleUNet

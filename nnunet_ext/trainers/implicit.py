@@ -12,6 +12,7 @@ from torch import nn
 from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 from nnunet_ext.trainers.from_plans import build_from_plans
+from nnunet_ext.trainers.unwrapped import unwrapped
 
 if TYPE_CHECKING:
     from nnunet_ext.protocols import HostTrainer
@@ -145,9 +146,8 @@ class ImplicitTrainerMixin(HostTrainer):
 
 
 def implicit_network(network: nn.Module) -> ImplicitUNet:
-    """Take the network out of DDP and torch.compile."""
-    for wrapper in ("module", "_orig_mod"):
-        network = getattr(network, wrapper, network)
+    """The network itself, see `unwrapped`."""
+    network = unwrapped(network)
     if not isinstance(network, ImplicitUNet):
         raise TypeError(
             f"The trainer of the Implicit U-Net needs an ImplicitUNet, got {type(network).__name__}."

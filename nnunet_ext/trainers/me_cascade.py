@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.architectures.expanded.patch import Size, divisors, expanded_patch, standard_patch
-from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, bare, plan_standard_patch
+from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, plan_standard_patch
 from nnunet_ext.trainers.passes import InTurn
 from nnunet_ext.trainers.priors import first_stage
+from nnunet_ext.trainers.unwrapped import unwrapped
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
 
     def _average_over_ranks(self) -> None:
         """What DDP does with gradients, once they are whole, in one message."""
-        gradients = [p.grad for p in bare(self.network).parameters() if p.grad is not None]
+        gradients = [p.grad for p in unwrapped(self.network).parameters() if p.grad is not None]
         together = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(together)
         together /= dist.get_world_size()

@@ -16,12 +16,12 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop, downsample_labels
 from nnunet_ext.architectures.expanded.patch import Size, divisors, standard_patch
 from nnunet_ext.trainers.passes import TwoPasses
 from nnunet_ext.trainers.softmax_weighted_ce import weight_classes
+from nnunet_ext.trainers.unwrapped import unwrapped
 
 if TYPE_CHECKING:
     from nnunet_ext.protocols import HostTrainer
@@ -66,7 +66,7 @@ class MeUNetTrainerMixin(HostTrainer):
         self.standard_patch = plan_standard_patch(self.configuration_manager, self.k)
         super().initialize()
         self.is_expanded = self.standard_patch != tuple(self.configuration_manager.patch_size)
-        self.prepare_passes(bare(self.network))
+        self.prepare_passes(unwrapped(self.network))
         self.print_to_log_file(
             f"meU-net: expanded patch {list(self.configuration_manager.patch_size)}, standard patch "
             f"{list(self.standard_patch)}"
@@ -207,12 +207,6 @@ def plan_standard_patch(configuration: ConfigurationManager, default_k: float | 
             f"{k} gives {list(size)}: correct one of them, or remove standard_patch_size."
         )
     return size
-
-
-def bare(network: nn.Module) -> nn.Module:
-    """The network without the wrappers of DDP and torch.compile."""
-    inner = getattr(network, "module", network)
-    return inner._orig_mod if isinstance(inner, OptimizedModule) else inner
 
 
 def _samples(batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
-from nnunet_ext.plans.freed_memory_planner import FreedMemoryPlanner
+from nnunet_ext.plans.memory_planner import MemoryPlanner
 from nnunet_ext.plans.reversible_unet_planner import ReversibleUNetPlanner
 
 SHAPES, SPACINGS = [[40, 48, 52], [44, 40, 48]], [[1.0, 1.0, 1.0], [1.1, 1.0, 1.0]]
@@ -24,7 +24,7 @@ OWN, SHARED = "nnUNetReversiblePlans_3d_fullres", "nnUNetPlans_3d_fullres"
 @pytest.fixture(autouse=True)
 def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patch and batch as nnU-Net chooses them: only data and axes matter here."""
-    monkeypatch.setattr(FreedMemoryPlanner, "_fitted", lambda self, plan, asked, draft=False: plan)
+    monkeypatch.setattr(MemoryPlanner, "_fitted", lambda self, plan, asked, draft=False: plan)
     monkeypatch.setattr(  # nnU-Net starts twelve processes for it
         "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner."
         "get_filenames_of_train_images_and_targets",

@@ -14,7 +14,8 @@ from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.trainers.me_cascade import Branch, MeCascadeTrainerMixin
-from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, bare
+from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin
+from nnunet_ext.trainers.unwrapped import unwrapped
 from tests.contract.plans import arguments
 from tests.ranks import SIZE
 
@@ -30,7 +31,7 @@ class Step(MeUNetTrainerMixin):
         self.network, self.is_ddp = network, isinstance(network, DistributedDataParallel)
         self.standard_patch = (8, 8, 8)
         self.configuration_manager = SimpleNamespace(pool_op_kernel_sizes=arguments("3d")["strides"])
-        self.prepare_passes(bare(network))
+        self.prepare_passes(unwrapped(network))
 
     def make_expanded_pass(self, network: nn.Module) -> ExpandedPass:
         return ExpandedPass(network)

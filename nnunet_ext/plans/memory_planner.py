@@ -33,7 +33,7 @@ _FEWEST_STAGES = 3
 _LOWRES, _CASCADE = "3d_lowres", "3d_cascade_fullres"
 
 
-class FreedMemoryPlanner(ExperimentPlanner):
+class MemoryPlanner(ExperimentPlanner):
     """Plans the largest patch, up to the whole image, then the largest batch, that train in the GPU memory target.
 
     Everything but patch, batch and topology is nnU-Net's own planning. Memory is that of the step of `trainer`,
