@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import (
-    convert_conv_op_to_dim,
     get_matching_batchnorm,
 )
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from nnunet_ext.architectures.common.copying import convert_in_place, copied
 from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
 from nnunet_ext.architectures.common.onednn import is_exporting, is_observed, is_transformed
+from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
 from nnunet_ext.architectures.fusion.blocks import (
     Downsample,
@@ -60,8 +58,6 @@ class FasterFusionUNet(nn.Module):
     Args:
         input_channels: Channels of the image.
         num_classes: Channels of the logits.
-        n_conv_per_stage: Convolutions per encoder stage, from default plans.
-        n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
         deep_supervision: Return a list of logits, largest first.
         threshold: Output channels from which on a convolution is replaced.
         divisor: One of so many input channels meets the kernel; one number, or one per resolution, finest first.
@@ -84,21 +80,6 @@ class FasterFusionUNet(nn.Module):
         input_channels: int,
         num_classes: int,
         *,
-        n_stages: int,
-        features_per_stage: int | Sequence[int],
-        conv_op: type[_ConvNd],
-        kernel_sizes: int | Sequence[int | Sequence[int]],
-        strides: int | Sequence[int | Sequence[int]],
-        n_conv_per_stage: int | Sequence[int] | None = None,
-        n_blocks_per_stage: int | Sequence[int] | None = None,
-        n_conv_per_stage_decoder: int | Sequence[int],
-        conv_bias: bool = False,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        dropout_op: type[_DropoutNd] | None = None,
-        dropout_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
         threshold: int = 160,
         divisor: int | Sequence[int] = 4,
@@ -106,39 +87,24 @@ class FasterFusionUNet(nn.Module):
         batch_norm: bool = False,
         decoder_split: Literal["up", "both"] = "up",
         form: Form | None = None,
+        **plan_arguments: Any,
     ) -> None:
         super().__init__()
         if decoder_split not in ("up", "both"):
             raise ValueError(f'decoder_split must be "up" or "both", got {decoder_split!r}.')
+        plan = PlanArguments(**plan_arguments)
         if batch_norm:
-            norm_op = get_matching_batchnorm(dimension=convert_conv_op_to_dim(conv_op))
-            norm_op_kwargs = {k: v for k, v in (norm_op_kwargs or {}).items() if k in ("eps", "momentum")}
-        host = host_unet(
-            n_conv_per_stage,
-            n_blocks_per_stage,
-            input_channels=input_channels,
-            num_classes=num_classes,
-            n_stages=n_stages,
-            features_per_stage=features_per_stage,
-            conv_op=conv_op,
-            kernel_sizes=kernel_sizes,
-            strides=strides,
-            n_conv_per_stage_decoder=n_conv_per_stage_decoder,
-            conv_bias=conv_bias,
-            norm_op=norm_op,
-            norm_op_kwargs=dict(norm_op_kwargs or {}),
-            dropout_op=dropout_op,
-            dropout_op_kwargs=dropout_op_kwargs,
-            nonlin=nonlin,
-            nonlin_kwargs=nonlin_kwargs,
-            deep_supervision=deep_supervision,
-        )
+            kept = {k: v for k, v in plan.norm_op_kwargs.items() if k in ("eps", "momentum")}
+            plan = replace(plan, norm_op=get_matching_batchnorm(dimension=plan.dim), norm_op_kwargs=kept)
+        host = host_unet(plan, input_channels, num_classes, deep_supervision)
         self.encoder, self.decoder = host.encoder, host.decoder
         self.patch_divisors = patch_divisors(self.encoder.strides)
-        divisors = [divisor] * n_stages if isinstance(divisor, int) else list(divisor)
-        if len(divisors) != n_stages:
-            raise ValueError(f"divisor needs one number or {n_stages} of them (n_stages), got {divisors}.")
-        self._replace(threshold, divisors, downsample, decoder_split == "both", norm_op_kwargs)
+        divisors = [divisor] * plan.n_stages if isinstance(divisor, int) else list(divisor)
+        if len(divisors) != plan.n_stages:
+            raise ValueError(
+                f"divisor needs one number or {plan.n_stages} of them (n_stages), got {divisors}."
+            )
+        self._replace(threshold, divisors, downsample, decoder_split == "both", plan.norm_op_kwargs)
         self.batch_norm = batch_norm
         self.form: Form | None = None
         self._fused: _Fused | None = None

@@ -8,27 +8,22 @@ where a coarse mesh could miss something. docs/methods/implicit.md holds equatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.common.onednn import is_exporting, is_transformed
+from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import (
-    check_norm,
     check_stages,
-    check_whole,
     per_stage_and_axis,
-    per_stage_list,
 )
 from nnunet_ext.architectures.implicit.decoder import Maps, PointDecoder
 from nnunet_ext.architectures.implicit.point_sampling import points_per_patch
@@ -82,21 +77,6 @@ class ImplicitUNet(nn.Module):
         input_channels: int,
         num_classes: int,
         *,
-        n_stages: int,
-        features_per_stage: int | Sequence[int],
-        conv_op: type[_ConvNd],
-        kernel_sizes: int | Sequence[int | Sequence[int]],
-        strides: int | Sequence[int | Sequence[int]],
-        n_conv_per_stage: int | Sequence[int] | None = None,
-        n_blocks_per_stage: int | Sequence[int] | None = None,
-        n_conv_per_stage_decoder: int | Sequence[int] | None = None,
-        conv_bias: bool = False,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        dropout_op: type[_DropoutNd] | None = None,
-        dropout_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
         decoder_width: int = 512,
         decoder_depth: int = 8,
@@ -114,36 +94,32 @@ class ImplicitUNet(nn.Module):
         second_look: float = 0.25,
         dense_above: float = 0.5,
         chunk_size: int | None = None,
+        **plan_arguments: Any,
     ) -> None:
         super().__init__()
         _check_options(decoder_width, decoder_depth, frequencies, mesh_spacing, dropout, n_points, max_stride)
-        self.dim = convert_conv_op_to_dim(conv_op)
-        check_stages("U-Net", n_stages, least=1)
-        check_norm(norm_op)
-        kernels = per_stage_and_axis("kernel_sizes", conv_op, kernel_sizes, n_stages)
-        if any(n % 2 == 0 for kernel in kernels for n in kernel):
-            raise ValueError(f"ImplicitUNet needs odd kernels, got {kernel_sizes}: even ones shift the maps.")
-        steps = per_stage_and_axis("strides", conv_op, strides, n_stages)
+        plan = PlanArguments(**plan_arguments)
+        check_stages("U-Net", plan.n_stages, least=1)
+        self.dim, kernels = plan.dim, plan.kernels()
+        steps = per_stage_and_axis("strides", plan.conv_op, plan.strides, plan.n_stages)
         cumulative = [tuple(int(n) for n in row) for row in np.cumprod(steps, axis=0)]
         n_used = max(1, sum(max(stride) <= max_stride for stride in cumulative))
-        features = check_whole(
-            "features_per_stage", per_stage_list("features_per_stage", features_per_stage, n_stages)
-        )[:n_used]
+        features = plan.features()[:n_used]
         self.encoder = PlainConvEncoder(
             input_channels,
             n_used,
             features,
-            conv_op,
+            plan.conv_op,
             kernels[:n_used],
             steps[:n_used],
             _depths(convs_per_stage, n_used),
-            conv_bias,
-            norm_op,
-            dict(norm_op_kwargs or {}),
-            dropout_op,
-            dict(dropout_op_kwargs or {}),
-            nonlin,
-            dict(nonlin_kwargs or {}),
+            plan.conv_bias,
+            plan.norm_op,
+            plan.norm_op_kwargs,
+            plan.dropout_op,
+            plan.dropout_op_kwargs,
+            plan.nonlin,
+            plan.nonlin_kwargs,
             return_skips=True,
         )
         # Not called `decoder`: there is nothing to switch deep supervision of.

@@ -9,14 +9,12 @@ bijection and nothing of a level is kept once the next has consumed it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from math import lcm, prod
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.reversible.chain import Chain
@@ -25,12 +23,11 @@ from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze
 from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
 from nnunet_ext.architectures.reversible.stages import (
-    ConvSpec,
     CouplingSpec,
+    ReversiblePlan,
     StageSpec,
     check_patch,
     group_elements,
-    stage_specs,
 )
 from nnunet_ext.architectures.reversible.steps import Tap
 from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
@@ -67,16 +64,16 @@ class Encoder(nn.Module):
     def __init__(
         self,
         input_channels: int,
-        spec: ConvSpec,
+        plan: ReversiblePlan,
         stages: Sequence[StageSpec],
         coupling: CouplingSpec,
         mixing: bool,
     ) -> None:
         super().__init__()
         first = stages[0]
-        self.stem = spec.conv(input_channels, first.channels, first.kernel_size, first.stride)
+        self.stem = plan.conv(input_channels, first.channels, first.kernel_size, first.stride)
         self.stages = nn.ModuleList(
-            nn.ModuleList(coupling.couplings(spec, stage, stage.encoder_blocks)) for stage in stages
+            nn.ModuleList(coupling.couplings(plan, stage, stage.encoder_blocks)) for stage in stages
         )
         self.descents = nn.ModuleList(
             Descend(Squeeze(stage.channels // prod(stage.stride), stage.stride, mixing))
@@ -98,7 +95,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        spec: ConvSpec,
+        plan: ReversiblePlan,
         stages: Sequence[StageSpec],
         coupling: CouplingSpec,
         mixing: bool,
@@ -112,11 +109,11 @@ class Decoder(nn.Module):
             for stage in stages[:0:-1]
         )
         self.stages = nn.ModuleList(
-            nn.ModuleList(coupling.couplings(spec, stage, stage.decoder_blocks)) for stage in upwards
+            nn.ModuleList(coupling.couplings(plan, stage, stage.decoder_blocks)) for stage in upwards
         )
         # All heads exist with and without deep supervision, so that checkpoints fit both (as in nnU-Net).
         self.seg_layers = nn.ModuleList(
-            spec.conv_op(stage.channels, num_classes, 1, 1, 0, bias=True) for stage in upwards
+            plan.conv_op(stage.channels, num_classes, 1, 1, 0, bias=True) for stage in upwards
         )
 
     def steps(self) -> Iterator[Any]:
@@ -145,8 +142,6 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
     Args:
         input_channels: Channels of the image, and of the previous stage in a cascade.
         num_classes: Channels of the logits.
-        n_conv_per_stage, n_blocks_per_stage: Blocks per encoder stage, from default or ResEnc plans.
-        n_conv_per_stage_decoder: Blocks per decoder stage, coarsest first.
         deep_supervision: Return a list of logits, largest first.
         blocks_per_stage: Overrides the depth of the plans, as in `ReversibleUNet`.
         reversible: False keeps all activations: same weights and outputs, plain autograd, the reference of tests.
@@ -169,21 +164,6 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         input_channels: int,
         num_classes: int,
         *,
-        n_stages: int,
-        features_per_stage: int | Sequence[int],
-        conv_op: type[_ConvNd],
-        kernel_sizes: int | Sequence[int | Sequence[int]],
-        strides: int | Sequence[int | Sequence[int]],
-        n_conv_per_stage: int | Sequence[int] | None = None,
-        n_blocks_per_stage: int | Sequence[int] | None = None,
-        n_conv_per_stage_decoder: int | Sequence[int],
-        conv_bias: bool = False,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        dropout_op: type[_DropoutNd] | None = None,
-        dropout_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
         blocks_per_stage: int | Sequence[int] | None = None,
         reversible: bool = True,
@@ -192,44 +172,25 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         vae: bool = False,
         image_channels: int | None = None,
         resampling: Literal["orthogonal", "squeeze"] = "orthogonal",
+        **plan_arguments: Any,
     ) -> None:
         super().__init__()
         if resampling not in ("orthogonal", "squeeze"):
             raise ValueError(f'resampling must be "orthogonal" or "squeeze", got {resampling!r}.')
         if exact and resampling != "squeeze":
             raise ValueError('exact=True needs resampling="squeeze", got "orthogonal", which rounds.')
-        self.stages = stage_specs(
-            conv_op,
-            n_stages,
-            features_per_stage=features_per_stage,
-            kernel_sizes=kernel_sizes,
-            strides=strides,
-            n_conv_per_stage=n_conv_per_stage,
-            n_blocks_per_stage=n_blocks_per_stage,
-            n_conv_per_stage_decoder=n_conv_per_stage_decoder,
-            blocks_per_stage=blocks_per_stage,
-            fit=_fit,
-        )
+        plan = ReversiblePlan(**plan_arguments)
+        self.stages = plan.stages(blocks_per_stage, _fit)
         self.input_channels = input_channels
         self.image_channels = input_channels if image_channels is None else image_channels
         self.reversible, self.exact = reversible, exact
-        spec = ConvSpec(
-            conv_op,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs or {},
-            dropout_op,
-            dropout_op_kwargs or {},
-            nonlin,
-            nonlin_kwargs or {},
-        )
-        self.group_elements = group_elements(spec)
+        self.group_elements = group_elements(plan)
         self.exact_range = ExactRange()
         coupling = CouplingSpec(reversible, exact, preactivation)
         mixing = resampling == "orthogonal"
-        self.encoder = Encoder(input_channels, spec, self.stages, coupling, mixing)
-        self.decoder = Decoder(num_classes, spec, self.stages, coupling, mixing, deep_supervision)
-        self.vae = VAEBranch(self.image_channels, spec, self.stages) if vae else None
+        self.encoder = Encoder(input_channels, plan, self.stages, coupling, mixing)
+        self.decoder = Decoder(num_classes, plan, self.stages, coupling, mixing, deep_supervision)
+        self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None
 
     @uncompiled
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:

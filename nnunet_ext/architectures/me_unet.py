@@ -15,10 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
+from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
 
 BRANCHES = 2
@@ -39,8 +38,6 @@ class DualMeUNet(nn.Module):
     Args:
         input_channels: Channels of the image.
         num_classes: Channels of the logits.
-        n_conv_per_stage: Convolutions per encoder stage, from default plans.
-        n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
         deep_supervision: Return a list of logits, largest first.
         regions: Whether the classes are nnU-Net's regions, each with a sigmoid of its own. Part of the state_dict, so
             that a network built from plans alone learns it from the checkpoint.
@@ -58,47 +55,14 @@ class DualMeUNet(nn.Module):
         input_channels: int,
         num_classes: int,
         *,
-        n_stages: int,
-        features_per_stage: int | Sequence[int],
-        conv_op: type[_ConvNd],
-        kernel_sizes: int | Sequence[int | Sequence[int]],
-        strides: int | Sequence[int | Sequence[int]],
-        n_conv_per_stage: int | Sequence[int] | None = None,
-        n_blocks_per_stage: int | Sequence[int] | None = None,
-        n_conv_per_stage_decoder: int | Sequence[int],
-        conv_bias: bool = False,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        dropout_op: type[_DropoutNd] | None = None,
-        dropout_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
         regions: bool = False,
+        **plan_arguments: Any,
     ) -> None:
         super().__init__()
+        plan = PlanArguments(**plan_arguments)
         self.branches = nn.ModuleList(
-            host_unet(
-                n_conv_per_stage,
-                n_blocks_per_stage,
-                input_channels=input_channels,
-                num_classes=num_classes,
-                n_stages=n_stages,
-                features_per_stage=features_per_stage,
-                conv_op=conv_op,
-                kernel_sizes=kernel_sizes,
-                strides=strides,
-                n_conv_per_stage_decoder=n_conv_per_stage_decoder,
-                conv_bias=conv_bias,
-                norm_op=norm_op,
-                norm_op_kwargs=dict(norm_op_kwargs or {}),
-                dropout_op=dropout_op,
-                dropout_op_kwargs=dropout_op_kwargs,
-                nonlin=nonlin,
-                nonlin_kwargs=nonlin_kwargs,
-                deep_supervision=deep_supervision,
-            )
-            for _ in range(BRANCHES)
+            host_unet(plan, input_channels, num_classes, deep_supervision) for _ in range(BRANCHES)
         )
         first: Any = self.branches[0]
         self.patch_divisors = patch_divisors(first.encoder.strides)

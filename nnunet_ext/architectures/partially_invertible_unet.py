@@ -8,25 +8,22 @@ pooling nor concatenated feature maps are kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import get_matching_pool_op
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import run_recomputed, uncompiled
 from nnunet_ext.architectures.reversible.stages import (
     GROUP_ELEMENTS,
-    ConvSpec,
     CouplingSpec,
+    ReversiblePlan,
     StageSpec,
     check_patch,
-    stage_specs,
 )
 from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
 
@@ -38,25 +35,25 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, input_channels: int, spec: ConvSpec, stages: Sequence[StageSpec], coupling: CouplingSpec
+        self, input_channels: int, plan: ReversiblePlan, stages: Sequence[StageSpec], coupling: CouplingSpec
     ) -> None:
         super().__init__()
         first, *lower = stages
         ones = [1] * len(first.stride)
         self.stem = nn.Sequential(
-            *spec.conv_norm_nonlin(input_channels, first.channels, first.kernel_size, first.stride)
+            *plan.conv_norm_nonlin(input_channels, first.channels, first.kernel_size, first.stride)
         )
-        pool = get_matching_pool_op(conv_op=spec.conv_op, pool_type="max")
+        pool = get_matching_pool_op(conv_op=plan.conv_op, pool_type="max")
         self.transitions = nn.ModuleList(
             nn.Sequential(
                 pool(stage.stride, stage.stride),
-                *spec.conv_norm_nonlin(above.channels, stage.channels, stage.kernel_size, ones),
+                *plan.conv_norm_nonlin(above.channels, stage.channels, stage.kernel_size, ones),
             )
             for above, stage in zip(stages, lower, strict=False)
         )
-        self.stages = nn.ModuleList(coupling.sequence(spec, stage, stage.encoder_blocks) for stage in stages)
+        self.stages = nn.ModuleList(coupling.sequence(plan, stage, stage.encoder_blocks) for stage in stages)
         self.reversible = coupling.reversible
-        self.recomputed = coupling.reversible and spec.samples_are_independent
+        self.recomputed = coupling.reversible and plan.samples_are_independent
 
     @uncompiled
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -74,13 +71,13 @@ class Up(nn.Module):
     Shape: (B, C_coarse, *spatial), (B, C_fine, *spatial * stride) -> (B, C_fine, *spatial * stride).
     """
 
-    def __init__(self, spec: ConvSpec, coarse: StageSpec, fine: StageSpec) -> None:
+    def __init__(self, plan: ReversiblePlan, coarse: StageSpec, fine: StageSpec) -> None:
         super().__init__()
         mode = "trilinear" if len(coarse.stride) == 3 else "bilinear"
         self.upsample = nn.Upsample(scale_factor=tuple(map(float, coarse.stride)), mode=mode)
         ones = [1] * len(fine.stride)
         joined = coarse.channels + fine.channels
-        self.conv = nn.Sequential(*spec.conv_norm_nonlin(joined, fine.channels, fine.kernel_size, ones))
+        self.conv = nn.Sequential(*plan.conv_norm_nonlin(joined, fine.channels, fine.kernel_size, ones))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Join the coarser level with the skip."""
@@ -97,7 +94,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        spec: ConvSpec,
+        plan: ReversiblePlan,
         stages: Sequence[StageSpec],
         coupling: CouplingSpec,
         deep_supervision: bool,
@@ -105,13 +102,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.deep_supervision = deep_supervision
         self.reversible = coupling.reversible
-        self.recomputed = coupling.reversible and spec.samples_are_independent
+        self.recomputed = coupling.reversible and plan.samples_are_independent
         pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
-        self.transitions = nn.ModuleList(Up(spec, coarse, fine) for coarse, fine in pairs)
-        self.stages = nn.ModuleList(coupling.sequence(spec, fine, fine.decoder_blocks) for _, fine in pairs)
+        self.transitions = nn.ModuleList(Up(plan, coarse, fine) for coarse, fine in pairs)
+        self.stages = nn.ModuleList(coupling.sequence(plan, fine, fine.decoder_blocks) for _, fine in pairs)
         # All heads exist with and without deep supervision, so that checkpoints fit both (as in nnU-Net).
         self.seg_layers = nn.ModuleList(
-            spec.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
+            plan.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
         )
 
     @uncompiled
@@ -137,8 +134,6 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
     Args:
         input_channels: Channels of the image, and of the previous stage in a cascade.
         num_classes: Channels of the logits.
-        n_conv_per_stage, n_blocks_per_stage: Blocks per encoder stage, from default or ResEnc plans.
-        n_conv_per_stage_decoder: Blocks per decoder stage, coarsest first.
         deep_supervision: Return a list of logits, largest first.
         blocks_per_stage, reversible, exact, preactivation: As in `ReversibleUNet`.
         vae: Reconstruct the image from the bottleneck in training.
@@ -157,21 +152,6 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
         input_channels: int,
         num_classes: int,
         *,
-        n_stages: int,
-        features_per_stage: int | Sequence[int],
-        conv_op: type[_ConvNd],
-        kernel_sizes: int | Sequence[int | Sequence[int]],
-        strides: int | Sequence[int | Sequence[int]],
-        n_conv_per_stage: int | Sequence[int] | None = None,
-        n_blocks_per_stage: int | Sequence[int] | None = None,
-        n_conv_per_stage_decoder: int | Sequence[int],
-        conv_bias: bool = False,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        dropout_op: type[_DropoutNd] | None = None,
-        dropout_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
         blocks_per_stage: int | Sequence[int] | None = None,
         reversible: bool = True,
@@ -179,35 +159,17 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
         preactivation: bool = True,
         vae: bool = False,
         image_channels: int | None = None,
+        **plan_arguments: Any,
     ) -> None:
         super().__init__()
-        self.stages = stage_specs(
-            conv_op,
-            n_stages,
-            features_per_stage=features_per_stage,
-            kernel_sizes=kernel_sizes,
-            strides=strides,
-            n_conv_per_stage=n_conv_per_stage,
-            n_blocks_per_stage=n_blocks_per_stage,
-            n_conv_per_stage_decoder=n_conv_per_stage_decoder,
-            blocks_per_stage=blocks_per_stage,
-        )
+        plan = ReversiblePlan(**plan_arguments)
+        self.stages = plan.stages(blocks_per_stage)
         self.input_channels = input_channels
         self.image_channels = input_channels if image_channels is None else image_channels
-        spec = ConvSpec(
-            conv_op,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs or {},
-            dropout_op,
-            dropout_op_kwargs or {},
-            nonlin,
-            nonlin_kwargs or {},
-        )
         coupling = CouplingSpec(reversible, exact, preactivation)
-        self.encoder = Encoder(input_channels, spec, self.stages, coupling)
-        self.decoder = Decoder(num_classes, spec, self.stages, coupling, deep_supervision)
-        self.vae = VAEBranch(self.image_channels, spec, self.stages) if vae else None
+        self.encoder = Encoder(input_channels, plan, self.stages, coupling)
+        self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
+        self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
         """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""

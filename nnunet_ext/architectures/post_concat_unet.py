@@ -16,10 +16,9 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Con
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
+from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
 from nnunet_ext.architectures.expanded.partial_pass import downsample_labels
 
@@ -39,8 +38,6 @@ class PostConcatUNet(nn.Module):
     Args:
         input_channels: Channels of image and prior.
         num_classes: Channels of the logits.
-        n_conv_per_stage: Convolutions per encoder stage, from default plans.
-        n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
         deep_supervision: Return a list of logits, largest first.
         prior_channels: How many of `input_channels`, the last ones, are the prior.
         fusion: "post", or "pre" for the ablation: the ordinary network, whose encoder sees image and prior.
@@ -61,25 +58,11 @@ class PostConcatUNet(nn.Module):
         input_channels: int,
         num_classes: int,
         *,
-        n_stages: int,
-        features_per_stage: int | Sequence[int],
-        conv_op: type[_ConvNd],
-        kernel_sizes: int | Sequence[int | Sequence[int]],
-        strides: int | Sequence[int | Sequence[int]],
-        n_conv_per_stage: int | Sequence[int] | None = None,
-        n_blocks_per_stage: int | Sequence[int] | None = None,
-        n_conv_per_stage_decoder: int | Sequence[int],
-        conv_bias: bool = False,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        dropout_op: type[_DropoutNd] | None = None,
-        dropout_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
         prior_channels: int = 0,
         fusion: Literal["post", "pre"] = "post",
         prior_resampling: Resampling = "nearest",
+        **plan_arguments: Any,
     ) -> None:
         super().__init__()
         if not 0 <= prior_channels < input_channels:
@@ -91,35 +74,17 @@ class PostConcatUNet(nn.Module):
             raise ValueError(f'fusion must be "post" or "pre", got {fusion!r}.')
         if prior_resampling not in ("nearest", "max"):
             raise ValueError(f'prior_resampling must be "nearest" or "max", got {prior_resampling!r}.')
+        plan = PlanArguments(**plan_arguments)
         self.input_channels, self.prior_channels = input_channels, prior_channels
         self.joined_channels = prior_channels if fusion == "post" else 0  # that join in the decoder
-        host = host_unet(
-            n_conv_per_stage,
-            n_blocks_per_stage,
-            input_channels=input_channels - self.joined_channels,
-            num_classes=num_classes,
-            n_stages=n_stages,
-            features_per_stage=features_per_stage,
-            conv_op=conv_op,
-            kernel_sizes=kernel_sizes,
-            strides=strides,
-            n_conv_per_stage_decoder=n_conv_per_stage_decoder,
-            conv_bias=conv_bias,
-            norm_op=norm_op,
-            norm_op_kwargs=dict(norm_op_kwargs or {}),
-            dropout_op=dropout_op,
-            dropout_op_kwargs=dropout_op_kwargs,
-            nonlin=nonlin,
-            nonlin_kwargs=nonlin_kwargs,
-            deep_supervision=deep_supervision,
-        )
+        host = host_unet(plan, input_channels - self.joined_channels, num_classes, deep_supervision)
         self.encoder, self.decoder = host.encoder, host.decoder
         self.patch_divisors = patch_divisors(self.encoder.strides)
         if self.joined_channels:
             self.decoder = PriorDecoder(
                 self.encoder,
                 num_classes,
-                n_conv_per_stage_decoder,
+                plan.depths("U-Net")[1],
                 deep_supervision,
                 self.joined_channels,
                 prior_resampling,

@@ -9,7 +9,7 @@ As in the paper, skips are added, not concatenated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dynamic_network_architectures.building_blocks.helper import (
@@ -17,18 +17,15 @@ from dynamic_network_architectures.building_blocks.helper import (
 )
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
 from nnunet_ext.architectures.reversible.stages import (
-    ConvSpec,
     CouplingSpec,
+    ReversiblePlan,
     StageSpec,
     check_patch,
-    stage_specs,
 )
 
 
@@ -39,15 +36,15 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, input_channels: int, spec: ConvSpec, stages: Sequence[StageSpec], coupling: CouplingSpec
+        self, input_channels: int, plan: ReversiblePlan, stages: Sequence[StageSpec], coupling: CouplingSpec
     ) -> None:
         super().__init__()
         channels = [input_channels, *(stage.channels for stage in stages)]
         self.transitions = nn.ModuleList(
-            spec.conv(below, stage.channels, stage.kernel_size, stage.stride)
+            plan.conv(below, stage.channels, stage.kernel_size, stage.stride)
             for below, stage in zip(channels, stages, strict=False)
         )
-        self.stages = nn.ModuleList(coupling.sequence(spec, stage, stage.encoder_blocks) for stage in stages)
+        self.stages = nn.ModuleList(coupling.sequence(plan, stage, stage.encoder_blocks) for stage in stages)
         self.reversible = coupling.reversible
 
     @uncompiled
@@ -69,7 +66,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        spec: ConvSpec,
+        plan: ReversiblePlan,
         stages: Sequence[StageSpec],
         coupling: CouplingSpec,
         deep_supervision: bool,
@@ -77,16 +74,16 @@ class Decoder(nn.Module):
         super().__init__()
         self.deep_supervision = deep_supervision
         self.reversible = coupling.reversible
-        conv_transposed = get_matching_convtransp(conv_op=spec.conv_op)
+        conv_transposed = get_matching_convtransp(conv_op=plan.conv_op)
         pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
         self.transitions = nn.ModuleList(
-            conv_transposed(coarse.channels, fine.channels, coarse.stride, coarse.stride, bias=spec.conv_bias)
+            conv_transposed(coarse.channels, fine.channels, coarse.stride, coarse.stride, bias=plan.conv_bias)
             for coarse, fine in pairs
         )
-        self.stages = nn.ModuleList(coupling.sequence(spec, fine, fine.decoder_blocks) for _, fine in pairs)
+        self.stages = nn.ModuleList(coupling.sequence(plan, fine, fine.decoder_blocks) for _, fine in pairs)
         # All heads exist with and without deep supervision, so that checkpoints fit both (as in nnU-Net).
         self.seg_layers = nn.ModuleList(
-            spec.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
+            plan.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
         )
 
     @uncompiled
@@ -111,9 +108,6 @@ class ReversibleUNet(CountedFeatureMaps):
     Args:
         input_channels: Channels of the image.
         num_classes: Channels of the logits.
-        n_conv_per_stage: Blocks per encoder stage, from default plans.
-        n_blocks_per_stage: The same, from ResEnc plans; one of both is given.
-        n_conv_per_stage_decoder: Blocks per decoder stage, coarsest first.
         deep_supervision: Return a list of logits, largest first.
         blocks_per_stage: Overrides the depth of the plans: one number for all stages of encoder and decoder, or
             one per resolution, finest first, for both. None: from the plans.
@@ -135,53 +129,20 @@ class ReversibleUNet(CountedFeatureMaps):
         input_channels: int,
         num_classes: int,
         *,
-        n_stages: int,
-        features_per_stage: int | Sequence[int],
-        conv_op: type[_ConvNd],
-        kernel_sizes: int | Sequence[int | Sequence[int]],
-        strides: int | Sequence[int | Sequence[int]],
-        n_conv_per_stage: int | Sequence[int] | None = None,
-        n_blocks_per_stage: int | Sequence[int] | None = None,
-        n_conv_per_stage_decoder: int | Sequence[int],
-        conv_bias: bool = False,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        dropout_op: type[_DropoutNd] | None = None,
-        dropout_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
         blocks_per_stage: int | Sequence[int] | None = None,
         reversible: bool = True,
         exact: bool = False,
         preactivation: bool = True,
+        **plan_arguments: Any,
     ) -> None:
         super().__init__()
-        self.stages = stage_specs(
-            conv_op,
-            n_stages,
-            features_per_stage=features_per_stage,
-            kernel_sizes=kernel_sizes,
-            strides=strides,
-            n_conv_per_stage=n_conv_per_stage,
-            n_blocks_per_stage=n_blocks_per_stage,
-            n_conv_per_stage_decoder=n_conv_per_stage_decoder,
-            blocks_per_stage=blocks_per_stage,
-        )
+        plan = ReversiblePlan(**plan_arguments)
+        self.stages = plan.stages(blocks_per_stage)
         self.input_channels = input_channels
-        spec = ConvSpec(
-            conv_op,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs or {},
-            dropout_op,
-            dropout_op_kwargs or {},
-            nonlin,
-            nonlin_kwargs or {},
-        )
         coupling = CouplingSpec(reversible, exact, preactivation)
-        self.encoder = Encoder(input_channels, spec, self.stages, coupling)
-        self.decoder = Decoder(num_classes, spec, self.stages, coupling, deep_supervision)
+        self.encoder = Encoder(input_channels, plan, self.stages, coupling)
+        self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""

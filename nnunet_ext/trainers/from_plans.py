@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+
+from nnunet_ext.architectures.common.plan_arguments import parameters_of
 
 
 def builds(network_class: type[nn.Module], **options: Any) -> staticmethod[..., nn.Module]:
@@ -52,7 +53,7 @@ def build_from_plans(
         ValueError: the plans belong to a network whose arguments `network_class` does not have.
     """
     arguments: dict[str, Any] = {**configuration_manager.network_arch_init_kwargs, **options}
-    unknown = sorted(set(arguments) - set(signature(network_class.__init__).parameters))
+    unknown = sorted(set(arguments) - parameters_of(network_class))
     if unknown:
         raise ValueError(
             f"{network_class.__name__} is built from plans of a U-Net, but these plans are for "

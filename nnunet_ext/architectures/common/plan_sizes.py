@@ -12,7 +12,6 @@ from dynamic_network_architectures.building_blocks.helper import (
     maybe_convert_scalar_to_list,
 )
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from nnunet_ext.architectures.common.onednn import is_exporting
 
@@ -26,7 +25,7 @@ def per_stage_list(name: str, values: Any, n: int) -> list[Any]:
     return list(values)
 
 
-def per_stage_and_axis(name: str, conv_op: type[_ConvNd], values: Any, n_stages: int) -> list[list[int]]:
+def per_stage_and_axis(name: str, conv_op: type[Any], values: Any, n_stages: int) -> list[list[int]]:
     """Kernel sizes or strides of every stage and axis, from one number, one per stage, or all of them.
 
     Raises:

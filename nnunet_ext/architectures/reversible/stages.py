@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from nnunet_ext.architectures.common.plan_sizes import (
-    check_depths,
-    check_first_stride,
-    check_norm,
-    check_odd,
-    check_patch_size,
-    check_stages,
-    check_whole,
-    patch_divisors,
-    per_stage_and_axis,
-    per_stage_list,
-)
+from nnunet_ext.architectures.common.plan_arguments import PerStage, PlanArguments
+from nnunet_ext.architectures.common.plan_sizes import check_patch_size, check_stages, patch_divisors
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling, ExactRange
 from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
 
@@ -32,21 +19,9 @@ from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
 GROUP_ELEMENTS = 2**23
 
 
-@dataclass(frozen=True)
-class ConvSpec:
-    """What all convolutions of a network share; names and meaning as in nnU-Net's plans."""
-
-    conv_op: Callable[..., nn.Module]
-    conv_bias: bool
-    norm_op: type[nn.Module] | None
-    norm_op_kwargs: Mapping[str, Any]
-    dropout_op: type[_DropoutNd] | None
-    dropout_op_kwargs: Mapping[str, Any]
-    nonlin: type[nn.Module] | None
-    nonlin_kwargs: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        check_norm(self.norm_op)
+@dataclass(frozen=True, kw_only=True)
+class ReversiblePlan(PlanArguments):
+    """Arguments of plans, and the layers that reversible networks build from them."""
 
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]
@@ -104,6 +79,34 @@ class ConvSpec:
         independent = issubclass(self.norm_op, (_InstanceNorm, nn.GroupNorm, nn.LayerNorm))
         return independent and not self.norm_op_kwargs.get("track_running_stats", False)
 
+    def stages(
+        self,
+        blocks_per_stage: PerStage | None,
+        fit: Callable[[list[int], list[list[int]]], list[int]] | None = None,
+    ) -> list[StageSpec]:
+        """Check what the plans say of the stages, finest first.
+
+        Args:
+            blocks_per_stage: Instead of the plans' depths; None: those of the plans.
+            fit: Rounds features for the strides, where the network needs it.
+
+        Raises:
+            ValueError: see `PlanArguments.check`; odd features.
+        """
+        check_stages("reversible network", self.n_stages)
+        encoder, decoder = self.depths("reversible network", blocks_per_stage)
+        features, kernels, steps = self.features(), self.kernels(), self.steps()
+        features = fit(features, steps) if fit else features
+        for i, channels in enumerate(features):
+            if channels % 2:
+                raise ValueError(
+                    f"Reversible stages split their channels in two halves: stage {i} has {channels} features; "
+                    f"use {max(2, channels - 1)} or {channels + 1} in features_per_stage {features}."
+                )
+        # The coarsest stage has no decoder.
+        specs = zip(features, kernels, steps, encoder, [*decoder[::-1], 0], strict=True)
+        return [StageSpec(*values) for values in specs]
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -125,85 +128,27 @@ class CouplingSpec:
     preactivation: bool
     exact_range: ExactRange = field(default_factory=ExactRange)
 
-    def couplings(self, spec: ConvSpec, stage: StageSpec, blocks: int) -> list[AdditiveCoupling]:
+    def couplings(self, plan: ReversiblePlan, stage: StageSpec, blocks: int) -> list[AdditiveCoupling]:
         """Couplings of one stage."""
 
         def shift() -> nn.Module:
-            return spec.shift(stage.channels // 2, stage.kernel_size, self.preactivation)
+            return plan.shift(stage.channels // 2, stage.kernel_size, self.preactivation)
 
         return [AdditiveCoupling(shift(), shift(), self.exact) for _ in range(blocks)]
 
-    def sequence(self, spec: ConvSpec, stage: StageSpec, blocks: int) -> ReversibleSequence:
+    def sequence(self, plan: ReversiblePlan, stage: StageSpec, blocks: int) -> ReversibleSequence:
         """Reversible blocks of one stage: (B, C, *spatial) -> (B, C, *spatial)."""
         return ReversibleSequence(
-            self.couplings(spec, stage, blocks),
+            self.couplings(plan, stage, blocks),
             reversible=self.reversible,
-            group_elements=group_elements(spec),
+            group_elements=group_elements(plan),
             exact_range=self.exact_range,
         )
 
 
-def group_elements(spec: ConvSpec) -> int | None:
+def group_elements(plan: ReversiblePlan) -> int | None:
     """Elements that are recomputed together; None where the norm mixes samples."""
-    return GROUP_ELEMENTS if spec.samples_are_independent else None
-
-
-def stage_specs(
-    conv_op: type[_ConvNd],
-    n_stages: int,
-    *,
-    features_per_stage: Any,
-    kernel_sizes: Any,
-    strides: Any,
-    n_conv_per_stage: Any,
-    n_blocks_per_stage: Any,
-    n_conv_per_stage_decoder: Any,
-    blocks_per_stage: Any,
-    fit: Callable[[list[int], list[list[int]]], list[int]] | None = None,
-) -> list[StageSpec]:
-    """Check what the plans say of the stages, finest first; arguments as in the networks.
-
-    Args:
-        conv_op, n_stages, features_per_stage, kernel_sizes, strides: Arguments of the plans.
-        n_conv_per_stage, n_blocks_per_stage, n_conv_per_stage_decoder, blocks_per_stage: Depths of the plans.
-        fit: Rounds features for the strides, where the network needs it.
-
-    Raises:
-        ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, lists that do not fit n_stages, fewer
-            than two stages, odd features, even kernels, a depth below 1.
-    """
-    if (n_conv_per_stage is None) == (n_blocks_per_stage is None):
-        raise ValueError(
-            "A reversible network needs either n_conv_per_stage (default plans) or n_blocks_per_stage (ResEnc plans), "
-            f"got {n_conv_per_stage} and {n_blocks_per_stage}."
-        )
-    encoder_blocks = n_blocks_per_stage if n_conv_per_stage is None else n_conv_per_stage
-    decoder_blocks = n_conv_per_stage_decoder
-    if blocks_per_stage is not None:
-        per_stage = per_stage_list("blocks_per_stage", blocks_per_stage, n_stages)
-        encoder_blocks, decoder_blocks = per_stage, per_stage[-2::-1]
-    check_stages("reversible network", n_stages)
-    features = check_whole(
-        "features_per_stage", per_stage_list("features_per_stage", features_per_stage, n_stages)
-    )
-    kernels = per_stage_and_axis("kernel_sizes", conv_op, kernel_sizes, n_stages)
-    check_odd(kernels)
-    steps = per_stage_and_axis("strides", conv_op, strides, n_stages)
-    check_first_stride(steps)
-    features = fit(features, steps) if fit else features
-    encoder = per_stage_list("blocks per encoder stage", encoder_blocks, n_stages)
-    decoder = per_stage_list("n_conv_per_stage_decoder", decoder_blocks, n_stages - 1)[::-1]
-    for i, channels in enumerate(features):
-        if channels % 2:
-            raise ValueError(
-                f"Reversible stages split their channels in two halves: stage {i} has {channels} features; "
-                f"use {max(2, channels - 1)} or {channels + 1} in features_per_stage {features}."
-            )
-    check_depths(encoder, decoder[::-1])
-    # The coarsest stage has no decoder.
-    return [
-        StageSpec(*values) for values in zip(features, kernels, steps, encoder, [*decoder, 0], strict=True)
-    ]
+    return GROUP_ELEMENTS if plan.samples_are_independent else None
 
 
 def check_patch(x: Tensor, stages: Sequence[StageSpec]) -> None:

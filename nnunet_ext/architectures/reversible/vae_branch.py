@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.copying import copied
 from nnunet_ext.architectures.reversible.recomputation import run_recomputed
-from nnunet_ext.architectures.reversible.stages import ConvSpec, StageSpec
+from nnunet_ext.architectures.reversible.stages import ReversiblePlan, StageSpec
 
 _FEWEST = 8  # channels of a block
 _LIMIT = 10.0  # of the log variance, to both sides
@@ -90,33 +90,33 @@ class VAEBranch(nn.Module):
 
     Args:
         image_channels: Channels of the image to reconstruct.
-        spec: Convolutions, norm and nonlinearity of the network.
+        plan: Convolutions, norm and nonlinearity of the network.
         stages: Stages of the network, finest first.
 
     Shape: (B, C_bottleneck, *patch / strides), image (B, image_channels, *patch) -> `Reconstruction`.
     """
 
-    def __init__(self, image_channels: int, spec: ConvSpec, stages: Sequence[StageSpec]) -> None:
+    def __init__(self, image_channels: int, plan: ReversiblePlan, stages: Sequence[StageSpec]) -> None:
         super().__init__()
         channels = stages[-1].channels
         latent = max(_FEWEST, channels // 8)
         ones = [1] * len(stages[0].kernel_size)
-        self.mean = spec.conv(channels, latent, ones, ones)
-        self.log_variance = spec.conv(channels, latent, ones, ones)
-        self.recomputed = spec.samples_are_independent  # running statistics would be counted twice
+        self.mean = plan.conv(channels, latent, ones, ones)
+        self.log_variance = plan.conv(channels, latent, ones, ones)
+        self.recomputed = plan.samples_are_independent  # running statistics would be counted twice
         blocks = []
         mode = "trilinear" if len(ones) == 3 else "bilinear"
         for stage in reversed(stages):
             fewer = max(_FEWEST, latent // 2)
             blocks.append(
                 nn.Sequential(
-                    *spec.conv_norm_nonlin(latent, fewer, stage.kernel_size, ones),
+                    *plan.conv_norm_nonlin(latent, fewer, stage.kernel_size, ones),
                     nn.Upsample(scale_factor=tuple(map(float, stage.stride)), mode=mode),
                 )
             )
             latent = fewer
         self.blocks = nn.ModuleList(blocks)
-        self.image = spec.conv(latent, image_channels, stages[0].kernel_size, ones)
+        self.image = plan.conv(latent, image_channels, stages[0].kernel_size, ones)
         self.start_at_prior()
 
     def start_at_prior(self) -> None:

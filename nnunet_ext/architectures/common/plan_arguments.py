@@ -1,0 +1,153 @@
+"""The arguments of a U-Net as nnU-Net's plans hold them, default or ResEnc: checked, once, for all networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from inspect import Parameter, signature
+from typing import Any
+
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from nnunet_ext.architectures.common.plan_sizes import (
+    check_depths,
+    check_first_stride,
+    check_norm,
+    check_odd,
+    check_stages,
+    check_whole,
+    per_stage_and_axis,
+    per_stage_list,
+)
+
+PerStage = int | Sequence[int]
+PerStageAndAxis = int | Sequence[int | Sequence[int]]
+_OPTIONS = ("norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """What plans say of a U-Net; networks take these as keyword arguments beside options of their own.
+
+    Args:
+        n_stages: Number of resolutions.
+        features_per_stage: Channels of each, finest first.
+        conv_op: Convolution, 2D or 3D.
+        kernel_sizes, strides: Per stage and axis; the stride leads into the stage.
+        n_conv_per_stage: Blocks per encoder stage, from default plans.
+        n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
+        n_conv_per_stage_decoder: Blocks per decoder stage, coarsest first.
+        conv_bias: Whether convolutions have one.
+        norm_op, norm_op_kwargs: Norm; None: none.
+        dropout_op, dropout_op_kwargs: Dropout; None: none.
+        nonlin, nonlin_kwargs: Nonlinearity; None: none.
+
+    Raises:
+        ValueError: a norm that takes more than channels.
+    """
+
+    n_stages: int
+    features_per_stage: PerStage
+    conv_op: type[Any]  # nn.Conv2d or nn.Conv3d
+    kernel_sizes: PerStageAndAxis
+    strides: PerStageAndAxis
+    n_conv_per_stage: PerStage | None = None
+    n_blocks_per_stage: PerStage | None = None
+    n_conv_per_stage_decoder: PerStage | None = None
+    conv_bias: bool = False
+    norm_op: type[nn.Module] | None = None
+    norm_op_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dropout_op: type[_DropoutNd] | None = None
+    dropout_op_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    nonlin: type[nn.Module] | None = None
+    nonlin_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_norm(self.norm_op)
+        for name in _OPTIONS:  # None in plans
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+
+    @property
+    def dim(self) -> int:
+        """Number of spatial axes."""
+        return int(convert_conv_op_to_dim(self.conv_op))
+
+    def features(self) -> list[int]:
+        """Channels of each stage.
+
+        Raises:
+            ValueError: a list of another length, numbers that are not whole or below 1.
+        """
+        values = per_stage_list("features_per_stage", self.features_per_stage, self.n_stages)
+        return check_whole("features_per_stage", values)
+
+    def kernels(self) -> list[list[int]]:
+        """Kernel size of each stage and axis.
+
+        Raises:
+            ValueError: a list of another length, an even kernel.
+        """
+        kernels = per_stage_and_axis("kernel_sizes", self.conv_op, self.kernel_sizes, self.n_stages)
+        check_odd(kernels)
+        return kernels
+
+    def steps(self) -> list[list[int]]:
+        """Stride of each stage and axis.
+
+        Raises:
+            ValueError: a list of another length, a stride into the first stage.
+        """
+        steps = per_stage_and_axis("strides", self.conv_op, self.strides, self.n_stages)
+        check_first_stride(steps)
+        return steps
+
+    def depths(self, kind: str, blocks_per_stage: PerStage | None = None) -> tuple[list[int], list[int]]:
+        """Blocks per encoder stage, finest first, and per decoder stage, coarsest first.
+
+        Args:
+            kind: What the network is called in a message.
+            blocks_per_stage: Instead of the plans' depths, for encoder and decoder; None: those of the plans.
+
+        Raises:
+            ValueError: both or neither of n_conv_per_stage and n_blocks_per_stage, a list of another length, a depth
+                below 1.
+        """
+        if (self.n_conv_per_stage is None) == (self.n_blocks_per_stage is None):
+            raise ValueError(
+                f"A {kind} needs either n_conv_per_stage (default plans) or n_blocks_per_stage (ResEnc plans), got "
+                f"{self.n_conv_per_stage} and {self.n_blocks_per_stage}: use plans of nnU-Net's planners."
+            )
+        encoder = self.n_blocks_per_stage if self.n_conv_per_stage is None else self.n_conv_per_stage
+        decoder = self.n_conv_per_stage_decoder
+        if blocks_per_stage is not None:
+            encoder = per_stage_list("blocks_per_stage", blocks_per_stage, self.n_stages)
+            decoder = encoder[-2::-1]
+        if decoder is None:
+            raise ValueError(f"A {kind} needs n_conv_per_stage_decoder, got none: plan the data set again.")
+        found = (
+            per_stage_list("blocks per encoder stage", encoder, self.n_stages),
+            per_stage_list("n_conv_per_stage_decoder", decoder, self.n_stages - 1),
+        )
+        check_depths(*found)
+        return found
+
+    def check(self, kind: str) -> None:
+        """Say in a sentence what nnU-Net's networks would say by a traceback, or only in training.
+
+        Args:
+            kind: What the network is called in a message.
+
+        Raises:
+            ValueError: sizes that do not fit n_stages or are out of range, fewer than two stages.
+        """
+        check_stages(kind, self.n_stages)
+        self.features(), self.kernels(), self.steps(), self.depths(kind)
+
+
+def parameters_of(network: type[nn.Module]) -> set[str]:
+    """Keyword arguments of a network's constructor, with those of plans where it takes them together."""
+    own = signature(network.__init__).parameters
+    together = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in own.values())
+    return {*own, *(item.name for item in fields(PlanArguments) if together)}
