@@ -21,7 +21,7 @@ from nnunet_ext.architectures.fusion import snapshot
 from nnunet_ext.architectures.fusion.blocks import FasterFusionBlock
 from nnunet_ext.architectures.fusion.folding import fold_batch_norms
 from nnunet_ext.memory.network import deployed, measure_size, measure_step
-from tests.contract.plans import PATCHES, arguments
+from tests.contract.plans import DEFAULT, PATCHES, arguments, isotropic
 from tests.contract.test_architectures import train_gradients
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -30,20 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "max pooling": {"threshold": 8, "downsample": "maxpool"},
     "both": {"threshold": 8, "decoder_split": "both", "divisor": [2, 4, 8]},
 }
-FULL = {
-    "n_stages": 6,
-    "features_per_stage": [32, 64, 128, 256, 320, 320],
-    "conv_op": nn.Conv3d,
-    "kernel_sizes": [[3, 3, 3]] * 6,
-    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
-    "n_conv_per_stage": [2] * 6,
-    "n_conv_per_stage_decoder": [2] * 5,
-    "conv_bias": True,
-    "norm_op": nn.InstanceNorm3d,
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "nonlin": nn.LeakyReLU,
-    "nonlin_kwargs": {"inplace": True},
-}
+FULL = isotropic(DEFAULT)
 
 
 def build(case: str = "3d", classes: int = 3, **options: Any) -> FasterFusionUNet:

@@ -18,7 +18,7 @@ from nnunet_ext.memory.network import (
     measure_size,
     measure_step,
 )
-from tests.contract.plans import PATCHES, arguments
+from tests.contract.plans import DEFAULT, PATCHES, arguments, isotropic
 
 SMALL = {"decoder_width": 16, "decoder_depth": 4}
 
@@ -41,24 +41,8 @@ def points(case: str = "3d", n: int = 50, batch: int = 2) -> Tensor:
 
 def full_size(dim: int = 3, **changes: Any) -> dict[str, Any]:
     """nnU-Net's plans for an isotropic data set at 8 GB."""
-    features = [32, 64, 128, 256, 320, 320] if dim == 3 else [32, 64, 128, 256, 512, 512, 512, 512]
-    n = len(features)
-    return {
-        "n_stages": n,
-        "features_per_stage": features,
-        "conv_op": nn.Conv3d if dim == 3 else nn.Conv2d,
-        "kernel_sizes": [[3] * dim] * n,
-        "strides": [[1] * dim] + [[2] * dim] * (n - 1),
-        "n_conv_per_stage": [2] * n,
-        "n_conv_per_stage_decoder": [2] * (n - 1),
-        "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d if dim == 3 else nn.InstanceNorm2d,
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True},
-        "deep_supervision": True,
-        **changes,
-    }
+    features = DEFAULT if dim == 3 else [32, 64, 128, 256, 512, 512, 512, 512]
+    return isotropic(features, dim, **{"deep_supervision": True, **changes})
 
 
 def default() -> nn.Module:
@@ -247,7 +231,7 @@ def test_points_of_another_shape_or_type_are_refused(given: Tensor, message: str
         ({"mesh_spacing": [4, 4]}, "mesh_spacing needs 3 numbers, one per axis"),
         ({"dropout": 1.0}, r"dropout must lie in 0 to below 1, got 1\.0"),
         ({"n_points": 0}, "n_points must be at least 1"),
-        ({"kernel_sizes": [2, 3, 3]}, "needs odd kernels"),
+        ({"kernel_sizes": [2, 3, 3]}, "Kernels must be odd"),
         ({"strides": [1, 2]}, r"strides needs one number or 3 of them \(n_stages\), got \[1, 2\]"),
         ({"convs_per_stage": [0]}, "convs_per_stage must be at least 1"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
 from nnunet_ext.memory.network import measure_step
-from tests.contract.plans import PATCHES, arguments
+from tests.contract.plans import DEFAULT, PATCHES, arguments, sizes
 
 CHANNELS, CLASSES = 2, 3
 
@@ -67,25 +67,13 @@ def test_with_zero_weights_on_the_prior_it_is_the_default_network(
     torch.testing.assert_close(network(x), host(x[:, :CHANNELS]), rtol=0, atol=0)
 
 
-DEFAULT: dict[str, Any] = {
-    "n_stages": 6,
-    "features_per_stage": [32, 64, 128, 256, 320, 320],
-    "kernel_sizes": [[3, 3, 3]] * 6,
-    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
-    "n_conv_per_stage": [2] * 6,
-    "n_conv_per_stage_decoder": [2] * 5,
-}
-
-
 @pytest.mark.parametrize("labels", [1, 2, 14])
 @pytest.mark.parametrize("case", ["3d", "2d", "resenc"])
 def test_it_has_at_most_one_percent_more_parameters(labels: int, case: str) -> None:
-    options = dict(DEFAULT)
+    options = sizes(DEFAULT, 2 if case == "2d" else 3)
     if case == "resenc":
         options.update(n_blocks_per_stage=[1, 3, 4, 6, 6, 6], n_conv_per_stage_decoder=[1] * 5)
         del options["n_conv_per_stage"]
-    if case == "2d":
-        options.update(kernel_sizes=[[3, 3]] * 6, strides=[[1, 1]] + [[2, 2]] * 5)
     with torch.device("meta"):
         networks = host_of(case, classes=labels + 1, **options), ours_of(case, labels, labels + 1, **options)
     host, ours = (sum(p.numel() for p in network.parameters()) for network in networks)
@@ -156,8 +144,8 @@ def test_its_training_step_needs_hardly_more_memory_than_the_default() -> None:
     def peak(network_of: Any, channels: int) -> int:
         return measure_step(network_of, channels, (64, 64, 64)).peak
 
-    ours = peak(lambda: ours_of("3d", 2, deep_supervision=True, **DEFAULT), CHANNELS + 2)
-    assert ours <= 1.02 * peak(lambda: host_of("3d", deep_supervision=True, **DEFAULT), CHANNELS)
+    ours = peak(lambda: ours_of("3d", 2, deep_supervision=True, **sizes(DEFAULT)), CHANNELS + 2)
+    assert ours <= 1.02 * peak(lambda: host_of("3d", deep_supervision=True, **sizes(DEFAULT)), CHANNELS)
 
 
 def test_the_planner_counts_the_prior_of_every_level() -> None:

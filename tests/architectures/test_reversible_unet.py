@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,29 +14,9 @@ from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.memory.network import StepMemory, measure_step
 from nnunet_ext.memory.tracker import GIB
+from tests.contract.plans import DEFAULT, isotropic
 
-
-def arguments(features: list[int], dim: int = 3, **changes: Any) -> dict[str, Any]:
-    """Arguments as nnU-Net plans them."""
-    n = len(features)
-    values = {
-        "n_stages": n,
-        "features_per_stage": features,
-        "conv_op": nn.Conv3d if dim == 3 else nn.Conv2d,
-        "kernel_sizes": [[3] * dim] * n,
-        "strides": [[1] * dim] + [[2] * dim] * (n - 1),
-        "n_conv_per_stage": [2] * n,
-        "n_conv_per_stage_decoder": [2] * (n - 1),
-        "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d if dim == 3 else nn.InstanceNorm2d,
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True},
-        "deep_supervision": True,
-    }
-    return {**values, **changes}
-
-
+arguments = partial(isotropic, deep_supervision=True)
 ANISOTROPIC = {
     "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
     "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
@@ -122,9 +103,6 @@ def test_norms_over_the_batch_are_not_recomputed_in_groups() -> None:
     }
     assert set(grouped[nn.BatchNorm3d]) == {None}
     assert None not in grouped[nn.InstanceNorm3d]
-
-
-DEFAULT = [32, 64, 128, 256, 320, 320]
 
 
 def reversible_memory(blocks: int, **changes: Any) -> StepMemory:

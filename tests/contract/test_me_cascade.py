@@ -26,19 +26,13 @@ from nnunet_ext.plans.me_cascade_planner import MeCascadePlanner
 from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
 from nnunet_ext.trainers.priors import FirstStage
+from tests.contract.plans import sizes
 from tests.contract.test_me_unet import batch_of
 
 CPU = torch.device("cpu")
 CONTEXT, POST = "3d_me_context", "3d_post_concat"
 Dataset = Callable[[str], int]
-SMALL = {
-    "n_stages": 3,
-    "features_per_stage": [4, 8, 16],
-    "kernel_sizes": [[3, 3, 3]] * 3,
-    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 2,
-    "n_conv_per_stage": [1] * 3,
-    "n_conv_per_stage_decoder": [1] * 2,
-}
+SMALL = sizes([4, 8, 16], convs=1)
 
 
 @pytest.fixture(autouse=True)

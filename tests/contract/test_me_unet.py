@@ -21,6 +21,7 @@ from nnunet_ext.trainers.nnUNetTrainerMeReversible import nnUNetTrainerMeReversi
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
 from nnunet_ext.trainers.nnUNetTrainerReversible import nnUNetTrainerReversible
 from nnunet_ext.trainers.softmax_weighted_ce import SoftmaxWeightedCrossEntropy
+from tests.contract.plans import sizes
 
 CPU = torch.device("cpu")
 Dataset = Callable[[str], int]
@@ -35,14 +36,7 @@ def trainer_of(dataset: Dataset, workspace: Path) -> Callable[..., Any]:
         plans = json.loads((folder / "nnUNetPlans.json").read_text())
         configuration = plans["configurations"]["3d_fullres"]
         arch = configuration["architecture"]["arch_kwargs"]
-        arch.update(  # small, and deep enough for several levels without the finest
-            n_stages=4,
-            features_per_stage=[4, 8, 16, 32],
-            kernel_sizes=[[3, 3, 3]] * 4,
-            strides=[[1, 1, 1]] + [[2, 2, 2]] * 3,
-            n_conv_per_stage=[2] * 4,
-            n_conv_per_stage_decoder=[2] * 3,
-        )
+        arch.update(sizes([4, 8, 16, 32]))  # deep enough for several levels without the finest
         configuration["patch_size"] = [24, 24, 24]
         configuration.update(copy.deepcopy(changes))
         torch.manual_seed(0)

@@ -19,7 +19,7 @@ from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertib
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.memory.network import measure_step
 from nnunet_ext.trainers.passes import TwoPasses
-from tests.contract.plans import PATCHES, arguments
+from tests.contract.plans import DEFAULT, PATCHES, arguments, isotropic, sizes
 
 CASES = [(case, kind) for case in PATCHES for kind in ("host", "reversible")] + [("3d", "faster_fusion")]
 
@@ -200,16 +200,8 @@ def test_a_network_without_encoder_is_refused() -> None:
 
 
 def test_two_stages_are_refused() -> None:
-    changes = {
-        "n_stages": 2,
-        "features_per_stage": [4, 8],
-        "kernel_sizes": [[3] * 3] * 2,
-        "strides": [[1] * 3, [2] * 3],
-        "n_conv_per_stage": [2, 2],
-        "n_conv_per_stage_decoder": [2],
-    }
     with pytest.raises(ValueError, match="at least 3 stages, got 2"):
-        ExpandedPass(build(("3d", "host"), **changes))
+        ExpandedPass(build(("3d", "host"), **sizes([4, 8])))
 
 
 @pytest.mark.parametrize("strides", [(2, 2, 2), (1, 2, 2), (4, 8, 8), (1, 1, 1)])
@@ -232,18 +224,7 @@ def test_the_crop_is_the_centre() -> None:
 
 def default_network() -> nn.Module:
     """nnU-Net's own network for an isotropic 3D data set at 8 GB."""
-    n = 6
-    options = {
-        **arguments("3d"),
-        "n_stages": n,
-        "features_per_stage": [32, 64, 128, 256, 320, 320],
-        "kernel_sizes": [[3, 3, 3]] * n,
-        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n - 1),
-        "n_conv_per_stage": [2] * n,
-        "n_conv_per_stage_decoder": [2] * (n - 1),
-        "deep_supervision": True,
-    }
-    return PlainConvUNet(input_channels=1, num_classes=3, **options)
+    return PlainConvUNet(1, num_classes=3, **isotropic(DEFAULT, deep_supervision=True))
 
 
 def two_passes() -> nn.Module:
