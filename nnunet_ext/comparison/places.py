@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ext.errors import UsageError
-from nnunet_ext.files import read_json
 from nnunet_ext.nnunet.datasets import read_dataset
+from nnunet_ext.nnunet.splits import validation_cases
 
 _REFERENCES = ("labelsTr", "labelsTs")
 _IMAGES = ("imagesTr", "imagesTs")
@@ -50,18 +49,7 @@ class Places:
         """
         if self.preprocessed is None or not fold.isdecimal():
             return None
-        path = self.preprocessed / dataset_name / "splits_final.json"
-        if not path.is_file():
-            return None
-        splits = read_json(path, "restore it, or delete it and let nnU-Net make it again", list)
-        if int(fold) >= len(splits):
-            return None
-        try:
-            return [str(case) for case in splits[int(fold)]["val"]]
-        except (KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} must hold a list of splits with 'val', it does not: restore it."
-            ) from error
+        return dict(enumerate(validation_cases(self.preprocessed / dataset_name))).get(int(fold))
 
 
 def _first(folders: Sequence[Path | None], name: str) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_ext.files import read_json
+from nnunet_ext.nnunet.splits import validation_cases
 
 _ENDINGS = (".b2nd", ".npz", ".npy")
 _NAMED = 5  # cases that a message names
@@ -142,9 +143,6 @@ def first_stage(trainer: Any) -> FirstStage:
             f"{previous} again."
         )
     priors = Path(trainer.folder_with_segs_from_previous_stage)
-    splits_file = Path(trainer.preprocessed_dataset_folder_base) / "splits_final.json"
-    cure = "restore it, or delete it and let nnU-Net make it again"
-    splits = read_json(splits_file, cure, list) if splits_file.is_file() else []
     device = "" if trainer.device.type == "cuda" else f" -device {trainer.device.type}"
     return FirstStage(
         command=f"nnUNetv2_train {plans.dataset_name} {previous}",
@@ -152,5 +150,5 @@ def first_stage(trainer: Any) -> FirstStage:
         model=priors.parent.parent,
         configuration=previous,
         priors=priors,
-        splits=[split["val"] for split in splits],
+        splits=validation_cases(Path(trainer.preprocessed_dataset_folder_base)),
     )
