@@ -23,3 +23,8 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line; its type where it says nothing."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts: "1 case", "2 cases"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

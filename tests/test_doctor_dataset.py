@@ -86,7 +86,7 @@ def faults(folder: Path) -> list[Finding]:
 
 def test_nothing_is_found_where_nothing_is_wrong(folder: Path) -> None:
     (found,) = examine(folder)
-    assert (found.level, found.detail) == ("ok", "5 cases were read")
+    assert (found.level, found.detail) == ("ok", "5 cases read")
 
 
 def cut(path: Path) -> None:
@@ -243,7 +243,7 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         lambda f: describe(f, numTraining=4),
         "failure",
         "dataset.json",
-        "is 4, there are 5 cases",
+        "is 4, the data set has 5 cases",
     ),
     "no numTraining": (
         lambda f: describe(f, numTraining=None),
@@ -448,7 +448,7 @@ def test_the_command_takes_number_name_or_folder(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["doctor", "--dataset", str(folder) if name == "path" else name, "-np", "1"]) == 0
-    assert "5 cases were read" in capsys.readouterr().out
+    assert "5 cases read" in capsys.readouterr().out
     cut(folder / IMAGE)
     assert cli.main(["doctor", "--dataset", str(folder), "-np", "1", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

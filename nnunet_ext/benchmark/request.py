@@ -10,6 +10,7 @@ from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.printable import counted
 from nnunet_ext.protocols import only_predicts
 
 BASELINE = registry.CORE_TRAINER
@@ -56,7 +57,9 @@ class Request:
         strides = self.setting.strides
         shown = " ".join(map(str, patch))
         if len(patch) != len(strides):
-            raise UsageError(f"--time-patch needs {len(strides)} numbers, got {shown}: give one per axis.")
+            raise UsageError(
+                f"--time-patch needs {counted(len(strides), 'number')}, got {shown}: give one per axis."
+            )
         coarsest = [voxels / stride for voxels, stride in zip(patch, strides, strict=True)]
         if not all(size.is_integer() and size > 0 for size in coarsest) or math.prod(coarsest) < 2:
             raise UsageError(

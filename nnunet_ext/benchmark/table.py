@@ -9,6 +9,7 @@ from typing import Any
 from nnunet_ext import escaping
 from nnunet_ext.benchmark.records import Method, Report, Spread
 from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.printable import counted
 
 MISSING = "\N{EN DASH}"
 _DEFAULT_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
@@ -146,7 +147,7 @@ def notes(report: Report) -> Iterator[str]:
     if not report.repeats:
         return
     yield (
-        f"Times are medians of {plural(report.repeats, 'interleaved repeat')}, with minimum and maximum; a training "
+        f"Times are medians of {counted(report.repeats, 'interleaved repeat')}, with minimum and maximum; a training "
         "step is forward, backward and optimiser with a simple loss, not compiled; "
         "a patch is predicted in batches of one."
     )
@@ -161,7 +162,7 @@ def notes(report: Report) -> Iterator[str]:
         yield "Times are of a smaller patch than the plans', so no time of a case is computed from them."
     elif report.tiles_per_case is not None:
         yield (
-            f"Times of a case are computed, not measured: {plural(report.tiles_per_case, 'tile')} for an image of "
+            f"Times of a case are computed, not measured: {counted(report.tiles_per_case, 'tile')} for an image of "
             f"median size, times the time of a patch; mirrored {report.passes_mirrored} times that."
         )
 
@@ -200,7 +201,7 @@ def markdown(report: Report, command: str) -> str:
 
 def headline(report: Report) -> str:
     """Machine, versions and network's ends in one line."""
-    ends = f"{plural(report.input_channels, 'channel')} in, {report.num_classes} out"
+    ends = f"{counted(report.input_channels, 'channel')} in, {report.num_classes} out"
     return f"{report.device}, torch {report.torch}, nnunetv2 {report.nnunetv2}; {ends}"
 
 
@@ -211,11 +212,6 @@ def _line(cells: list[str]) -> str:
 def shape(size: tuple[int, ...]) -> str:
     """Voxels per axis as text."""
     return "x".join(map(str, size))
-
-
-def plural(count: int, noun: str) -> str:
-    """A number and what it counts."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def number(value: float) -> str:

@@ -16,7 +16,7 @@ from nnunet_ext.doctor.case import Case, Rules, look
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import locked, read_json, write_text, writing
 from nnunet_ext.parallel import mapped
-from nnunet_ext.printable import one_line
+from nnunet_ext.printable import counted, one_line
 from nnunet_ext.whole import check_whole, is_whole
 
 NOTE = "cascade_predict.json"
@@ -86,7 +86,7 @@ def predict(
     _check_folders(_real(images), output, keep)
     options.check()
     files = _input_files(images, first.dataset)
-    report(f"reading {len(files)} cases of {images}")
+    report(f"reading {counted(len(files), 'case')} of {images}")
     good = _Good.of(first, files, options.preprocessing)
     with writing(keep):
         keep.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,10 @@ def predict(
         output.mkdir(parents=True, exist_ok=True)
     with locked(keep / LOCK):
         _continue_or_start(stages, files, output, keep, options, good)
-        report(f"stage 1, {first.configuration}: {len(files)} cases to {keep}")
+        report(f"stage 1, {first.configuration}: {counted(len(files), 'case')} to {keep}")
         _run(first, images, keep, None, options)
         _see_whole(files, keep, good)
-        report(f"stage 2: {len(files)} cases to {output}")
+        report(f"stage 2: {counted(len(files), 'case')} to {output}")
         _run(second, images, output, keep, options)
         _see_whole(files, output, good, options.save_probabilities)
     return keep

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from nnunet_ext import doctor
 from nnunet_ext.doctor.finding import Finding
 from nnunet_ext.errors import UsageError
-from nnunet_ext.printable import printable
+from nnunet_ext.printable import counted, printable
 
 _SECONDS_BETWEEN_LINES = 20.0  # where the output is no terminal
 
@@ -55,7 +55,7 @@ def _examine_dataset(dataset: str, processes: int | None) -> list[Finding]:
             nonlocal last
             if sys.stderr.isatty() or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 end = "\r" if sys.stderr.isatty() and done < total else "\n"
-                line = printable(f"{folder.name}: {done} of {total} cases read")
+                line = printable(f"{folder.name}: {done} of {counted(total, 'case')} read")
                 print(line, end=end, file=sys.stderr, flush=True)
                 last = time.monotonic()
 

@@ -11,6 +11,7 @@ from nnunet_ext.comparison.places import Places
 from nnunet_ext.comparison.runs import Run
 from nnunet_ext.comparison.scores import common_cases
 from nnunet_ext.comparison.training import Training
+from nnunet_ext.printable import counted
 
 _NAMES = 5  # cases that a sentence names
 FEW_CASES = 10
@@ -24,37 +25,42 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
         surplus = sorted(set(own["case"]) - set(common))
         if surplus:
             warnings.append(
-                f"{label}: {len(surplus)} of its {own['case'].nunique()} cases are left out, because another run lacks "
-                f"them: {_list(surplus)}."
+                f"{label}: left out, because another run lacks them: {len(surplus)} of "
+                f"{counted(own['case'].nunique(), 'case')} ({_list(surplus)})."
             )
     kept = scores[scores["case"].isin(common)]
     folds = kept.groupby("case")["fold"].nunique()
-    if (folds > 1).any():
+    moved = sorted(folds.index[folds > 1])
+    if moved:
         warnings.append(
-            f"{int((folds > 1).sum())} cases are in different folds of different runs, whose splits thus differ: "
-            f"{_list(sorted(folds.index[folds > 1]))}."
+            f"In different folds of different runs, whose splits thus differ: {counted(len(moved), 'case')} "
+            f"({_list(moved)})."
         )
     voxels = kept.assign(voxels=kept["TP"] + kept["FN"]).groupby(["case", "structure"])["voxels"].nunique()
     changed = sorted({case for case, _ in voxels.index[voxels > 1]})
     if changed:
         warnings.append(
-            f"The references of {len(changed)} cases differ between the runs (other numbers of voxels), so their Dice "
-            f"can't be compared; evaluate all runs against one set of references: {_list(changed)}."
+            f"The references of {counted(len(changed), 'case')} differ between the runs (other numbers of voxels), so "
+            f"their Dice can't be compared; evaluate all runs against one set of references: {_list(changed)}."
         )
     if len(common) < FEW_CASES:
-        warnings.append(f"Only {len(common)} cases are compared: intervals and p-values of so few are rough.")
+        warnings.append(
+            f"Compared: {counted(len(common), 'case')} only; intervals and p-values of so few are rough."
+        )
     return [*warnings, *_contradictory(kept), *_failed(kept), *_invented(kept)]
 
 
 def _contradictory(kept: pd.DataFrame) -> list[str]:
     """Dice that does not follow from the counts beside it was edited, or is not of nnU-Net."""
-    counted = kept[kept[["TP", "FP", "FN"]].notna().all(axis="columns")]
-    expected = 2 * counted["TP"] / (2 * counted["TP"] + counted["FP"] + counted["FN"])  # 0 / 0 is NaN
-    odd = counted[
-        ((counted["Dice"] - expected).abs() > _ROUNDING) | (counted["Dice"].isna() != expected.isna())
+    with_counts = kept[kept[["TP", "FP", "FN"]].notna().all(axis="columns")]
+    expected = (
+        2 * with_counts["TP"] / (2 * with_counts["TP"] + with_counts["FP"] + with_counts["FN"])
+    )  # 0 / 0 is NaN
+    odd = with_counts[
+        ((with_counts["Dice"] - expected).abs() > _ROUNDING) | (with_counts["Dice"].isna() != expected.isna())
     ]
     return [
-        f"{label}: the Dice of {len(rows)} scores does not follow from TP, FP and FN beside it, validate again: "
+        f"{label}: the Dice of {counted(len(rows), 'score')} does not follow from its TP, FP and FN, validate again: "
         f"{_list(sorted(set(rows['case'])))}."
         for label, rows in odd.groupby("run", sort=False)
     ]
@@ -76,8 +82,8 @@ def _invented(kept: pd.DataFrame) -> list[str]:
     """A structure found where the reference has none gives Dice 0, left out by the run that finds none."""
     absent = kept[(kept["TP"] + kept["FN"] == 0) & (kept["FP"] > 0)]
     return [
-        f"{label}: finds {structure} in {len(rows)} cases without it; they count there with Dice 0, and not at all for "
-        "a run that rightly finds nothing."
+        f"{label}: finds {structure} in {counted(len(rows), 'case')} without it, a Dice of 0, and not at all "
+        "for a run that rightly finds nothing."
         for (label, structure), rows in absent.groupby(["run", "structure"], sort=False)
     ]
 
@@ -93,8 +99,8 @@ def of_files(run: Run, scores: pd.DataFrame, places: Places) -> list[str]:
         segmented = {path.name.removesuffix(ending) for path in files}
         if unscored := sorted(segmented - cases):
             warnings.append(
-                f"{where}: {len(unscored)} segmentations are not in summary.json, validate the fold again: "
-                f"{_list(unscored)}."
+                f"{where}: not in summary.json, validate the fold again: {counted(len(unscored), 'segmentation')} "
+                f"({_list(unscored)})."
             )
         expected = places.validation_cases(str(run.plans.get("dataset_name")), str(fold))
         if expected is None:
@@ -102,12 +108,12 @@ def of_files(run: Run, scores: pd.DataFrame, places: Places) -> list[str]:
         missing, surplus = sorted(set(expected) - cases), sorted(cases - set(expected))
         if missing:
             warnings.append(
-                f"{where}: {len(missing)} cases of splits_final.json are missing: {_list(missing)}."
+                f"{where}: missing of splits_final.json: {counted(len(missing), 'case')} ({_list(missing)})."
             )
         if surplus:
             warnings.append(
-                f"{where}: {len(surplus)} cases are not held back by splits_final.json, so it may have been trained on "
-                f"them: {_list(surplus)}."
+                f"{where}: not held back by splits_final.json, so perhaps trained on: "
+                f"{counted(len(surplus), 'case')} ({_list(surplus)})."
             )
     return warnings
 
@@ -145,11 +151,11 @@ def of_predictions(label: str, predicted: set[str], referenced: set[str], folder
     warnings = []
     if missing := sorted(referenced - predicted):
         warnings.append(
-            f"{label}: {len(missing)} references have no prediction in {folder}: {_list(missing)}."
+            f"{label}: without a prediction in {folder}: {counted(len(missing), 'reference')} ({_list(missing)})."
         )
     if surplus := sorted(predicted - referenced):
         warnings.append(
-            f"{label}: {len(surplus)} predictions in {folder} have no reference: {_list(surplus)}."
+            f"{label}: without a reference: {counted(len(surplus), 'prediction')} in {folder} ({_list(surplus)})."
         )
     return warnings
 

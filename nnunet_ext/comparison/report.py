@@ -19,6 +19,7 @@ from nnunet_ext.comparison.tables import Table
 from nnunet_ext.errors import UsageError
 from nnunet_ext.escaping import code_block, csv_cell, html, markdown, markdown_cell
 from nnunet_ext.files import read_json, write_files, writing
+from nnunet_ext.printable import counted
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _FIGURES = "figures"
@@ -156,7 +157,7 @@ def conclusions(comparison: Comparison, evaluation: Evaluation) -> list[str]:
         sentences.append(
             f"{label}, {evaluation.name}: mean Dice {tables.number(evaluation.mean(label).mean, 4)} against "
             f"{tables.number(evaluation.mean(baseline).mean, 4)} of {baseline}; difference "
-            f"{tables.signed(100 * d.mean)}{span} points over {d.n} cases: {found.verdict} at a margin of "
+            f"{tables.signed(100 * d.mean)}{span} points over {counted(d.n, 'case')}: {found.verdict} at a margin of "
             f"{comparison.request.margin:.1f} points."
         )
     return sentences
@@ -187,9 +188,8 @@ def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str
         Figure(f"{prefix}-worst-{place}", f"{s.name}, {caption}", overlay.overlay(s))
         for place, s in enumerate(scans, start=1)
     ]
-    text = (
-        f"{len(evaluation.cases)} cases that all runs have; structures: {', '.join(evaluation.structures)}."
-    )
+    cases, structures = counted(len(evaluation.cases), "case"), ", ".join(evaluation.structures)
+    text = f"{cases} that all runs have; structures: {structures}."
     shown = tuple(item for item in items if item is not None)
     return Section(f"Accuracy, {evaluation.name}", (text,), shown)
 
@@ -200,9 +200,9 @@ def _metric(evaluation: Evaluation, metric: str, margin: float, prefix: str) -> 
     if metric == "IoU":
         return [means]
     boxes = (
-        f"{metric} of {len(evaluation.cases)} cases: quartiles, median, whiskers of at most 1.5 times their "
+        f"{metric} of {counted(len(evaluation.cases), 'case')}: quartiles, median, whiskers of at most 1.5 times their "
+        "distance, every case a point."
     )
-    boxes += "distance, every case a point."
     drawn = Figure(f"{prefix}-{metric.lower()}", boxes, figures.box_plots(evaluation, metric))
     if len(evaluation.labels) == 1:
         return [means, drawn]

@@ -11,6 +11,7 @@ import pandas as pd
 from nnunet_ext.comparison.scores import by_structure, case_means, common_cases
 from nnunet_ext.comparison.statistics import Difference, difference, holm, rank_frequencies, verdict
 from nnunet_ext.errors import UsageError
+from nnunet_ext.printable import counted
 
 MEAN = None  # in the place of a structure's name: the mean of all; any name may be a structure's
 Structure = str | None
@@ -125,7 +126,7 @@ def evaluate(name: str, scores: pd.DataFrame, labels: Sequence[str], margin: flo
     cases = common_cases(scores)
     if not cases:
         counts = "; ".join(
-            f"{label}: {n} cases" for label, n in scores.groupby("run")["case"].nunique().items()
+            f"{label}: {counted(n, 'case')}" for label, n in scores.groupby("run")["case"].nunique().items()
         )
         raise UsageError(
             f"the runs must have cases of {name} in common, they have none ({counts}): compare the same folds (-f)."

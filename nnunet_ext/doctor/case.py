@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nnunet_ext.doctor.finding import Finding, failure, warning
+from nnunet_ext.printable import counted
 from nnunet_ext.whole import check_whole
 
 _APART = 0.01  # voxels between two grids that rounding in headers doesn't explain
@@ -150,8 +151,8 @@ def _read(
         findings.append(
             failure(
                 case.name,
-                f"{path} is read as an array of {_row(data.shape)} with {len(properties['spacing'])} spacings, nnU-Net "
-                "needs channels and three axes",
+                f"{path} is read as an array of {_row(data.shape)} with "
+                f"{counted(len(properties['spacing']), 'spacing')}, nnU-Net needs channels and three axes",
                 "store every channel, or component of a vector, in a file of its own",
             )
         )
@@ -192,7 +193,9 @@ def _about_values(case: Case, image: _Volume) -> Iterator[Finding]:
 
 def _about_labels(case: Case, label: _Volume, values: NDArray[Any], rules: Rules) -> Iterator[Finding]:
     if len(label.data) != 1:
-        yield failure(case.name, f"{label.path} has {len(label.data)} channels", "store one label map")
+        yield failure(
+            case.name, f"{label.path} has {counted(len(label.data), 'channel')}", "store one label map"
+        )
     if label.non_finite:
         yield failure(case.name, f"{label.path} holds NaN or infinity", "give these voxels a label")
     values = values[np.isfinite(values)]

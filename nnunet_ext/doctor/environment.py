@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nnunet_ext.doctor.finding import Finding, failure, ok, one_line, warning
 from nnunet_ext.installation import DISTRIBUTION, reinstall
+from nnunet_ext.printable import counted
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 COMPILE = "nnUNet_compile"
@@ -143,7 +144,9 @@ def collisions() -> Iterator[Finding]:
         if len(copies) > 1:
             cure = f"uninstall {DISTRIBUTION} until none is left, delete the rest, then {reinstall()}"
             yield failure(
-                "collision", f"{module} exists {len(copies)} times: {', '.join(sorted(copies))}", cure
+                "collision",
+                f"{module} exists {counted(len(copies), 'time')}: {', '.join(sorted(copies))}",
+                cure,
             )
 
 

@@ -23,6 +23,7 @@ from nnunet_ext.doctor.files import of_folder
 from nnunet_ext.doctor.finding import Finding, failure, ok, warning
 from nnunet_ext.nnunet.datasets import dataset_folders, find_dataset, number_of
 from nnunet_ext.parallel import mapped
+from nnunet_ext.printable import counted
 from nnunet_ext.whole import is_whole
 
 RAW = "nnUNet_raw"
@@ -139,7 +140,7 @@ def about_cases(
         looks.append(seen)
         on_progress(len(looks), len(jobs))
     findings = [found for seen in looks for found in seen.findings]
-    return [*findings, *_about_all(looks, common), ok(SUBJECT, f"{len(looks)} cases were read")]
+    return [*findings, *_about_all(looks, common), ok(SUBJECT, f"{counted(len(looks), 'case')} read")]
 
 
 def _about_name(folder: Path) -> Iterator[Finding]:
@@ -166,13 +167,13 @@ def _about_number(folder: Path, description: Mapping[str, Any], cases: Sequence[
     if wanted != len(cases):
         yield failure(
             "dataset.json",
-            f"numTraining is {wanted!r}, there are {len(cases)} cases",
+            f"numTraining is {wanted!r}, the data set has {counted(len(cases), 'case')}",
             f"set it to {len(cases)}, or add what is missing",
         )
     if 0 < len(cases) < FOLDS and not (folder / "splits_final.json").is_file():
         yield warning(
             SUBJECT,
-            f"has {len(cases)} cases, nnU-Net makes {FOLDS} folds",
+            f"has {counted(len(cases), 'case')}, nnU-Net makes {counted(FOLDS, 'fold')}",
             "add cases, write a splits_final.json, or train fold 'all'",
         )
     names: dict[str, str] = {}

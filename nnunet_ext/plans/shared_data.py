@@ -16,6 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.datasets import number_of
 from nnunet_ext.nnunet.plans import read_plans
+from nnunet_ext.printable import counted
 
 # What DefaultPreprocessor reads of a configuration, beside its spacing.
 _READ = (
@@ -46,7 +47,8 @@ def settled(
     known = len(fingerprint["spacings"]) == len(cases)
     if not known:
         yield (
-            f"dataset_fingerprint.json knows {len(fingerprint['spacings'])} cases, the data set has {len(cases)}: "
+            f"dataset_fingerprint.json knows {counted(len(fingerprint['spacings']), 'case')}, the data set has "
+            f"{len(cases)}: "
             "extract it again, nnUNetv2_plan_and_preprocess with --clean does."
         )
     wanted = []

@@ -101,7 +101,10 @@ def test_only_common_cases_are_compared_and_the_others_are_named(make_run: MakeR
     short = {"0": folds["0"], "1": dict(list(folds["1"].items())[1:])}
     found = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", short))
     assert len(found.evaluations[0].cases) == 11
-    assert any("1 of its 12 cases are left out" in w and "case_06" in w for w in found.warnings)
+    assert any(
+        "left out, because another run lacks them: 1 of 12 cases" in w and "case_06" in w
+        for w in found.warnings
+    )
     assert found.evaluations[0].mean("nnUNetTrainer").mean == pytest.approx(
         np.delete(dice(folds), 6, axis=0).mean()
     )
@@ -127,8 +130,10 @@ def test_different_splits_and_references_are_warned_of(make_run: MakeRun) -> Non
     other = {"0": folds["1"], "1": dict(folds["0"])}
     other["1"]["case_00"] = [(500, 0, 400), other["1"]["case_00"][1]]  # 900 voxels instead of 1000
     warnings = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", other)).warnings
-    assert any("12 cases are in different folds" in w for w in warnings)
-    assert any("references of 1 cases differ" in w and "case_00" in w for w in warnings)
+    assert any(
+        "In different folds of different runs, whose splits thus differ: 12 cases" in w for w in warnings
+    )
+    assert any("references of 1 case differ" in w and "case_00" in w for w in warnings)
 
 
 def test_absent_structure_leaves_the_run_that_rightly_finds_nothing_out(make_run: MakeRun) -> None:
@@ -140,7 +145,7 @@ def test_absent_structure_leaves_the_run_that_rightly_finds_nothing_out(make_run
     )
     assert (a.n, a.invented, b.n, b.invented) == (6, 0, 7, 1)
     assert found.evaluations[0].comparand("nnUNetTrainerB", structure="lesion").difference.n == 6
-    assert any("nnUNetTrainerB: finds lesion in 1 cases without it" in w for w in found.warnings)
+    assert any("nnUNetTrainerB: finds lesion in 1 case without it" in w for w in found.warnings)
 
 
 def test_different_epochs_machines_and_batches_are_warned_of(make_run: MakeRun) -> None:
@@ -210,8 +215,12 @@ def test_cases_of_the_split_that_are_missing_or_were_trained_on_are_named(
     (folder / "splits_final.json").write_text(json.dumps(splits))
     monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
     warnings = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", folds)).warnings
-    assert "nnUNetTrainer, fold 0: 1 cases of splits_final.json are missing: case_99." in warnings
-    assert any("fold 1: 1 cases are not held back" in w and names[1][0] in w for w in warnings)
+    assert "nnUNetTrainer, fold 0: missing of splits_final.json: 1 case (case_99)." in warnings
+    assert any(
+        "fold 1: not held back by splits_final.json, so perhaps trained on: 1 case (" in w
+        and names[1][0] in w
+        for w in warnings
+    )
 
 
 def test_segmentations_that_are_not_in_the_summary_are_named(make_run: MakeRun) -> None:
@@ -219,7 +228,10 @@ def test_segmentations_that_are_not_in_the_summary_are_named(make_run: MakeRun) 
     for case in ("case_00", "case_77"):
         (a / "fold_0" / "validation" / f"{case}.nii.gz").touch()
     (a / "fold_0" / "validation" / ".DS_Store").touch()
-    assert any("1 segmentations are not in summary.json" in w and "case_77" in w for w in run(a, b).warnings)
+    assert any(
+        "not in summary.json, validate the fold again: 1 segmentation (" in w and "case_77" in w
+        for w in run(a, b).warnings
+    )
 
 
 def test_structure_that_a_run_never_finds_is_warned_of(make_run: MakeRun) -> None:
@@ -242,7 +254,7 @@ def test_edited_dice_is_warned_of(make_run: MakeRun) -> None:
     path.write_text(json.dumps(content))
     warnings = run(a, b).warnings
     assert [w for w in warnings if "does not follow" in w] == [
-        "nnUNetTrainerB: the Dice of 1 scores does not follow from TP, FP and FN beside it, validate again: case_02."
+        "nnUNetTrainerB: the Dice of 1 score does not follow from its TP, FP and FN, validate again: case_02."
     ]
 
 

@@ -270,8 +270,8 @@ def test_missing_images_and_missing_predictions_are_warned_of(
     )
     report.write(found, tmp_path / "out")
     warnings = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
-    assert any("B: 1 references have no prediction" in w and "c1" in w for w in warnings)
-    assert any("A: 1 predictions in" in w and "extra" in w for w in warnings)
+    assert any(": 1 reference (" in w and "B: without a prediction in" in w and "c1" in w for w in warnings)
+    assert any("A: without a reference: 1 prediction in" in w and "extra" in w for w in warnings)
     assert any(
         "No picture of worst cases (c2): its image is missing (set nnUNet_raw or give --images)" in w
         for w in warnings
