@@ -82,7 +82,7 @@ def _invented(kept: pd.DataFrame) -> list[str]:
     """A structure found where the reference has none gives Dice 0, left out by the run that finds none."""
     absent = kept[(kept["TP"] + kept["FN"] == 0) & (kept["FP"] > 0)]
     return [
-        f"{label}: finds {structure} in {counted(len(rows), 'case')} without it, a Dice of 0, and not at all "
+        f"{label}: finds {structure} in {counted(len(rows), 'case')} without it: a Dice of 0 there, and none "
         "for a run that rightly finds nothing."
         for (label, structure), rows in absent.groupby(["run", "structure"], sort=False)
     ]
