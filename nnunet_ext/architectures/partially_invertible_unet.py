@@ -9,6 +9,7 @@ pooling nor concatenated feature maps are kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dynamic_network_architectures.building_blocks.helper import get_matching_po
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
-from nnunet_ext.architectures.reversible.mixed_precision import convolve
+from nnunet_ext.architectures.reversible.decoder import StagedDecoder
 from nnunet_ext.architectures.reversible.recomputation import run_recomputed, uncompiled
 from nnunet_ext.architectures.reversible.stages import (
     GROUP_ELEMENTS,
@@ -85,7 +86,7 @@ class Up(nn.Module):
         return joined
 
 
-class Decoder(nn.Module):
+class Decoder(StagedDecoder):
     """Stages from the coarsest to the finest: `Up`, couplings, a head.
 
     Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
@@ -99,31 +100,12 @@ class Decoder(nn.Module):
         coupling: CouplingSpec,
         deep_supervision: bool,
     ) -> None:
-        super().__init__()
-        self.deep_supervision = deep_supervision
-        self.reversible = coupling.reversible
+        super().__init__(num_classes, plan, stages, coupling, deep_supervision, partial(Up, plan))
         self.recomputed = coupling.reversible and plan.samples_are_independent
-        pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
-        self.transitions = nn.ModuleList(Up(plan, coarse, fine) for coarse, fine in pairs)
-        self.stages = nn.ModuleList(coupling.sequence(plan, fine, fine.decoder_blocks) for _, fine in pairs)
-        # All heads exist with and without deep supervision, so that checkpoints fit both (as in nnU-Net).
-        self.seg_layers = nn.ModuleList(
-            plan.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
-        )
 
-    @uncompiled
-    def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
-        """Return logits of the finest stage, or with deep supervision of every stage, largest first."""
-        x = skips[-1]
-        outputs = []
-        last = len(self.stages) - 1
-        for i, skip in enumerate(skips[-2::-1]):
-            x = self.stages[i](
-                run_recomputed(self.transitions[i], self.recomputed, x, skip, group_elements=GROUP_ELEMENTS)
-            )
-            if self.deep_supervision or i == last:
-                outputs.append(convolve(self.seg_layers[i], x))
-        return outputs[::-1] if self.deep_supervision else outputs[0]
+    def join(self, transition: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """Concatenate the skip, and keep nothing of it."""
+        return run_recomputed(transition, self.recomputed, x, skip, group_elements=GROUP_ELEMENTS)
 
 
 class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):

@@ -19,6 +19,7 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.reversible.decoder import StagedDecoder
 from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
 from nnunet_ext.architectures.reversible.stages import (
@@ -57,7 +58,7 @@ class Encoder(nn.Module):
         return skips
 
 
-class Decoder(nn.Module):
+class Decoder(StagedDecoder):
     """Stages from the coarsest to the finest: a transposed convolution, the skip added, couplings, a head.
 
     Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
@@ -71,32 +72,18 @@ class Decoder(nn.Module):
         coupling: CouplingSpec,
         deep_supervision: bool,
     ) -> None:
-        super().__init__()
-        self.deep_supervision = deep_supervision
-        self.reversible = coupling.reversible
-        conv_transposed = get_matching_convtransp(conv_op=plan.conv_op)
-        pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
-        self.transitions = nn.ModuleList(
-            conv_transposed(coarse.channels, fine.channels, coarse.stride, coarse.stride, bias=plan.conv_bias)
-            for coarse, fine in pairs
-        )
-        self.stages = nn.ModuleList(coupling.sequence(plan, fine, fine.decoder_blocks) for _, fine in pairs)
-        # All heads exist with and without deep supervision, so that checkpoints fit both (as in nnU-Net).
-        self.seg_layers = nn.ModuleList(
-            plan.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
-        )
+        transposed = get_matching_convtransp(conv_op=plan.conv_op)
 
-    @uncompiled
-    def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
-        """Return logits of the finest stage, or with deep supervision of every stage, largest first."""
-        x = skips[-1]
-        outputs = []
-        last = len(self.stages) - 1
-        for i, skip in enumerate(skips[-2::-1]):
-            x = self.stages[i](convolve(self.transitions[i], x) + skip)
-            if self.deep_supervision or i == last:
-                outputs.append(convolve(self.seg_layers[i], x))
-        return outputs[::-1] if self.deep_supervision else outputs[0]
+        def transition(coarse: StageSpec, fine: StageSpec) -> nn.Module:
+            return transposed(
+                coarse.channels, fine.channels, coarse.stride, coarse.stride, bias=plan.conv_bias
+            )
+
+        super().__init__(num_classes, plan, stages, coupling, deep_supervision, transition)
+
+    def join(self, transition: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """Add the skip."""
+        return convolve(transition, x) + skip
 
 
 class ReversibleUNet(CountedFeatureMaps):
