@@ -4,7 +4,7 @@ Each plan's step is counted again, sample by sample, and must lie under the targ
 image or data set are the limit. No GPU and no images are needed.
 
 usage: python benchmarks/planners.py -o docs/benchmarks/2026-11-21-planners    # the whole grid
-       python benchmarks/planners.py --table                                   # the table of the README
+       python benchmarks/planners.py --table                                   # the table of docs/how-to/plan-memory.md
        python benchmarks/planners.py --random 40                               # random data sets, planners and GPUs
 """
 
@@ -258,7 +258,7 @@ def document(rows: Sequence[Row], command: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the grid or print the README's table; return 1 where a plan breaks a promise."""
+    """Run the grid or print the table of docs/how-to/plan-memory.md; return 1 where a plan breaks a promise."""
     from nnunet_ext import registry
 
     parser = argparse.ArgumentParser(
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--planners", nargs="+", default=list(registry.names("planners")))
     parser.add_argument("--data", nargs="+", choices=FINGERPRINTS, default=list(FINGERPRINTS))
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))
-    parser.add_argument("--table", action="store_true", help="the table of the README: 8 GB")
+    parser.add_argument("--table", action="store_true", help="the table of docs/how-to/plan-memory.md: 8 GB")
     parser.add_argument("--random", type=int, metavar="N", help="N random data sets instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random data sets")
     parser.add_argument("-o", type=Path, dest="output", help="folder for planners.json and planners.md")

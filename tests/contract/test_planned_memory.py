@@ -129,9 +129,9 @@ def test_a_missing_fingerprint_is_said(workspace: Path, number: Callable[[str], 
         registry.resolve("planners", "ReversibleUNetPlanner")(dataset, 8)
 
 
-def test_readmes_table_is_the_commands(number: Callable[[str], int]) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index(TABLE_BEGIN) : readme.index(TABLE_END)]
+def test_table_of_the_documentation_is_the_commands(number: Callable[[str], int]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "plan-memory.md").read_text(encoding="utf-8")
+    table = page[page.index(TABLE_BEGIN) : page.index(TABLE_END)]
     row = grid_row("FasterFusionUNetPlanner", "ct", number("ct"), 8)
     (line,) = (line for line in table.splitlines() if "FasterFusionUNetPlanner" in line)
     assert f"| {size(row)}: {row.counted:.1f} GB |" in line
