@@ -163,7 +163,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes], gone: Iterable[str]
     """Write files that belong together: after an error those of an earlier call are there unchanged.
 
     A kill leaves the earlier files or the new ones; in the moment in which all are renamed, some of one kind. Never
-    does a new file stand beside an old one.
+    is a new file mixed with an old one.
 
     Args:
         folder: Folder to write to; it is made.

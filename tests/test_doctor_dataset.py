@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     ),
     "label's shape": (with_values(LABEL, label_map((5, 8, 10))), "failure", "v1.0", "has the shape 5x8x10"),
     "spacing": (placed(LABEL, spacing=(1.0, 1.0, 2.5)), "failure", "v1.0", "has the spacing 2.5x1x1"),
-    "origin": (placed(LABEL, origin=(0.0, 0.0, 1.0)), "warning", "v1.0", "lies up to 1 voxels beside"),
+    "origin": (placed(LABEL, origin=(0.0, 0.0, 1.0)), "warning", "v1.0", "lies up to 1 voxels away from"),
     "direction": (placed(LABEL, direction=FLIPPED), "warning", "v1.0", "other origin or direction"),
     "channel's origin": (
         placed("imagesTr/v1.0_0001.nii.gz", origin=(9.0, 0.0, 0.0)),

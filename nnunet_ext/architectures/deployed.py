@@ -34,7 +34,7 @@ def fused(network: nn.Module, form: Form = "hybrid") -> nn.Module:
         NothingToFuseError: see there.
     """
     nothing = NothingToFuseError(
-        f"{type(network).__name__} has no block to fuse and no batch norm behind a convolution: predict with it as it "
+        f"{type(network).__name__} has no block to fuse and no batch norm after a convolution: predict with it as it "
         "was trained."
     )
     if isinstance(network, Fusable):

@@ -61,7 +61,7 @@ class FasterFusionUNet(nn.Module):
         deep_supervision: Return a list of logits, largest first.
         threshold: Output channels from which on a convolution is replaced.
         divisor: One of so many input channels meets the kernel; one number, or one per resolution, finest first.
-        downsample: "stride", or "maxpool" behind the block, as in the paper.
+        downsample: "stride", or "maxpool" after the block, as in the paper.
         batch_norm: Batch norm in place of the plans' norm also outside the blocks, so that prediction needs no norm.
         decoder_split: Where the channels that meet the kernel come from in the first block of a decoder stage: "up"
             from what is upsampled, as in the paper, or "both", half of them from the skip.

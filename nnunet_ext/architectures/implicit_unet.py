@@ -196,7 +196,7 @@ class ImplicitUNet(nn.Module):
         """Share of the cells that sparse prediction decoded voxel by voxel since the last reset; None: no prediction.
 
         Args:
-            reset: Start anew.
+            reset: Start again.
         """
         share = self._refined_cells / self._cells if self._cells else None
         if reset:
@@ -210,7 +210,7 @@ class ImplicitUNet(nn.Module):
         self._assumed_share = share
 
     def training_inputs(self, x: Tensor) -> dict[str, Tensor]:
-        """Arguments that training gives beside the image, for benchmarks: uniform points."""
+        """Arguments that training gives in addition to the image, for benchmarks: uniform points."""
         patch = x.shape[2:]
         shape = (len(x), points_per_patch(self.n_points, patch))
         return {"points": torch.stack([torch.randint(n, shape, device=x.device) for n in patch], -1)}

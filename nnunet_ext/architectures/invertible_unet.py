@@ -149,7 +149,7 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         preactivation: Norm, nonlinearity, convolution within a block (True), or convolution, norm, nonlinearity.
         vae: Reconstruct the image from the bottleneck in training.
         image_channels: Channels that are reconstructed, the first ones; None: all.
-        resampling: "orthogonal", a learned orthogonal mixing of channels beside the squeezing, or "squeeze", without.
+        resampling: "orthogonal", squeezing and a learned orthogonal mixing of channels, or "squeeze" without mixing.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale); in
         training with ``vae=True`` a pair of that and a `Reconstruction`. The strides divide the patch.

@@ -138,7 +138,7 @@ class PostConcatUNet(nn.Module):
 
 
 class PriorDecoder(UNetDecoder):
-    """nnU-Net's decoder with a prior beside the skip of every level.
+    """nnU-Net's decoder with a prior next to the skip of every level.
 
     Args:
         encoder: nnU-Net's, of the image.

@@ -100,7 +100,7 @@ class Machine:
         """Refuse on the CPU what can't be caught there; on CUDA the allocator says so itself.
 
         Args:
-            needed: Bytes beside what is allocated now.
+            needed: Bytes in addition to what is allocated now.
 
         Raises:
             DoesNotFitError: there is less room.

@@ -23,7 +23,7 @@ class Request:
     Args:
         setting: Plans, data set and configuration.
         machine: Where, and in which precision.
-        trainers: Names beside the baseline; None: all that are registered and usable.
+        trainers: Names in addition to the baseline; None: all that are registered and usable.
         repeats: Timed rounds; 0: no times.
         time_patch: Voxels per axis for the times; None: the plans' patch.
         depths: Blocks per stage for the curve of memory against depth; empty: no curve.

@@ -1,4 +1,4 @@
-"""Measures the networks of several trainers beside default nnU-Net, on the same plan and in one run."""
+"""Measures the networks of several trainers next to default nnU-Net, on the same plan and in one run."""
 
 from __future__ import annotations
 

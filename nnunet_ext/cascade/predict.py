@@ -216,7 +216,7 @@ def _continue_or_start(
     }
     path, earlier = keep / NOTE, {}
     if options.keep_going and path.is_file():
-        noted = read_json(path, "delete it to start anew")
+        noted = read_json(path, "delete it to start again")
         if noted.get("settings") != settings:
             raise UsageError(
                 f"--continue_prediction needs the models, folds and settings of the interrupted call, {keep} was "

@@ -104,6 +104,6 @@ def find_stages(
         if one != two:
             raise UsageError(
                 f"both stages must be trained with the same {key}, got {one} in stage 1 ({first.folder}) and {two} in "
-                "stage 2: train stage 1 anew, validate all its folds, then train stage 2."
+                "stage 2: train stage 1 again, validate all its folds, then train stage 2."
             )
     return first, second

@@ -20,11 +20,11 @@ COMMANDS = {
     "doctor": "prove that nnU-Net's commands find them, and say what to repair",
     "run": "run a command of nnU-Net with the hook installed explicitly",
     "demo": "train, predict and compare on a small phantom or on your data",
-    "compare": "accuracy and cost of trained models beside default nnU-Net, as a report",
+    "compare": "accuracy and cost of trained models next to default nnU-Net, as a report",
     "deploy": "a trained model fused, small and fast, for prediction elsewhere",
     "cascade-predict": "both predictions of a trained cascade, the first one kept",
     "estimate": "memory that a training will need, before it is started",
-    "benchmark": "parameters, operations, memory and time of networks beside default nnU-Net",
+    "benchmark": "parameters, operations, memory and time of networks next to default nnU-Net",
 }
 
 

@@ -1,4 +1,4 @@
-"""Parameters, operations, memory and time of networks beside default nnU-Net, on the same plan and in one run.
+"""Parameters, operations, memory and time of networks next to default nnU-Net, on the same plan and in one run.
 
 Without -tr, every registered trainer takes part. Without a GPU, memory is counted on shapes at full size.
 

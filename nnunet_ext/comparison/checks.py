@@ -51,7 +51,7 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
 
 
 def _contradictory(kept: pd.DataFrame) -> list[str]:
-    """Dice that does not follow from the counts beside it was edited, or is not of nnU-Net."""
+    """Dice that does not follow from its counts was edited, or is not of nnU-Net."""
     with_counts = kept[kept[["TP", "FP", "FN"]].notna().all(axis="columns")]
     expected = (
         2 * with_counts["TP"] / (2 * with_counts["TP"] + with_counts["FP"] + with_counts["FN"])

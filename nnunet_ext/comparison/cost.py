@@ -24,8 +24,8 @@ class Cost:
         epochs, iterations: Number of epochs (of all folds the same, else None), training iterations per epoch.
         seconds_per_epoch: Value that the trainings logged.
         machine: Machine of the trainings.
-        peak: Bytes of a training step beside the weights, see `memory_source`.
-        inference_peak: Bytes of the prediction of a patch beside the weights.
+        peak: Bytes of a training step without the weights, see `memory_source`.
+        inference_peak: Bytes of the prediction of a patch without the weights.
         case_seconds: Prediction of a case with mirroring.
         memory_source: How `peak` was measured.
     """

@@ -1,4 +1,4 @@
-"""What can go wrong in a demo beside the user's input."""
+"""What can go wrong in a demo other than the user's input."""
 
 from __future__ import annotations
 

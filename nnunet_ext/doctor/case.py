@@ -46,7 +46,7 @@ class Rules:
     Args:
         reader: Class of nnU-Net's reader.
         channels: Number of them.
-        foreground: Labels beside the background, without the ignore label.
+        foreground: Labels other than the background, without the ignore label.
         ignore: The ignore label, where there is one.
     """
 
@@ -242,7 +242,7 @@ def _about_grids(case: Case, first: _Volume, other: _Volume) -> Iterator[Finding
     if distance > _APART:
         yield warning(
             case.name,
-            f"{other.path} lies up to {distance:.3g} voxels beside {first.path}: other origin or direction",
+            f"{other.path} lies up to {distance:.3g} voxels away from {first.path}: other origin or direction",
             _OVERLAYS,
         )
 

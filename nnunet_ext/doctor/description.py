@@ -105,7 +105,7 @@ def _labels(content: Mapping[str, Any]) -> Iterator[Finding]:
             "number them 0, 1, 2, ..., in the label maps too",
         )
     if len(labels) < 2 + manager.has_ignore_label:
-        yield failure(SUBJECT, "has no label beside the background", "add what is to be found")
+        yield failure(SUBJECT, "has no label but the background", "add what is to be found")
     if manager.has_regions:
         yield from _regions(manager)
     elif len(set(manager.label_dict.values())) < len(manager.label_dict):

@@ -25,7 +25,9 @@ def of_folder(folder: Path, ending: str, has_channels: bool) -> Iterator[Finding
     gone = [path.name for path in entries if path.is_symlink() and not path.exists()]
     if gone:
         yield failure(
-            folder.name, f"holds links to files that are gone: {_some(gone)}", "restore them, or link anew"
+            folder.name,
+            f"holds links to files that are gone: {_some(gone)}",
+            "restore them, or link them again",
         )
     names = [path.name for path in entries if path.is_file()]
     hidden = [name for name in names if name.startswith(".")]

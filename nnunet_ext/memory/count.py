@@ -36,7 +36,7 @@ class TrainingMemory:
         parameters: Weights and buffers of the network.
         gradients: Gradients of the weights.
         optimizer: State of the optimiser.
-        activations: Alive after the forward pass beside these: images, labels, what is kept for backward, loss. Of
+        activations: Alive after the forward pass besides: images, labels, what is kept for backward, loss. Of
             several passes the largest.
         peak: The most that tensors need at any time of a step, all of the above included where alive.
         workspace: Copies of input and output of the largest convolution, which cuDNN makes in the layout of its

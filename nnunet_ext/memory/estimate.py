@@ -26,7 +26,7 @@ class Measured:
     Args:
         allocated: Bytes of PyTorch's allocator in use at most: tensors, and workspaces of cuDNN and cuBLAS.
         reserved: Bytes that the allocator held of the GPU at most.
-        outside: Bytes of the GPU in use beside these afterwards: CUDA's context, libraries, other programs.
+        outside: Bytes of the GPU in use in addition to these afterwards: CUDA's context, libraries, other programs.
     """
 
     allocated: int
@@ -34,7 +34,7 @@ class Measured:
     outside: int
 
     def lines(self, memory: TrainingMemory) -> Iterator[str]:
-        """Beside what was counted, each with what it can be compared with."""
+        """Next to what was counted, each with what it can be compared with."""
         rows = (
             (
                 "allocated, with workspaces",

@@ -24,7 +24,7 @@ ASSUMED_SHARE = 0.1  # of a patch that sparse prediction refines; shapes and ran
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of one training step beside parameters, gradients and optimiser.
+    """Memory of one training step without parameters, gradients and optimiser.
 
     Args:
         held: Bytes alive after the forward pass: outputs and what is kept for backward.
@@ -68,7 +68,7 @@ def measure_step(
 
 
 def training_outputs(network: nn.Module, x: Tensor) -> Any:
-    """Run a network as training does, with what its `training_inputs(x)` gives beside the image, where it has that.
+    """Run a network as training does, with its `training_inputs(x)` where it has them.
 
     Args:
         network: Network in training mode.
@@ -88,8 +88,8 @@ def surrogate_loss(outputs: Any) -> Tensor:
     """A loss with a dense gradient and one normalisation over the classes, as cross-entropy has them.
 
     Args:
-        outputs: Logits (B, num_classes, *patch), with deep supervision a list of them; what a network gives beside
-            logits in training, as the reconstruction of a VAE branch, counts alike.
+        outputs: Logits (B, num_classes, *patch), with deep supervision a list of them; other outputs of training, as
+            the reconstruction of a VAE branch, count alike.
     """
     return torch.stack([leaf.logsumexp(1).mean() for leaf in tree_leaves(outputs)]).sum()
 

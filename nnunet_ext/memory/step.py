@@ -1,6 +1,6 @@
 """One training step of any trainer: its network, its loss, its optimiser, in the order in which nnU-Net runs them.
 
-Images and labels are random. What a trainer does beside that on the GPU (augmentation, metrics) is not run. Its
+Images and labels are random. What a trainer does in addition on the GPU (augmentation, metrics) is not run. Its
 `initialize` is not called and its folders are not made; a step that is more than one pass of the network is what its
 `training_form` says.
 """

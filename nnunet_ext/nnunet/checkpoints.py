@@ -69,7 +69,7 @@ _MODULES_OF_SCALAR = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
 def read_checkpoint(path: Path, cure: str) -> dict[str, Any]:
-    """Read a checkpoint with `weights_only=True`; beside tensors nnU-Net stores numbers of NumPy, and nothing else.
+    """Read a checkpoint with `weights_only=True`; nnU-Net stores tensors and numbers of NumPy, and nothing else.
 
     Args:
         path: File to read.

@@ -1,4 +1,4 @@
-"""Planner of meU-net's cascade: two stages at full resolution beside nnU-Net's own configurations."""
+"""Planner of meU-net's cascade: two stages at full resolution in addition to nnU-Net's own configurations."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Finds the largest patch, then the largest batch, whose training fits a GPU, with few measurements.
 
-For one topology the memory of a step is nearly proportional to the voxels of a batch, beside a fixed part. So each
+For one topology the memory of a step is nearly proportional to the voxels of a batch, plus a fixed part. So each
 measurement predicts all candidates near it, the best of them is measured next, and only a measured one is chosen.
 """
 

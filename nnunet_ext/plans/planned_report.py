@@ -1,4 +1,4 @@
-"""What a planner chose and why, beside what default nnU-Net would have chosen for the same GPU."""
+"""What a planner chose and why, and what default nnU-Net would have chosen for the same GPU."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ _REASONS = {
 def report(planner: Any, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any, Any, float]]) -> str:
     """A text with two lines per configuration."""
     target = planner.UNet_vram_target_GB
-    lines = [
-        f"\nPatch and batch for {target:g} GB, counted for {planner.trainer}; default nnU-Net beside it:"
-    ]
+    lines = [f"\nPatch and batch for {target:g} GB, counted for {planner.trainer}; and default nnU-Net's:"]
     for name, plan in plans["configurations"].items():
         if "memory" not in plan:
             continue

@@ -18,7 +18,7 @@ from nnunet_ext.nnunet.datasets import number_of
 from nnunet_ext.nnunet.plans import read_plans
 from nnunet_ext.printable import counted
 
-# What DefaultPreprocessor reads of a configuration, beside its spacing.
+# What DefaultPreprocessor reads of a configuration in addition to its spacing.
 _READ = (
     "preprocessor_name",
     "normalization_schemes",

@@ -81,7 +81,7 @@ class MeUNetTrainerMixin(HostTrainer):
         return loss
 
     def prepare_passes(self, network: nn.Module) -> None:
-        """Keep what the training step runs beside the network itself.
+        """Keep what the training step runs in addition to the network itself.
 
         Args:
             network: Network without the wrappers of DDP and torch.compile.
@@ -190,7 +190,7 @@ def plan_standard_patch(configuration: ConfigurationManager, default_k: float | 
     """The standard patch of a configuration.
 
     Args:
-        configuration: Its ``me_unet`` holds k, and beside it `MeUNetPlanner` writes ``standard_patch_size``.
+        configuration: Its ``me_unet`` holds k, and `MeUNetPlanner` writes ``standard_patch_size``.
         default_k: Where the configuration has no k.
 
     Raises:

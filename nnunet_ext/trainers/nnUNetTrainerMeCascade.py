@@ -38,6 +38,6 @@ class nnUNetTrainerMeCascade(MeCascadeTrainerMixin, AtomicCheckpointMixin, nnUNe
         if planned != prior:
             raise ValueError(
                 f"The plans' prior_channels are one for each foreground label, got {planned}, but dataset.json has "
-                f"{prior} of them: plan again (-pl MeCascadePlanner) and train both stages anew."
+                f"{prior} of them: plan again (-pl MeCascadePlanner) and train both stages again."
             )
         return build_from_plans(PostConcatUNet, *arguments, prior_channels=prior)

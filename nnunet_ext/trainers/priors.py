@@ -70,13 +70,13 @@ class FirstStage:
         noted = self.model / "dataset.json"
         if not noted.is_file():
             return
-        trained = read_json(noted, "copy it again, or train stage 1 anew")
+        trained = read_json(noted, "copy it again, or train stage 1 again")
         for key in ("labels", "regions_class_order"):
             if trained.get(key) != dataset_json.get(key):
                 raise ValueError(
                     f"Both stages need the same {key}, but stage 1 ({noted}) was trained with {trained.get(key)} and "
                     f"dataset.json now has {dataset_json.get(key)}: restore it, or plan again and train both stages "
-                    "anew."
+                    "again."
                 )
 
     def _has(self, case: str) -> bool:

@@ -1,4 +1,4 @@
-"""What trainers of networks with a VAE branch share: its loss beside the segmentation's, logged apart."""
+"""What trainers of networks with a VAE branch share: its loss in addition to the segmentation's, logged apart."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_other_norms_stay(layers: list[nn.Module]) -> None:
     assert fold_batch_norms(network) == 0
     assert list(network) == layers
     with pytest.raises(
-        ValueError, match="Sequential has no block to fuse and no batch norm behind a convolution"
+        ValueError, match="Sequential has no block to fuse and no batch norm after a convolution"
     ):
         fused(network)
 

@@ -54,7 +54,7 @@ def test_deployed_models_predict_the_same_or_the_reason_is_one_sentence(
     status = main(["deploy", "-m", str(model), "-o", str(output)])
     printed = capsys.readouterr()
     if status:
-        assert "has no block to fuse and no batch norm behind a convolution" in printed.err
+        assert "has no block to fuse and no batch norm after a convolution" in printed.err
         assert not output.exists()
         return
     wanted, found = logits_of(model), logits_of(output)

@@ -29,7 +29,7 @@ _OPTIONS = ("norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs")
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """What plans say of a U-Net; networks take these as keyword arguments beside options of their own.
+    """What plans say of a U-Net; networks take these as keyword arguments in addition to options of their own.
 
     Args:
         n_stages: Number of resolutions.

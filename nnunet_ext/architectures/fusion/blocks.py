@@ -1,4 +1,4 @@
-"""FasterFusion: a partial convolution, a pointwise convolution beside it, and forms of both fused for prediction.
+"""FasterFusion: a partial convolution, a parallel pointwise convolution, and forms of both fused for prediction.
 
 Heinrich, Hagenah 2023, "Make nnUNets Small Again" (MIDL short paper). Different from the paper: the convolutions have
 the stride (`downsample="maxpool"` pools after the block, as the paper does); prediction takes the hybrid form, smaller
@@ -45,7 +45,7 @@ class Geometry:
         stride: Per axis.
         divisor: One of so many input channels meets the kernel, the others are mixed pointwise.
         inputs: Number of equal parts that the input is a concatenation of; the kernel meets the first channels of each.
-        downsample: "stride", or "maxpool" behind the block.
+        downsample: "stride", or "maxpool" after the block.
 
     Raises:
         ValueError: too few channels for the divisor, channels that the parts do not divide, an even kernel, a divisor
@@ -115,7 +115,7 @@ class Geometry:
         return self.conv_op(input_channels, output_channels, 1, stride, 0, bias=bias, **factory)
 
     def pool(self) -> nn.Module | None:
-        """What stands behind the block."""
+        """What follows the block."""
         if self.conv_stride == tuple(self.stride):
             return None
         return get_matching_pool_op(self.conv_op, pool_type="max")(self.stride, self.stride)
@@ -138,7 +138,7 @@ class Geometry:
         return torch.cat([half for pair in pairs for half in pair], 1)
 
     def output_size(self, input_size: Sequence[int]) -> list[int]:
-        """Voxels per axis behind the block."""
+        """Voxels per axis after the block."""
         return [n // s for n, s in zip(input_size, self.stride, strict=True)]
 
 
@@ -220,8 +220,8 @@ class FasterFusionBlock(_Block):
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements that training keeps, in the unit of nnU-Net's PlainConvUNet.
 
-        A convolution of nnU-Net keeps its output and that of the norm; this block keeps 2 C_o before and 2 C_o behind
-        the norm, and C_o behind the projection. Max pooling keeps 64-bit indices as well.
+        A convolution of nnU-Net keeps its output and that of the norm; this block keeps 2 C_o before and 2 C_o after
+        the norm, and C_o after the projection. Max pooling keeps 64-bit indices as well.
         """
         g = self.geometry
         output = g.output_channels * prod(g.output_size(input_size))

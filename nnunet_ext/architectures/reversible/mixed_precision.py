@@ -1,4 +1,4 @@
-"""Mixed precision beside float32 streams: what is cast for a convolution is cast again, not kept, for backward.
+"""Mixed precision next to float32 streams: what is cast for a convolution is cast again, not kept, for backward.
 
 Under autocast a convolution keeps the low-precision copy of its input. Where the float32 original is kept anyway,
 as the output of a reversible sequence, that copy costs half as much again: for the partially reversible U-Net 2.1

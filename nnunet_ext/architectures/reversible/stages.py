@@ -15,7 +15,7 @@ from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling, Exact
 from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
 
 # Samples are recomputed together up to this many elements of a stage's feature map (32 MiB in float32): enough
-# to fill a GPU, small beside what a full-resolution stage holds.
+# to fill a GPU, small compared with what a full-resolution stage holds.
 GROUP_ELEMENTS = 2**23
 
 
