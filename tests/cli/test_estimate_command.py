@@ -67,7 +67,7 @@ def test_measured_memory_stands_beside_what_it_can_be_compared_with() -> None:
     [
         ("-d 7 -c 3d_fulres", "have the configurations 3d_fullres, 2d, 3d_half, got 3d_fulres"),
         ("-d 7 -c 2d -p Nothing", "Nothing.json is missing"),
-        ("-d 8 -c 2d", "found none"),
+        ("-d 8 -c 2d", "got 8: there is Dataset007_Tiny"),
         ("-d 7 -c 2d -tr Nobody", "got Nobody"),
         ("-d 7 -c 2d -tr nnUNetTrainerDeployed", "only predicts"),
         ("-d 7 -c 2d --batch 0", "at least 1, got 0"),

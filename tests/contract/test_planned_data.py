@@ -224,7 +224,7 @@ def test_own_data_of_earlier_plans_are_to_be_preprocessed_again(
 def test_a_fingerprint_of_other_cases_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_fingerprint(folder, SHAPES[:1], SPACINGS[:1])
     plan(folder)
-    assert "knows 1 cases, the data set has 2: extract it again" in capsys.readouterr().out
+    assert "knows 1 case, the data set has 2: extract it again" in capsys.readouterr().out
 
 
 def test_broken_files_beside_the_plans_do_not_matter(folder: Path) -> None:
