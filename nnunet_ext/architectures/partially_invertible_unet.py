@@ -9,7 +9,6 @@ pooling nor concatenated feature maps are kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,16 +91,9 @@ class Decoder(StagedDecoder):
     Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        plan: ReversiblePlan,
-        stages: Sequence[StageSpec],
-        coupling: CouplingSpec,
-        deep_supervision: bool,
-    ) -> None:
-        super().__init__(num_classes, plan, stages, coupling, deep_supervision, partial(Up, plan))
-        self.recomputed = coupling.reversible and plan.samples_are_independent
+    def transition(self, plan: ReversiblePlan, coarse: StageSpec, fine: StageSpec) -> nn.Module:
+        """Build an `Up`."""
+        return Up(plan, coarse, fine)
 
     def join(self, transition: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """Concatenate the skip, and keep nothing of it."""

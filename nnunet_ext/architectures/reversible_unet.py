@@ -64,22 +64,10 @@ class Decoder(StagedDecoder):
     Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        plan: ReversiblePlan,
-        stages: Sequence[StageSpec],
-        coupling: CouplingSpec,
-        deep_supervision: bool,
-    ) -> None:
+    def transition(self, plan: ReversiblePlan, coarse: StageSpec, fine: StageSpec) -> nn.Module:
+        """Build a transposed convolution."""
         transposed = get_matching_convtransp(conv_op=plan.conv_op)
-
-        def transition(coarse: StageSpec, fine: StageSpec) -> nn.Module:
-            return transposed(
-                coarse.channels, fine.channels, coarse.stride, coarse.stride, bias=plan.conv_bias
-            )
-
-        super().__init__(num_classes, plan, stages, coupling, deep_supervision, transition)
+        return transposed(coarse.channels, fine.channels, coarse.stride, coarse.stride, bias=plan.conv_bias)
 
     def join(self, transition: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """Add the skip."""

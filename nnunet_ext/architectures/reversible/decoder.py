@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ class StagedDecoder(nn.Module):
         stages: Stages of the network, finest first.
         coupling: How couplings are built.
         deep_supervision: Return a list of logits, largest first.
-        transition: Builds what leads from a coarser stage to a finer one.
 
     Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
     """
@@ -32,18 +31,22 @@ class StagedDecoder(nn.Module):
         stages: Sequence[StageSpec],
         coupling: CouplingSpec,
         deep_supervision: bool,
-        transition: Callable[[StageSpec, StageSpec], nn.Module],
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
         self.reversible = coupling.reversible
+        self.recomputed = coupling.reversible and plan.samples_are_independent
         pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
-        self.transitions = nn.ModuleList(transition(coarse, fine) for coarse, fine in pairs)
+        self.transitions = nn.ModuleList(self.transition(plan, coarse, fine) for coarse, fine in pairs)
         self.stages = nn.ModuleList(coupling.sequence(plan, fine, fine.decoder_blocks) for _, fine in pairs)
         # All heads exist with and without deep supervision, so that checkpoints fit both (as in nnU-Net).
         self.seg_layers = nn.ModuleList(
             plan.conv_op(fine.channels, num_classes, 1, 1, 0, bias=True) for _, fine in pairs
         )
+
+    def transition(self, plan: ReversiblePlan, coarse: StageSpec, fine: StageSpec) -> nn.Module:
+        """Build what leads from a coarser stage to a finer one."""
+        raise NotImplementedError
 
     def join(self, transition: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """Lead a feature map up and join it with the skip of the finer stage."""
