@@ -16,8 +16,8 @@ from nnunet_ext.comparison import compare as _comparison
 from nnunet_ext.comparison import report as _report
 from nnunet_ext.comparison import selection as _selection
 from nnunet_ext.comparison.compare import Comparison
-from nnunet_ext.deploy.model import Model
-from nnunet_ext.deploy.ship import Options, Shipped, ship
+from nnunet_ext.deploy.model import TrainedModel
+from nnunet_ext.deploy.ship import DeployOptions, Shipped, ship
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.estimate import Estimate
 from nnunet_ext.memory.estimate import estimate as _estimate
@@ -113,9 +113,11 @@ def deploy(
         folds: Names of folds; None: all that have the checkpoint.
         checkpoint: File name in each fold's folder.
         trusted: Build whatever code the plans name.
-        options: What `nnunet_ext.deploy.ship.Options` takes: ``dtype``, ``form``, ``onnx``, ``images``.
+        options: What `nnunet_ext.deploy.ship.DeployOptions` takes: ``dtype``, ``form``, ``onnx``, ``images``.
 
     Raises:
         UsageError: as `nnunet-ext deploy`.
     """
-    return ship(Model.read(Path(model), folds, checkpoint, trusted), Path(output), Options(**options))
+    return ship(
+        TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), DeployOptions(**options)
+    )

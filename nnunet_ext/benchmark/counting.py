@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext.benchmark.records import DepthPoint, Method
-from nnunet_ext.benchmark.request import Request
+from nnunet_ext.benchmark.request import BenchmarkRequest
 from nnunet_ext.memory.network import (
     count_parameters,
     deployed,
@@ -48,7 +48,7 @@ class Builders:
         return network
 
     @classmethod
-    def of(cls, request: Request, trainer: str) -> Builders:
+    def of(cls, request: BenchmarkRequest, trainer: str) -> Builders:
         """Find the trainer.
 
         Raises:
@@ -60,7 +60,7 @@ class Builders:
         )
 
 
-def count(request: Request, trainer: str) -> Method:
+def count(request: BenchmarkRequest, trainer: str) -> Method:
     """Count what can be counted of a method; the first failure is its reason, the rest is still tried."""
     method = Method(trainer)
     try:
@@ -76,19 +76,19 @@ def count(request: Request, trainer: str) -> Method:
     return method
 
 
-def _network(request: Request, builders: Builders) -> dict[str, Any]:
+def _network(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
     with FakeTensorMode():
         name = network_name(builders.train())
     return {"network": name, "parameters": count_parameters(builders.train)}
 
 
-def _deployed(request: Request, builders: Builders) -> dict[str, Any]:
+def _deployed(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
     setting = request.setting
     size = measure_size(builders.deploy, setting.input_channels, setting.patch_size)
     return {"parameters_deployed": size.parameters, "macs": size.macs}
 
 
-def _step(request: Request, builders: Builders) -> dict[str, Any]:
+def _step(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
     setting, dtype = request.setting, request.machine.counting_dtype
     memory = measure_step(
         builders.train, setting.input_channels, setting.patch_size, setting.batch_size, dtype
@@ -96,13 +96,13 @@ def _step(request: Request, builders: Builders) -> dict[str, Any]:
     return {"held_bytes": memory.held, "peak_bytes": memory.peak}
 
 
-def _inference(request: Request, builders: Builders) -> dict[str, Any]:
+def _inference(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
     setting, dtype = request.setting, request.machine.counting_dtype
     peak = measure_inference(builders.deploy, setting.input_channels, setting.patch_size, dtype)
     return {"inference_peak_bytes": peak}
 
 
-def step_needs(request: Request, builders: Builders) -> int:
+def step_needs(request: BenchmarkRequest, builders: Builders) -> int:
     """Bytes of a training step of the patch that is timed, with parameters and momentum."""
     setting, dtype = request.setting, request.machine.counting_dtype
     memory = measure_step(
@@ -111,7 +111,7 @@ def step_needs(request: Request, builders: Builders) -> int:
     return memory.peak + 2 * memory.parameters
 
 
-def inference_needs(request: Request, builders: Builders) -> int:
+def inference_needs(request: BenchmarkRequest, builders: Builders) -> int:
     """Bytes of the forward pass of the patch that is timed, with parameters."""
     channels, dtype = request.setting.input_channels, request.machine.counting_dtype
     peak = measure_inference(builders.deploy, channels, request.timed_patch, dtype)

@@ -17,7 +17,7 @@ BASELINE = registry.CORE_TRAINER
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchmarkRequest:
     """What is measured.
 
     Args:

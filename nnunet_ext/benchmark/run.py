@@ -28,7 +28,7 @@ from nnunet_ext.benchmark.measure import (
     training,
 )
 from nnunet_ext.benchmark.records import DepthPoint, Method, Report, Spread
-from nnunet_ext.benchmark.request import BASELINE, Request
+from nnunet_ext.benchmark.request import BASELINE, BenchmarkRequest
 from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import one_line
 
@@ -37,7 +37,7 @@ STEP, COMPILED, PATCH = "training step", "compiled training step", "inference of
 OnProgress = Callable[[int, int, str], None]
 
 
-def run(request: Request, on_progress: OnProgress = lambda done, total, what: None) -> Report:
+def run(request: BenchmarkRequest, on_progress: OnProgress = lambda done, total, what: None) -> Report:
     """Measure; whatever one method fails at is in its row, and the others go on.
 
     Args:
@@ -53,7 +53,7 @@ def run(request: Request, on_progress: OnProgress = lambda done, total, what: No
 class _Run:
     """One benchmark: the request, the methods so far, and how much is done."""
 
-    def __init__(self, request: Request, on_progress: OnProgress) -> None:
+    def __init__(self, request: BenchmarkRequest, on_progress: OnProgress) -> None:
         self._request = request
         self._setting = request.setting
         self._machine = request.machine

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> Report:
     from nnunet_ext.benchmark.machine import Machine
-    from nnunet_ext.benchmark.request import Request
+    from nnunet_ext.benchmark.request import BenchmarkRequest
     from nnunet_ext.benchmark.run import run as run_benchmark
     from nnunet_ext.nnunet.source import Source
 
@@ -100,7 +100,7 @@ def _measure(args: argparse.Namespace) -> Report:
         batch=args.batch,
         trusted=args.trust,
     )
-    request = Request(
+    request = BenchmarkRequest(
         source.setting(),
         machine,
         _tuple(args.trainers),

@@ -57,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Deploy and print; return the exit status."""
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
-        from nnunet_ext.deploy.model import Model
-        from nnunet_ext.deploy.ship import Options, precision_note, ship
+        from nnunet_ext.deploy.model import TrainedModel
+        from nnunet_ext.deploy.ship import DeployOptions, precision_note, ship
 
-        model = Model.read(args.model, args.folds, args.checkpoint, args.trust)
-        options = Options(args.dtype, args.form, args.onnx, args.images)
+        model = TrainedModel.read(args.model, args.folds, args.checkpoint, args.trust)
+        options = DeployOptions(args.dtype, args.form, args.onnx, args.images)
         shipped = ship(model, args.output, options, lambda what: print(printable(what), file=sys.stderr))
     for fold, result in shipped.items():
         print("\n".join(map(printable, _lines(fold, result))))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from nnunet_ext.comparison.places import Places
-from nnunet_ext.comparison.runs import Run
+from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.scores import common_cases
 from nnunet_ext.comparison.training import Training
 from nnunet_ext.printable import counted

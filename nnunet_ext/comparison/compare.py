@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 
 from nnunet_ext.comparison import checks
+from nnunet_ext.comparison.accuracy import Evaluation, evaluate
 from nnunet_ext.comparison.cost import Cost, benchmarked, read_cost
-from nnunet_ext.comparison.evaluation import Job, Progress, score
 from nnunet_ext.comparison.places import Places
-from nnunet_ext.comparison.results import Evaluation, evaluate
-from nnunet_ext.comparison.runs import Run
+from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.scores import read_validation
+from nnunet_ext.comparison.segmentation_scores import Job, Progress, score
 from nnunet_ext.comparison.training import Training, read_training
 from nnunet_ext.errors import UsageError
 
@@ -23,7 +23,7 @@ Status = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class ComparisonRequest:
     """What to compare.
 
     Args:
@@ -70,14 +70,14 @@ class Comparison:
         warnings: Why the comparison may not be fair.
     """
 
-    request: Request
+    request: ComparisonRequest
     evaluations: tuple[Evaluation, ...]
     trainings: Mapping[str, Training]
     costs: Mapping[str, Cost]
     warnings: tuple[str, ...]
 
 
-def compare(request: Request, on_status: Status = lambda _: None) -> Comparison:
+def compare(request: ComparisonRequest, on_status: Status = lambda _: None) -> Comparison:
     """Read all results and compare them.
 
     Raises:
@@ -111,7 +111,7 @@ def compare(request: Request, on_status: Status = lambda _: None) -> Comparison:
     return Comparison(request, tuple(evaluations), trainings, costs, (*settings, *warnings))
 
 
-def _validation(request: Request, on_status: Status) -> tuple[pd.DataFrame, list[str]]:
+def _validation(request: ComparisonRequest, on_status: Status) -> tuple[pd.DataFrame, list[str]]:
     tables, warnings = [], []
     for run in request.runs:
         own = read_validation(run)
@@ -123,7 +123,9 @@ def _validation(request: Request, on_status: Status) -> tuple[pd.DataFrame, list
     return scores, [*warnings, *checks.of_scores(scores)]
 
 
-def _with_surface(run: Run, scores: pd.DataFrame, request: Request, on_progress: Progress) -> pd.DataFrame:
+def _with_surface(
+    run: Run, scores: pd.DataFrame, request: ComparisonRequest, on_progress: Progress
+) -> pd.DataFrame:
     """Add NSD and HD95 of the segmentations that lie beside the summaries."""
     ending, name = str(run.dataset["file_ending"]), str(run.plans.get("dataset_name"))
     jobs = []
@@ -141,7 +143,7 @@ def _with_surface(run: Run, scores: pd.DataFrame, request: Request, on_progress:
     return scores.merge(found[["case", "structure", "NSD", "HD95"]], on=["case", "structure"], how="left")
 
 
-def _held_out(request: Request, on_status: Status) -> tuple[pd.DataFrame, list[str]]:
+def _held_out(request: ComparisonRequest, on_status: Status) -> tuple[pd.DataFrame, list[str]]:
     if request.references is None or not request.references.is_dir():
         raise UsageError(f"-ref needs the folder of the references, got {request.references}: correct it.")
     ending = str(request.dataset["file_ending"])

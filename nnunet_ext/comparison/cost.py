@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ext.comparison.runs import Run
+from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.training import Training
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json

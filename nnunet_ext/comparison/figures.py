@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_ext.comparison.accuracy import MEAN, Evaluation, Structure
 from nnunet_ext.comparison.cost import Cost
-from nnunet_ext.comparison.results import MEAN, Evaluation, Structure
-from nnunet_ext.comparison.style import WIDTH, Look, looks, page, png, tidy
+from nnunet_ext.comparison.style import WIDTH, RunStyle, page, png, run_styles, tidy
 from nnunet_ext.comparison.training import Training
 from nnunet_ext.escaping import drawn
 
@@ -25,17 +25,17 @@ def box_plots(evaluation: Evaluation, metric: str = "Dice") -> bytes:
     """One box per structure and run, with every case as a point."""
     names = _shown(evaluation)
     rows = [names[i : i + _PER_ROW] for i in range(0, len(names), _PER_ROW)]
-    look = looks(evaluation.labels)
+    styles = run_styles(evaluation.labels)
     with page(2.5 * len(rows) + 0.4) as figure:
         axes = figure.subplots(len(rows), 1, squeeze=False, sharey=True)[:, 0]
         for axis, row in zip(axes, rows, strict=True):
             for place, structure in enumerate(row):
-                _boxes(axis, place, evaluation.values(metric, structure), look)
+                _boxes(axis, place, evaluation.values(metric, structure), styles)
             axis.set_xticks(range(len(row)), [fill(_drawn(evaluation, s), _WRAP) for s in row])
             axis.set_xlim(-0.5, max(len(rows[0]), 2) - 0.5 if len(rows) > 1 else len(row) - 0.5)
             axis.set_ylabel(f"{metric} [mm]" if metric == "HD95" else metric)
             tidy(axis, "y")
-        return _with_legend(figure, look, patches=True)
+        return _with_legend(figure, styles, patches=True)
 
 
 def _shown(evaluation: Evaluation) -> list[Structure]:
@@ -48,11 +48,11 @@ def _drawn(evaluation: Evaluation, structure: Structure) -> str:
     return drawn(evaluation.name_of(structure), evaluation.structures)
 
 
-def _boxes(axis: Any, place: int, values: Any, look: Mapping[str, Look]) -> None:
-    width = 0.8 / len(look)
+def _boxes(axis: Any, place: int, values: Any, styles: Mapping[str, RunStyle]) -> None:
+    width = 0.8 / len(styles)
     random = np.random.default_rng(0)
-    for i, (label, style) in enumerate(look.items()):
-        middle = place + (i - (len(look) - 1) / 2) * width
+    for i, (label, style) in enumerate(styles.items()):
+        middle = place + (i - (len(styles) - 1) / 2) * width
         own = values[label].dropna().to_numpy()
         if not own.size:
             continue
@@ -71,7 +71,7 @@ def differences(evaluation: Evaluation, margin: float) -> bytes:
     """Mean difference to the baseline and its interval for each structure; the margin as a band."""
     baseline, *others = evaluation.labels
     names = _shown(evaluation)
-    look = looks(evaluation.labels)
+    styles = run_styles(evaluation.labels)
     with page(0.9 + 0.2 * len(names) * (len(others) + 0.8)) as figure:
         axis = figure.subplots()
         axis.axvspan(-margin, margin, color="0.9", zorder=0, label=f"margin of {margin:.1f} points")
@@ -80,7 +80,7 @@ def differences(evaluation: Evaluation, margin: float) -> bytes:
             for i, label in enumerate(others):
                 found = evaluation.comparand(label, "Dice", structure).difference
                 height = place + (i - (len(others) - 1) / 2) * 0.7 / len(others)
-                style = look[label]
+                style = styles[label]
                 axis.plot(
                     [100 * found.low, 100 * found.high], [height] * 2, color=style.colour, linewidth=1.6
                 )
@@ -89,13 +89,13 @@ def differences(evaluation: Evaluation, margin: float) -> bytes:
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel(f"Dice points to {drawn(baseline)}, mean and 95 % interval (right: better)")
         tidy(axis, "x")
-        return _with_legend(figure, {label: look[label] for label in others}, extra=axis)
+        return _with_legend(figure, {label: styles[label] for label in others}, extra=axis)
 
 
 def paired_cases(evaluation: Evaluation) -> bytes:
     """Mean Dice of each case with the baseline and with each other run."""
     baseline, *others = evaluation.labels
-    dice, look = evaluation.values("Dice", MEAN), looks(evaluation.labels)
+    dice, styles = evaluation.values("Dice", MEAN), run_styles(evaluation.labels)
     columns = min(3, len(others))
     rows = math.ceil(len(others) / columns)
     side = WIDTH / max(columns, 2)
@@ -103,7 +103,7 @@ def paired_cases(evaluation: Evaluation) -> bytes:
     with page(rows * side, columns * side) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for axis, label in zip(axes, others, strict=False):
-            style, found = look[label], evaluation.comparand(label).difference
+            style, found = styles[label], evaluation.comparand(label).difference
             axis.plot([low, 1], [low, 1], color="black", linewidth=0.8)
             axis.plot(
                 dice[baseline],
@@ -157,14 +157,14 @@ def learning_curves(trainings: Mapping[str, Training]) -> bytes | None:
     from matplotlib.ticker import MaxNLocator
 
     known = {label: list(t.curves.values()) for label, t in trainings.items() if t.curves}
-    look = looks(list(trainings))
+    styles = run_styles(list(trainings))
     if not known:
         return None
     with page(2.6) as figure:
         axes = figure.subplots(1, 3)
         for label, folds in known.items():
             for axis, name in zip(axes, ("training_loss", "validation_loss", "dice"), strict=True):
-                _curve(axis, [getattr(curves, name) for curves in folds], look[label])
+                _curve(axis, [getattr(curves, name) for curves in folds], styles[label])
         for axis, title in zip(
             axes, ("Training loss", "Validation loss", "Dice of validation patches"), strict=True
         ):
@@ -172,10 +172,10 @@ def learning_curves(trainings: Mapping[str, Training]) -> bytes | None:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             tidy(axis)
         axes[2].set_ylim(0, 1)
-        return _with_legend(figure, {label: look[label] for label in known}, lines=True)
+        return _with_legend(figure, {label: styles[label] for label in known}, lines=True)
 
 
-def _curve(axis: Any, folds: Sequence[Sequence[float]], style: Look) -> None:
+def _curve(axis: Any, folds: Sequence[Sequence[float]], style: RunStyle) -> None:
     for values in folds:
         axis.plot(range(1, len(values) + 1), values, color=style.colour, linewidth=0.5, alpha=0.35)
     length = min(len(values) for values in folds)
@@ -198,7 +198,7 @@ def accuracy_and_cost(evaluation: Evaluation, costs: Mapping[str, Cost]) -> byte
         return None
     columns = min(3, len(known))
     rows = math.ceil(len(known) / columns)
-    look = looks(evaluation.labels)
+    styles = run_styles(evaluation.labels)
     with page(2.0 * rows + 0.3) as figure:
         axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
         for axis, (title, (name, unit)) in zip(axes, known.items(), strict=False):
@@ -206,7 +206,9 @@ def accuracy_and_cost(evaluation: Evaluation, costs: Mapping[str, Cost]) -> byte
                 value = getattr(cost, name)
                 if value is not None:
                     mean = evaluation.mean(label).mean
-                    axis.plot(value / unit, mean, look[label].marker, color=look[label].colour, markersize=6)
+                    axis.plot(
+                        value / unit, mean, styles[label].marker, color=styles[label].colour, markersize=6
+                    )
             axis.set_xlabel(title)
             axis.margins(y=0.2)
             axis.set_xlim(0, 1.15 * max(line.get_xdata()[0] for line in axis.lines))
@@ -215,11 +217,11 @@ def accuracy_and_cost(evaluation: Evaluation, costs: Mapping[str, Cost]) -> byte
             axis.set_visible(False)
         for row in range(rows):
             axes[row * columns].set_ylabel("Mean Dice")
-        return _with_legend(figure, look)
+        return _with_legend(figure, styles)
 
 
 def _with_legend(
-    figure: Any, look: Mapping[str, Look], patches: bool = False, lines: bool = False, extra: Any = None
+    figure: Any, styles: Mapping[str, RunStyle], patches: bool = False, lines: bool = False, extra: Any = None
 ) -> bytes:
     """Render with a legend of the runs below."""
     from matplotlib.lines import Line2D
@@ -231,7 +233,7 @@ def _with_legend(
             edgecolor="black",
             hatch=s.hatch,
             linewidth=0.7,
-            label=drawn(label, look),
+            label=drawn(label, styles),
         )
         if patches
         else Line2D(
@@ -240,9 +242,9 @@ def _with_legend(
             color=s.colour,
             marker=s.marker,
             linestyle=s.line if lines else "",
-            label=drawn(label, look),
+            label=drawn(label, styles),
         )
-        for label, s in look.items()
+        for label, s in styles.items()
     ]
     if extra is not None:
         handles += extra.get_legend_handles_labels()[0]

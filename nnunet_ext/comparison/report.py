@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext.comparison import figures, overlay, statistics, tables, worst_cases
+from nnunet_ext.comparison.accuracy import MEAN, Evaluation
 from nnunet_ext.comparison.compare import Comparison, Status
-from nnunet_ext.comparison.results import MEAN, Evaluation
 from nnunet_ext.comparison.tables import Table
 from nnunet_ext.errors import UsageError
 from nnunet_ext.escaping import code_block, csv_cell, html, markdown, markdown_cell

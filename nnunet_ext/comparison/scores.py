@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_ext.comparison.runs import Run, validate_command
+from nnunet_ext.comparison.run_folders import Run, validate_command
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_ext import registry
-from nnunet_ext.comparison import cost, places, runs
-from nnunet_ext.comparison.compare import Request
+from nnunet_ext.comparison import cost, places, run_folders
+from nnunet_ext.comparison.compare import ComparisonRequest
 from nnunet_ext.errors import UsageError
 
 
@@ -58,7 +58,7 @@ class Selection:
     trusted: bool = False
 
 
-def request(selection: Selection) -> Request:
+def request(selection: Selection) -> ComparisonRequest:
     """Find and read what the selection names.
 
     Raises:
@@ -67,9 +67,9 @@ def request(selection: Selection) -> Request:
     from nnunetv2.configuration import default_num_processes
 
     _check(selection)
-    found = [runs.read_run(folder, selection.folds) for folder in _folders(selection)]
+    found = [run_folders.read_run(folder, selection.folds) for folder in _folders(selection)]
     if found:
-        found = runs.labelled(found, selection.names)
+        found = run_folders.labelled(found, selection.names)
         labels = [run.label for run in found]
         predictions = _named(labels, selection.predictions) if selection.predictions else {}
     else:
@@ -80,7 +80,7 @@ def request(selection: Selection) -> Request:
     else:
         beside = [*selection.predictions, *([selection.references] if selection.references else [])]
         dataset = places.dataset_of(beside, selection.description)
-    return Request(
+    return ComparisonRequest(
         runs=tuple(found),
         predictions=predictions,
         references=selection.references,
@@ -123,7 +123,7 @@ def _check(selection: Selection) -> None:
 def _folders(selection: Selection) -> list[Path]:
     if not selection.dataset:
         return list(selection.folders)
-    named = runs.find_runs(
+    named = run_folders.find_runs(
         selection.results, selection.dataset, selection.configurations, selection.trainers, selection.plans
     )
     return [*named, *selection.folders]
@@ -142,7 +142,7 @@ def _named(labels: Sequence[str], folders: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(labels, folders, strict=True))
 
 
-def _baseline(asked: str | None, found: Sequence[runs.Run], predicted: Sequence[str]) -> str:
+def _baseline(asked: str | None, found: Sequence[run_folders.Run], predicted: Sequence[str]) -> str:
     labels = [run.label for run in found] or list(predicted)
     if asked is None:
         return labels[0]

@@ -26,7 +26,7 @@ Verdict = Literal["superior", "non-inferior", "inferior", "inconclusive"]
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Mean difference of a run to the baseline over the cases that both have a value for.
 
     Args:
@@ -46,14 +46,14 @@ class Difference:
     worse: int
 
 
-def difference(run: pd.Series[float], baseline: pd.Series[float]) -> Difference:
+def difference(run: pd.Series[float], baseline: pd.Series[float]) -> PairedDifference:
     """Compare two series of values, indexed by case; cases without a value in either don't count."""
     d = (run - baseline).dropna().sort_index().to_numpy(dtype=float)
     if len(d) < 2:
         mean = float(d.mean()) if len(d) else np.nan
-        return Difference(len(d), mean, np.nan, np.nan, np.nan, int((d > 0).sum()), int((d < 0).sum()))
+        return PairedDifference(len(d), mean, np.nan, np.nan, np.nan, int((d > 0).sum()), int((d < 0).sum()))
     low, high = interval(d)
-    return Difference(
+    return PairedDifference(
         len(d), float(d.mean()), low, high, signed_rank(d), int((d > 0).sum()), int((d < 0).sum())
     )
 
@@ -93,7 +93,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def verdict(found: Difference, margin: float) -> Verdict:
+def verdict(found: PairedDifference, margin: float) -> Verdict:
     """Non-inferiority by the interval of a difference of which more is better.
 
     Args:

@@ -32,7 +32,7 @@ _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
 @dataclass(frozen=True)
-class Look:
+class RunStyle:
     """Look of one run in all figures."""
 
     colour: str
@@ -41,11 +41,13 @@ class Look:
     line: Any
 
 
-def looks(labels: Sequence[str]) -> dict[str, Look]:
+def run_styles(labels: Sequence[str]) -> dict[str, RunStyle]:
     """A look for each run, in order; beyond six they repeat with other combinations."""
     n = len(_COLOURS)
     return {
-        label: Look(_COLOURS[i % n], _MARKERS[(i + i // n) % n], _HATCHES[(i + i // n) % n], _LINES[i % n])
+        label: RunStyle(
+            _COLOURS[i % n], _MARKERS[(i + i // n) % n], _HATCHES[(i + i // n) % n], _LINES[i % n]
+        )
         for i, label in enumerate(labels)
     }
 

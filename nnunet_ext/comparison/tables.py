@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from nnunet_ext.comparison.accuracy import LESS_IS_BETTER, MEAN, Evaluation
 from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.comparison.cost import Cost, plan_differences
-from nnunet_ext.comparison.results import LESS_IS_BETTER, MEAN, Evaluation
 
 MISSING = "\N{EN DASH}"
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"

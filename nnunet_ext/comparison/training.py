@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from nnunet_ext.comparison.runs import Run
+from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 from nnunet_ext.nnunet.checkpoints import read_checkpoint

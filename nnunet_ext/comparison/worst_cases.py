@@ -7,11 +7,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from nnunet_ext.comparison.accuracy import MEAN, Evaluation
 from nnunet_ext.comparison.compare import Comparison
-from nnunet_ext.comparison.evaluation import read_labels
 from nnunet_ext.comparison.overlay import Scan
-from nnunet_ext.comparison.results import MEAN, Evaluation
 from nnunet_ext.comparison.scores import structures
+from nnunet_ext.comparison.segmentation_scores import read_labels
 from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import printable
 from nnunet_ext.whole import check_whole

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nnunet_ext.comparison import compare, runs
+from nnunet_ext.comparison import compare, run_folders
 from nnunet_ext.comparison import report as comparison_report
 from nnunet_ext.comparison.places import Places
 from nnunet_ext.demo.settings import Demo, read_json
@@ -80,11 +80,13 @@ def writer(demo: Demo, commands: Sequence[tuple[str, ...]]) -> Callable[[Callabl
     return write
 
 
-def request(demo: Demo) -> compare.Request:
+def request(demo: Demo) -> compare.ComparisonRequest:
     """What the report compares."""
-    found = runs.labelled([runs.read_run(demo.model(trainer), [FOLD]) for trainer in demo.trainers])
+    found = run_folders.labelled(
+        [run_folders.read_run(demo.model(trainer), [FOLD]) for trainer in demo.trainers]
+    )
     folders = [demo.predictions(trainer) for trainer in demo.trainers]
-    return compare.Request(
+    return compare.ComparisonRequest(
         runs=tuple(found),
         predictions={run.label: folder for run, folder in zip(found, folders, strict=True)},
         references=demo.raw / "labelsTs",

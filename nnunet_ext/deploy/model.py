@@ -20,7 +20,7 @@ DEPLOYED = "nnUNetTrainerDeployed"
 
 
 @dataclass(frozen=True)
-class Model:
+class TrainedModel:
     """A trained model.
 
     Args:
@@ -40,7 +40,7 @@ class Model:
     @classmethod
     def read(
         cls, folder: Path, folds: Sequence[str] | None, checkpoint_name: str, trusted: bool = False
-    ) -> Model:
+    ) -> TrainedModel:
         """Find the folds and read what the first checkpoint says of the model.
 
         Args:

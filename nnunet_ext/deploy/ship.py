@@ -26,7 +26,7 @@ from nnunet_ext.deploy.check import (
     random_image,
     real_patch,
 )
-from nnunet_ext.deploy.model import DEPLOYED, Model
+from nnunet_ext.deploy.model import DEPLOYED, TrainedModel
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
 
@@ -35,7 +35,7 @@ _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Options:
+class DeployOptions:
     """What the model is made into.
 
     Args:
@@ -71,7 +71,7 @@ class Shipped:
 
 
 def ship(
-    model: Model, output: Path, options: Options, show: Callable[[str], None] = lambda what: None
+    model: TrainedModel, output: Path, options: DeployOptions, show: Callable[[str], None] = lambda what: None
 ) -> dict[str, Shipped]:
     """Write the model; return what became of each fold.
 
@@ -110,7 +110,7 @@ def ship(
     return shipped
 
 
-def _images(model: Model, options: Options) -> dict[str, Tensor]:
+def _images(model: TrainedModel, options: DeployOptions) -> dict[str, Tensor]:
     images = {"random": random_image(model.setting)}
     if options.images is not None:
         name, patch = real_patch(model.setting, options.images)
@@ -118,7 +118,7 @@ def _images(model: Model, options: Options) -> dict[str, Tensor]:
     return images
 
 
-def _plans(model: Model, options: Options) -> dict[str, Any]:
+def _plans(model: TrainedModel, options: DeployOptions) -> dict[str, Any]:
     """Plans that tell `nnUNetTrainerDeployed` what to build."""
     plans: dict[str, Any] = copy.deepcopy(dict(model.setting.plans))
     plans["configurations"][model.setting.configuration]["deployed"] = {
@@ -137,7 +137,12 @@ class _Fold:
     """One fold on its way."""
 
     def __init__(
-        self, model: Model, fold: str, options: Options, images: Mapping[str, Tensor], folder: Path
+        self,
+        model: TrainedModel,
+        fold: str,
+        options: DeployOptions,
+        images: Mapping[str, Tensor],
+        folder: Path,
     ) -> None:
         self._model = model
         self._fold = fold

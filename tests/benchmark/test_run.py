@@ -17,7 +17,7 @@ from nnunet_ext.benchmark import run as runner
 from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.benchmark.measure import GpuStepMemory
 from nnunet_ext.benchmark.records import Method, Report, Spread
-from nnunet_ext.benchmark.request import BASELINE, Request
+from nnunet_ext.benchmark.request import BASELINE, BenchmarkRequest
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.network import measure_inference, measure_step
 from nnunet_ext.memory.tracker import GIB
@@ -39,7 +39,7 @@ def rows(report: Report) -> dict[str, Method]:
 
 
 def test_row_holds_every_quantity_and_its_ratio(setting: Setting, machine: Machine) -> None:
-    report = runner.run(Request(setting, machine, (OURS,), repeats=2))
+    report = runner.run(BenchmarkRequest(setting, machine, (OURS,), repeats=2))
     baseline, ours = report.methods
     assert (baseline.trainer, baseline.network) == (BASELINE, "PlainConvUNet")
     assert (ours.trainer, ours.network, ours.status, ours.reason) == (OURS, "ReversibleUNet", "ok", "")
@@ -66,7 +66,7 @@ def test_all_registered_trainers_take_part_also_those_of_others(
     install: Install, setting: Setting, machine: Machine
 ) -> None:
     install("acme", trainer(ACME, "    pass"), trainers=[ACME])
-    report = runner.run(Request(setting, machine, repeats=0))
+    report = runner.run(BenchmarkRequest(setting, machine, repeats=0))
     trained = [name for name in registry.names("trainers") if name != "nnUNetTrainerDeployed"]
     assert list(rows(report)) == [BASELINE, *trained]
     assert ACME in registry.names("trainers")
@@ -77,12 +77,12 @@ def test_all_registered_trainers_take_part_also_those_of_others(
 
 
 def test_baseline_is_first_and_names_count_once(setting: Setting, machine: Machine) -> None:
-    request = Request(setting, machine, (OURS, BASELINE, OURS))
+    request = BenchmarkRequest(setting, machine, (OURS, BASELINE, OURS))
     assert request.names == (BASELINE, OURS)
 
 
 def test_without_repeats_nothing_is_timed(setting: Setting, machine: Machine) -> None:
-    report = runner.run(Request(setting, machine, (), repeats=0))
+    report = runner.run(BenchmarkRequest(setting, machine, (), repeats=0))
     assert [(m.step_seconds, m.patch_seconds, m.case_seconds) for m in report.methods] == [(None, None, None)]
 
 
@@ -91,7 +91,7 @@ def test_compiled_steps_are_timed_beside_uncompiled_ones(
 ) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     told: list[tuple[int, int, str]] = []
-    request = Request(setting, machine, (OURS,), repeats=1, compiled=True)
+    request = BenchmarkRequest(setting, machine, (OURS,), repeats=1, compiled=True)
     torch._dynamo.utils.counters.clear()
     report = runner.run(request, lambda *news: told.append(news))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
@@ -113,7 +113,7 @@ def test_compiler_that_fails_is_a_reason_and_the_other_times_stay(
         raise RuntimeError("No compiler.")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    (method,) = runner.run(Request(setting, machine, (), repeats=1, compiled=True)).methods
+    (method,) = runner.run(BenchmarkRequest(setting, machine, (), repeats=1, compiled=True)).methods
     assert (method.status, method.reason) == ("failed", "compiled training step: No compiler.")
     assert method.step_seconds is not None
     assert method.compiled_step_seconds is None
@@ -132,13 +132,13 @@ def test_compiler_that_fails_is_a_reason_and_the_other_times_stay(
 def test_compiled_steps_are_timed_on_cuda_unless_asked_otherwise(
     kind: str, repeats: int, asked: bool | None, expected: bool, setting: Setting
 ) -> None:
-    request = Request(setting, Machine(kind, "mixed"), (), repeats, compiled=asked)
+    request = BenchmarkRequest(setting, Machine(kind, "mixed"), (), repeats, compiled=asked)
     assert request.times_compiled is expected
 
 
 def test_turns_are_interleaved_and_all_progress_is_told(setting: Setting, machine: Machine) -> None:
     told: list[tuple[int, int, str]] = []
-    runner.run(Request(setting, machine, (OURS,), repeats=1), lambda *news: told.append(news))
+    runner.run(BenchmarkRequest(setting, machine, (OURS,), repeats=1), lambda *news: told.append(news))
     a_round = [
         f"{name}: {what}" for name in (BASELINE, OURS) for what in ("training step", "inference of a patch")
     ]
@@ -151,7 +151,7 @@ def test_times_of_a_case_are_tiles_times_the_median_of_a_patch(
     planned_dataset: Path, machine: Machine
 ) -> None:
     setting = Source(dataset="7", configuration="3d_half").setting()
-    report = runner.run(Request(setting, machine, (), repeats=3))
+    report = runner.run(BenchmarkRequest(setting, machine, (), repeats=3))
     (method,) = report.methods
     assert (report.tiles_per_case, report.passes_mirrored) == (8, 8)
     assert method.patch_seconds is not None
@@ -161,8 +161,8 @@ def test_times_of_a_case_are_tiles_times_the_median_of_a_patch(
 
 def test_smaller_patch_is_for_the_times_only(planned_dataset: Path, machine: Machine) -> None:
     setting = Source(dataset="7", configuration="3d_fullres").setting()
-    full = runner.run(Request(setting, machine, (), repeats=0))
-    small = runner.run(Request(setting, machine, (), repeats=1, time_patch=(8, 8, 8)))
+    full = runner.run(BenchmarkRequest(setting, machine, (), repeats=0))
+    small = runner.run(BenchmarkRequest(setting, machine, (), repeats=1, time_patch=(8, 8, 8)))
     assert small.time_patch_size == (8, 8, 8)
     assert small.methods[0].peak_bytes == full.methods[0].peak_bytes
     assert small.methods[0].patch_seconds is not None
@@ -175,7 +175,7 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(
 ) -> None:
     body = f"{FORWARD}{REAL_ONLY}        if self.training: raise {exception}\n        return super().forward(x)\n"
     install("acme", trainer(ACME, body), trainers=[ACME])
-    report = rows(runner.run(Request(setting, machine, (ACME, OURS), repeats=1)))
+    report = rows(runner.run(BenchmarkRequest(setting, machine, (ACME, OURS), repeats=1)))
     acme = report[ACME]
     assert acme.status == "out of memory"
     assert acme.reason.startswith("training step does not fit in ")
@@ -190,7 +190,7 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(
 def test_what_would_not_fit_is_not_tried_on_the_cpu(
     setting: Setting, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = rows(runner.run(Request(setting, machine, (OURS,), repeats=0)))
+    counted = rows(runner.run(BenchmarkRequest(setting, machine, (OURS,), repeats=0)))
     needs = {name: (row.peak_bytes or 0) + 8 * (row.parameters or 0) for name, row in counted.items()}
     assert needs[OURS] < needs[BASELINE]
 
@@ -198,7 +198,7 @@ def test_what_would_not_fit_is_not_tried_on_the_cpu(
         available = needs[BASELINE] - 1
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    report = rows(runner.run(Request(setting, machine, (OURS,), repeats=1)))
+    report = rows(runner.run(BenchmarkRequest(setting, machine, (OURS,), repeats=1)))
     assert report[BASELINE].status == "out of memory"
     assert report[BASELINE].reason == "training step does not fit in 0.0 GiB: needs 0.0 GiB"
     assert report[BASELINE].held_bytes == counted[BASELINE].held_bytes
@@ -211,7 +211,7 @@ def test_refusal_of_the_plan_is_a_row_with_the_reason(
 ) -> None:
     body = "    def __init__(self, *args):\n        raise NotImplementedError('No 3D.\\nUse 2d.')\n"
     install("acme", trainer(ACME, body), trainers=[ACME])
-    acme = rows(runner.run(Request(setting, machine, (ACME,), repeats=1, depths=(1,))))[ACME]
+    acme = rows(runner.run(BenchmarkRequest(setting, machine, (ACME,), repeats=1, depths=(1,))))[ACME]
     assert (acme.status, acme.reason, acme.network) == ("failed", "No 3D. Use 2d.", None)
     assert set(acme.ratios.values()) == {None}
 
@@ -221,7 +221,7 @@ def test_error_that_says_nothing_is_named_by_its_type(
 ) -> None:
     body = f"{FORWARD}{REAL_ONLY}        raise RuntimeError\n"
     install("acme", trainer(ACME, body), trainers=[ACME])
-    acme = rows(runner.run(Request(setting, machine, (ACME,), repeats=1)))[ACME]
+    acme = rows(runner.run(BenchmarkRequest(setting, machine, (ACME,), repeats=1)))[ACME]
     assert (acme.status, acme.reason) == ("failed", "training step: RuntimeError")
     assert acme.macs
 
@@ -230,17 +230,17 @@ def test_broken_distribution_is_a_row_unless_it_is_asked_for(
     install: Install, setting: Setting, machine: Machine
 ) -> None:
     install("broken", "syntax error", trainers=["nnUNetTrainerBroken"])
-    row = rows(runner.run(Request(setting, machine, repeats=0)))["nnUNetTrainerBroken"]
+    row = rows(runner.run(BenchmarkRequest(setting, machine, repeats=0)))["nnUNetTrainerBroken"]
     assert row.status == "failed"
     assert "broken 1.0 can't be loaded" in row.reason
     with pytest.raises(UsageError, match="can't be loaded"):
-        Request(setting, machine, ("nnUNetTrainerBroken",))
+        BenchmarkRequest(setting, machine, ("nnUNetTrainerBroken",))
 
 
 def test_deployed_form_is_what_predicts(install: Install, setting: Setting, machine: Machine) -> None:
     body = f"    def fuse(self):\n        return nn.Conv3d(1, 3, 1)\n{FORWARD}        return super().forward(x) * 1\n"
     install("acme", trainer(ACME, body), trainers=[ACME])
-    acme = rows(runner.run(Request(setting, machine, (ACME,), repeats=1)))[ACME]
+    acme = rows(runner.run(BenchmarkRequest(setting, machine, (ACME,), repeats=1)))[ACME]
     assert (acme.parameters, acme.parameters_deployed, acme.macs) == (84, 6, 3 * 16**3)
     assert acme.inference_peak_bytes == 4 * (1 + 3) * 16**3
 
@@ -249,7 +249,7 @@ def test_depth_grows_linearly_in_default_nnunet_and_not_in_reversible_networks(
     setting: Setting, machine: Machine
 ) -> None:
     before = str(setting.plans)
-    report = runner.run(Request(setting, machine, (OURS,), repeats=0, depths=(1, 2, 4, 8)))
+    report = runner.run(BenchmarkRequest(setting, machine, (OURS,), repeats=0, depths=(1, 2, 4, 8)))
     assert str(setting.plans) == before
     held = {name: [p.held_bytes for p in report.depth if p.trainer == name] for name in (BASELINE, OURS)}
     per_block = held[BASELINE][1] - held[BASELINE][0]
@@ -272,7 +272,7 @@ def test_depth_of_residual_plans_is_in_blocks(setting: Setting, machine: Machine
         "arch_kwargs": arguments,
     }
     residual = Setting({**setting.plans, "configurations": {"r": configuration}}, setting.dataset, "r")
-    points = runner.run(Request(residual, machine, (OURS,), repeats=0, depths=(1, 2))).depth
+    points = runner.run(BenchmarkRequest(residual, machine, (OURS,), repeats=0, depths=(1, 2))).depth
     assert [(p.network, p.depth) for p in points] == [
         ("ResidualEncoderUNet", 1),
         ("ResidualEncoderUNet", 2),
@@ -287,7 +287,7 @@ def test_networks_without_the_option_have_no_depth(
     install: Install, setting: Setting, machine: Machine
 ) -> None:
     install("acme", trainer(ACME, "    pass"), trainers=[ACME])
-    points = runner.run(Request(setting, machine, (ACME,), repeats=0, depths=(1,))).depth
+    points = runner.run(BenchmarkRequest(setting, machine, (ACME,), repeats=0, depths=(1,))).depth
     assert {point.trainer for point in points} == {BASELINE}
 
 
@@ -308,7 +308,7 @@ def test_wrong_values_are_refused_before_anything_runs(
     options: dict[str, Any], message: str, setting: Setting, machine: Machine
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        Request(setting, machine, **options)
+        BenchmarkRequest(setting, machine, **options)
 
 
 class FakeGpu(Machine):
@@ -340,14 +340,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 def test_memory_of_the_gpu_replaces_what_is_counted(setting: Setting, gpu: FakeGpu) -> None:
-    report = rows(runner.run(Request(setting, gpu, (OURS,), repeats=0)))
+    report = rows(runner.run(BenchmarkRequest(setting, gpu, (OURS,), repeats=0)))
     ours = report[OURS]
     assert (ours.memory, ours.held_bytes, ours.peak_bytes) == ("measured", 5, 7)
     assert (ours.reserved_bytes, ours.inference_peak_bytes) == (2 * 16**3, 16**3)
 
 
 def test_method_that_does_not_fit_on_the_gpu_keeps_its_counted_memory(setting: Setting, gpu: FakeGpu) -> None:
-    report = rows(runner.run(Request(setting, gpu, (OURS,), repeats=0)))
+    report = rows(runner.run(BenchmarkRequest(setting, gpu, (OURS,), repeats=0)))
     baseline = report[BASELINE]
     assert (baseline.status, baseline.reason) == ("out of memory", "training step does not fit in 80.0 GiB")
     assert baseline.memory == "counted"

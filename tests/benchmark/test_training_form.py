@@ -12,7 +12,7 @@ from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass
 from nnunet_ext.benchmark.counting import Builders, count
 from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.benchmark.measure import TrainingStep, training
-from nnunet_ext.benchmark.request import Request
+from nnunet_ext.benchmark.request import BenchmarkRequest
 from nnunet_ext.memory.network import measure_step, surrogate_loss
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.source import Source
@@ -21,8 +21,8 @@ from nnunet_ext.trainers.passes import InTurn, TwoPasses
 NAMES = ("nnUNetTrainerMeUNet", "nnUNetTrainerMeReversible")
 
 
-def request_of(machine: Machine, setting: Setting) -> Request:
-    return Request(setting, machine, NAMES, repeats=0)
+def request_of(machine: Machine, setting: Setting) -> BenchmarkRequest:
+    return BenchmarkRequest(setting, machine, NAMES, repeats=0)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_where_nothing_is_expanded_the_step_is_the_networks(machine: Machine, se
 def test_the_cascades_first_stage_peaks_like_its_larger_branch(machine: Machine, full: Setting) -> None:
     full.plans["configurations"]["3d_fullres"]["me_unet"] = {"k": 1.5}
     cascade, alone = (
-        count(Request(full, machine, (name,), repeats=0), name)
+        count(BenchmarkRequest(full, machine, (name,), repeats=0), name)
         for name in ("nnUNetTrainerMeCascade", "nnUNetTrainerMeUNet")
     )
     assert cascade.network == "DualMeUNet"
@@ -112,7 +112,7 @@ def test_a_timed_step_of_the_cascade_trains_both_branches_on_any_patch(
     machine: Machine, setting: Setting
 ) -> None:
     network = Builders.of(
-        Request(setting, machine, ("nnUNetTrainerMeCascade",), repeats=0), "nnUNetTrainerMeCascade"
+        BenchmarkRequest(setting, machine, ("nnUNetTrainerMeCascade",), repeats=0), "nnUNetTrainerMeCascade"
     )
     form = network.train()
     assert isinstance(form, InTurn)

@@ -14,7 +14,7 @@ import torch
 from nnunet_ext import cli
 from nnunet_ext.benchmark import run as benchmark_run
 from nnunet_ext.benchmark.records import Report
-from nnunet_ext.benchmark.request import Request
+from nnunet_ext.benchmark.request import BenchmarkRequest
 from nnunet_ext.nnunet import patch_plans
 from tests.benchmark.test_report import REPORT
 
@@ -25,11 +25,11 @@ PATCH = ["--patch", "16", "16", "16"]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[BenchmarkRequest]:
     """Requests that reach the runner, which answers with a ready report."""
-    requests: list[Request] = []
+    requests: list[BenchmarkRequest] = []
 
-    def run(request: Request, on_progress: Callable[[int, int, str], None]) -> Report:
+    def run(request: BenchmarkRequest, on_progress: Callable[[int, int, str], None]) -> Report:
         requests.append(request)
         print("printed by a network")
         on_progress(0, 1, "nnUNetTrainer: counting")
@@ -40,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     return requests
 
 
-def test_arguments_reach_the_runner(asked: list[Request]) -> None:
+def test_arguments_reach_the_runner(asked: list[BenchmarkRequest]) -> None:
     line = "--channels 2 --classes 4 --batch 3 --device cpu --precision mixed --repeats 7 --time-patch 8 8 8"
     trainers = "-tr nnUNetTrainerReversible nnUNetTrainerAdam --depth 1 2 --compiled"
     assert cli.main(["benchmark", *PATCH, *line.split(), *trainers.split()]) == 0
@@ -53,7 +53,7 @@ def test_arguments_reach_the_runner(asked: list[Request]) -> None:
     assert request.times_compiled
 
 
-def test_table_fits_80_columns(asked: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_fits_80_columns(asked: list[BenchmarkRequest], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["benchmark", *PATCH]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
@@ -63,7 +63,7 @@ def test_table_fits_80_columns(asked: list[Request], capsys: pytest.CaptureFixtu
 
 
 def test_only_the_result_goes_to_the_standard_output(
-    asked: list[Request], capsys: pytest.CaptureFixture[str]
+    asked: list[BenchmarkRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["benchmark", *PATCH, "--json"]) == 0
     printed = capsys.readouterr()
@@ -72,7 +72,7 @@ def test_only_the_result_goes_to_the_standard_output(
 
 
 def test_progress_is_shown_on_a_terminal_only(
-    asked: list[Request], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: list[BenchmarkRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     cli.main(["benchmark", *PATCH])
@@ -83,7 +83,10 @@ def test_progress_is_shown_on_a_terminal_only(
 
 
 def test_files_are_written_on_request_only(
-    asked: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: list[BenchmarkRequest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     cli.main(["benchmark", *PATCH])

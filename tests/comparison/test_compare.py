@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from nnunet_ext.comparison import compare, selection
+from nnunet_ext.comparison.accuracy import MEAN
 from nnunet_ext.comparison.compare import Comparison
-from nnunet_ext.comparison.results import MEAN
 from nnunet_ext.comparison.selection import Selection
 from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import Counts, MakeRun, dice_counts, random_folds

@@ -15,7 +15,7 @@ import pytest
 
 from nnunet_ext import cli
 from nnunet_ext.comparison import compare, selection
-from nnunet_ext.comparison.results import MEAN
+from nnunet_ext.comparison.accuracy import MEAN
 from nnunet_ext.comparison.selection import Selection
 from tests.comparison.conftest import DATASET, MakeRun, dice_counts
 

@@ -309,7 +309,7 @@ def test_many_structures_fill_several_rows(make_run: MakeRun, comparison: Compar
 
     scores = evaluation.scores
     many = pd.concat([scores[scores["structure"] == "organ"].assign(structure=f"s{i}") for i in range(13)])
-    from nnunet_ext.comparison.results import evaluate
+    from nnunet_ext.comparison.accuracy import evaluate
 
     wide = evaluate("cross-validation", many.drop(columns="compared"), evaluation.labels, 1.0)
     tall, low = pixels(figures.box_plots(wide)).shape[0], pixels(figures.box_plots(evaluation)).shape[0]

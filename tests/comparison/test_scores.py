@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_ext.comparison.runs import read_run
+from nnunet_ext.comparison.run_folders import read_run
 from nnunet_ext.comparison.scores import (
     by_structure,
     case_means,

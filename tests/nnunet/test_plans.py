@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nnunet_ext import cli
-from nnunet_ext.comparison.runs import read_run
+from nnunet_ext.comparison.run_folders import read_run
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.datasets import read_dataset
 from nnunet_ext.nnunet.plans import configuration, is_plain_name, read_plans

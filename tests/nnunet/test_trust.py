@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nnunet_ext import cli, registry
-from nnunet_ext.deploy.model import Model
+from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.trust import check_host_names, check_network
 from tests.comparison.conftest import CONFIGURATION, DATASET, dice_counts, write_fold
@@ -303,6 +303,6 @@ def test_a_checkpoints_trainer_is_a_trainer(
 def test_folders_that_are_no_folds_of_nnunet_are_not_deployed(name: str, tmp_path: Path) -> None:
     model = write_model(tmp_path, {"3d_fullres": CONFIGURATION}, "3d_fullres", {})
     shutil.copytree(model / "fold_0", model / f"fold_{name}")
-    assert list(Model.read(model, None, "checkpoint_final.pth").checkpoints) == ["0"]
+    assert list(TrainedModel.read(model, None, "checkpoint_final.pth").checkpoints) == ["0"]
     with pytest.raises(UsageError, match="choose among 0"):
-        Model.read(model, [name], "checkpoint_final.pth")
+        TrainedModel.read(model, [name], "checkpoint_final.pth")

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from nnunet_ext.comparison.scores import by_structure, case_means, common_cases
-from nnunet_ext.comparison.statistics import Difference, difference, holm, rank_frequencies, verdict
+from nnunet_ext.comparison.statistics import PairedDifference, difference, holm, rank_frequencies, verdict
 from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import counted
 
@@ -20,7 +20,7 @@ LESS_IS_BETTER = ("HD95",)
 
 
 @dataclass(frozen=True)
-class Mean:
+class MeanScore:
     """Mean of one metric and structure over the common cases of one run.
 
     Args:
@@ -52,7 +52,7 @@ class Comparand:
     run: str
     metric: str
     structure: Structure
-    difference: Difference
+    difference: PairedDifference
     p_holm: float
     verdict: str
 
@@ -79,7 +79,7 @@ class Evaluation:
     structures: tuple[str, ...]
     metrics: tuple[str, ...]
     cases: tuple[str, ...]
-    means: tuple[Mean, ...]
+    means: tuple[MeanScore, ...]
     comparands: tuple[Comparand, ...]
     ranks: pd.DataFrame
     worst: dict[str, list[tuple[str, float]]]
@@ -102,7 +102,7 @@ class Evaluation:
         """Values of the common cases, (case, run)."""
         return _values(self.compared, metric, structure)[list(self.labels)]
 
-    def mean(self, run: str, metric: str = "Dice", structure: Structure = MEAN) -> Mean:
+    def mean(self, run: str, metric: str = "Dice", structure: Structure = MEAN) -> MeanScore:
         """The mean of these."""
         return next(m for m in self.means if (m.run, m.metric, m.structure) == (run, metric, structure))
 
@@ -156,7 +156,7 @@ def _values(scores: pd.DataFrame, metric: str, structure: Structure) -> pd.DataF
 
 def _means(
     kept: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str], structures: Sequence[str]
-) -> list[Mean]:
+) -> list[MeanScore]:
     found = []
     for label in labels:
         own = kept[kept["run"] == label]
@@ -171,14 +171,14 @@ def _means(
                 "missed": sum(m.missed for m in single),
                 "invented": sum(m.invented for m in single),
             }
-            found += [Mean(label, metric, MEAN, **overall), *single]
+            found += [MeanScore(label, metric, MEAN, **overall), *single]
     return found
 
 
-def _mean(rows: pd.DataFrame, label: str, metric: str, structure: str) -> Mean:
+def _mean(rows: pd.DataFrame, label: str, metric: str, structure: str) -> MeanScore:
     reference, found = rows["TP"] + rows["FN"] > 0, rows["TP"] + rows["FP"] > 0
     values = rows[metric]
-    return Mean(
+    return MeanScore(
         label,
         metric,
         structure,

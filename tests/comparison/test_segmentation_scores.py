@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunet_ext.comparison.evaluation import Job, overlap, read_labels, score, surface
+from nnunet_ext.comparison.segmentation_scores import Job, overlap, read_labels, score, surface
 from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import DATASET
 

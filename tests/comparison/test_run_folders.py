@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_ext.comparison.runs import find_runs, labelled, read_run
+from nnunet_ext.comparison.run_folders import find_runs, labelled, read_run
 from nnunet_ext.comparison.training import logged_validations
 from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import MakeRun, random_folds
