@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.dummy
 import os
 from dataclasses import replace
 from functools import cache
@@ -98,7 +99,8 @@ def test_size_and_spacing_vary_and_stay_small() -> None:
     assert max(max(shape) for shape in shapes) <= 56
 
 
-def test_nnunet_accepts_the_data_set(tmp_path: Path) -> None:
+def test_nnunet_accepts_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: multiprocessing.dummy)  # threads
     write_dataset(tmp_path / NAME, PhantomSpec(n_training=2, n_test=1))
     verify_dataset_integrity(str(tmp_path / NAME), num_processes=1)
 
