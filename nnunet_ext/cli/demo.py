@@ -11,20 +11,17 @@ examples: nnunet-ext demo
 from __future__ import annotations
 
 import argparse
-import shutil
+import math
+import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nnunet_ext.errors import UsageError
-from nnunet_ext.printable import printable_lines
-
-if TYPE_CHECKING:
-    from nnunet_ext.demo.settings import Demo
-    from nnunet_ext.demo.workflow import Progress
+from nnunet_ext.printable import printable, printable_lines
 
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerReversible")
 SCHEDULE = "9epochs_20iters_NoMirroring"
@@ -69,82 +66,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo and print where its report lies; return the exit status."""
-    from nnunet_ext.comparison import tables
-    from nnunet_ext.demo import settings, workflow
-    from nnunet_ext.demo.errors import ChildError
+    """Run the demo; return the exit status."""
+    from nnunet_ext.demo import workflow
+    from nnunet_ext.demo.commands import CommandError
+    from nnunet_ext.demo.settings import Demo
 
-    asked = settings.Settings(
-        args.output, args.raw, tuple(args.trainers), args.schedule, args.configuration, args.device
-    )
-    printer = _Printer(sys.stdout.isatty())
+    root, raw = (path and Path(os.path.abspath(path)) for path in (args.output, args.raw))
+    demo = Demo(root, raw, tuple(args.trainers), args.schedule, args.configuration, args.device)
     try:
-        with _interrupted_by_signals():
-            written = workflow.run(asked, _print_start, printer.show)
-    except ChildError as error:
-        printer.end_line()
+        with _interrupted_by_signals(), _printer() as say:
+            workflow.run(demo, say)
+    except CommandError as error:
         print(printable_lines(f"nnunet-ext demo: {error}"), file=sys.stderr)
         return 1
-    except UsageError:
-        printer.end_line()
-        raise
     except KeyboardInterrupt:
-        printer.end_line()
         print("The same call finishes this demo: what is done is kept.", file=sys.stderr)
         raise
-    for model in written.models:
-        seconds = tables.number(model.seconds_per_epoch, 1)
-        print(f"{model.trainer}: Dice {tables.number(model.dice)}, {seconds} s per epoch")
-    print(f"Report: {written.path}")
     return 0
 
 
-def _print_start(demo: Demo) -> None:
-    print(f"Demo in {demo.root}")
-    print(f"{', '.join(demo.variables)} of the demo lie there; your own are left alone.")
-    names = ", ".join(demo.trainers)
-    print(f"{demo.dataset}, {demo.configuration}, {demo.schedule}, {demo.device}: {names}", flush=True)
+@contextmanager
+def _printer() -> Iterator[Callable[[str, bool], None]]:
+    """Give a function that prints a line: one that stays, or one that on a terminal the next replaces.
 
+    Elsewhere one of these is printed now and then, and the first after each that stays.
+    """
+    from rich.console import Console
+    from rich.text import Text
 
-class _Printer:
-    """Prints the news of the steps: on a terminal in one line that changes, else line by line."""
+    console, last = Console(), -math.inf
+    with console.status("") as status:
 
-    def __init__(self, is_terminal: bool) -> None:
-        self._is_terminal = is_terminal
-        self._open = False
-        self._last = 0.0
+        def say(line: str, stays: bool) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if console.is_terminal:
+                status.update(Text(" " if stays else printable(line)))
+            if stays or (not console.is_terminal and now >= last + _SECONDS_BETWEEN_LINES):
+                print(printable(line), flush=True)
+                last = -math.inf if stays else now
 
-    def show(self, news: Progress) -> None:
-        """Print one piece of news."""
-        line = f"[{news.number}/{news.total}] {news.title}"
-        running = f"{line}: {news.status + ', ' if news.status else ''}{news.seconds:.0f} s"
-        if news.state == "reused":
-            print(f"{line}: done by an earlier run", flush=True)
-        elif news.state == "finished":
-            self._clear()
-            print(f"{line}: done in {news.seconds:.0f} s", flush=True)
-        elif self._is_terminal:
-            self._rewrite(running)
-        elif news.state == "started" or news.seconds >= self._last + _SECONDS_BETWEEN_LINES:
-            print(running if news.seconds else f"{line} ...", flush=True)
-            self._last = news.seconds
-
-    def end_line(self) -> None:
-        """Leave a line that changes as it is."""
-        if self._open:
-            print(flush=True)
-        self._open = False
-
-    def _rewrite(self, line: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{line[:width]:<{width}}", end="", flush=True)
-        self._open = True
-
-    def _clear(self) -> None:
-        if self._open:
-            self._rewrite("")
-            print("\r", end="")
-        self._open = False
+        yield say
 
 
 @contextmanager

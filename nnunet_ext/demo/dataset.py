@@ -6,12 +6,13 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext.demo.settings import Demo
 from nnunet_ext.doctor.case import Case, look
 from nnunet_ext.doctor.description import describe
 from nnunet_ext.doctor.raw_dataset import about_cases, default_processes, list_cases, rules
@@ -138,19 +139,12 @@ def link(raw: RawDataset, target: Path) -> None:
         (partial / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def are_predicted(data: Path, predictions: Path, cases: Sequence[str]) -> bool:
-    """Whether every unseen case has a prediction that is whole, of its image's shape, with labels of the data set.
-
-    Args:
-        data: Data set that `link` made, or the phantom.
-        predictions: Folder of segmentations.
-        cases: Names.
-    """
-    description = _read_description(data)
-    ending = str(description["file_ending"])
-    for case in cases:
-        images = tuple(sorted((data / "imagesTs").glob(f"{escape(case)}_????{ending}")))
-        seen = look((Case(case, images, predictions / f"{case}{ending}"), rules(description, images[0])))
+def are_predicted(demo: Demo, folder: Path) -> bool:
+    """Whether `folder` has all unseen cases: whole, of their images' shapes, with labels of the data set."""
+    description, ending = _read_description(demo.data), demo.file_ending
+    for case in demo.cases("Ts"):
+        images = tuple(sorted((demo.data / "imagesTs").glob(f"{escape(case)}_????{ending}")))
+        seen = look((Case(case, images, folder / f"{case}{ending}"), rules(description, images[0])))
         if any(found.level == "failure" for found in seen.findings):
             return False
     return True

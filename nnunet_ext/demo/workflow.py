@@ -1,155 +1,223 @@
-"""Runs the steps of a demo and skips those that an earlier run has finished.
+"""The steps of a demo, one after the other; one whose output is there and whole is skipped.
 
-A step is finished once its work succeeded and its results are there; a small file in `done/` says so. Before
-a step is done again, its marker and those of the steps that build on it are removed. Trainings continue from
-their last checkpoint, everything else is redone.
+Before a step is done, its output and all that is made from it are removed: whenever a demo is interrupted, no result
+is older than what it is made from. A training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from nnunet_ext.demo import children, dataset, phantom, report
-from nnunet_ext.demo.errors import ChildError
-from nnunet_ext.demo.settings import (
-    FULL_SCHEDULE,
-    LOCK,
-    Demo,
-    Settings,
-    check_trainers,
-    prepare_folder,
-    read_json,
-    settle,
-)
-from nnunet_ext.demo.steps import RunCommand, Step, make_steps
-from nnunet_ext.files import locked, write_text, writing
+from nnunet_ext import registry
+from nnunet_ext.demo import commands, dataset, phantom, report
+from nnunet_ext.demo.settings import AGAIN, PLANS, Demo
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import PARTIAL, locked, read_json, write_text, writing
+from nnunet_ext.nnunet.datasets import number_of
+from nnunet_ext.nnunet.plans import configuration, read_plans
+from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.whole import is_whole
 
-Runner = Callable[[children.Child, Callable[[str], None]], None]
+_CHECKPOINT = "checkpoint_final.pth"
+Status = Callable[[str], None]
+Say = Callable[[str, bool], None]  # takes a line, and whether it stays or the next one replaces it
 
 
 @dataclass(frozen=True)
-class Progress:
-    """News of one step.
+class Step:
+    """One step.
 
     Args:
-        number: Number of the step, from 1.
-        total: Number of steps.
-        title: Title of the step.
-        state: "started", "running", "finished", or "reused" where an earlier run has finished it.
-        status: How far a running step is.
-        seconds: Since the step's start.
+        name: Name of its log.
+        title: Title for people.
+        output: File or folder that it makes.
+        is_done: Whether the output is there and whole.
+        make: Command that makes it, or a function, which gets a callback for a short status.
+        trainer: Trainer whose step it is; empty for those of all.
     """
 
-    number: int
-    total: int
+    name: str
     title: str
-    state: Literal["started", "running", "finished", "reused"]
-    status: str = ""
-    seconds: float = 0.0
+    output: Path
+    is_done: Callable[[], bool]
+    make: list[str] | Callable[[Status], None]
+    trainer: str = ""
 
 
-def run(
-    settings: Settings,
-    on_start: Callable[[Demo], None],
-    on_progress: Callable[[Progress], None],
-    runner: Runner = children.run,
-) -> report.Report:
-    """Run the demo in `settings.output`, or finish the one that an earlier call began there.
-
-    Args:
-        settings: What the user asks for.
-        on_start: Called once the settings have been accepted.
-        on_progress: Called at the start and end of every step and while it runs.
-        runner: Runs a command of nnU-Net.
+def run(demo: Demo, say: Say) -> None:
+    """Run the demo in its folder, or finish the one that an earlier call began there.
 
     Raises:
-        ChildError: a command of nnU-Net failed.
-        UsageError: the settings, the data set or the folder don't allow it.
+        CommandError: a command of nnU-Net failed.
+        UsageError: the options, the data set or the folder don't allow it.
     """
-    check_trainers(settings)
-    raw = None if settings.raw is None else dataset.read_raw(Path(os.path.abspath(settings.raw)))
-    output = Path(os.path.abspath(settings.output))
-    settings = replace(settings, output=output, raw=raw.folder if raw else None)
-    prepare_folder(output)
-    with locked(output / LOCK) as lock:
-        settings = settle(settings, default_device)
-        demo = Demo(
-            output,
-            raw.folder.name if raw else phantom.NAME,
-            tuple(dict.fromkeys(settings.trainers)),
-            settings.schedule,
-            settings.configuration,
-            str(settings.device),
-        )
-        on_start(demo)
-        steps = make_steps(demo, raw, _runs_commands(demo, lock, runner))
+    demo = replace(demo, trainers=tuple(dict.fromkeys(demo.trainers)))
+    for trainer in demo.trainers:
+        try:
+            trainer_class(demo.scheduled(trainer))
+        except UsageError as error:
+            options = "--trainers with --schedule (such as 9epochs_20iters, or full)"
+            raise UsageError(f"{options}: {error}") from error
+    raw = None if demo.raw is None else dataset.read_raw(demo.raw)
+    with _opened(demo) as settled:
+        names = ", ".join(demo.trainers)
+        say(f"Demo in {demo.root}", True)
+        say(f"{', '.join(demo.variables)} of the demo lie there; your own are left alone.", True)
+        say(f"{demo.dataset}, {demo.configuration}, {demo.schedule}, {settled.device}: {names}", True)
+        steps = make_steps(settled, raw)
         for number, step in enumerate(steps, start=1):
-            _do(demo, steps, step, partial(Progress, number, len(steps), step.title), on_progress)
-        return report.read(demo)
+            line = f"[{number}/{len(steps)}] {step.title}"
+            if step.is_done():
+                say(f"{line}: done by an earlier run", True)
+                continue
+            for later in steps[number - 1 :]:
+                if step.trainer in ("", later.trainer) or not later.trainer:
+                    _remove(later.output)
+            _do(settled, step, line, say)
+    for line in (*report.summary(demo), f"Report: {report.path(demo)}"):
+        say(line, True)
 
 
-def default_device() -> str:
-    """Return "cuda" where PyTorch finds an NVIDIA GPU, else "cpu"."""
+def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[Step]:
+    """All steps of `demo` in their order; without `raw` the data set is the phantom."""
+    number, few = number_of(demo.dataset), "" if demo.device == "cuda" else " -npfp 2 -np 2"
+    which, device = f"-d {number} -c {demo.configuration}", f"-device {demo.device}"
+    plan = f"nnUNetv2_plan_and_preprocess {which} --verify_dataset_integrity --no_pbar{few}".split()
+    trainings, predictions = [], []
+    for trainer in demo.trainers:
+        name, title, fold = demo.scheduled(trainer), f"train {trainer}", demo.model(trainer) / "fold_0"
+        command = f"nnUNetv2_train {number} {demo.configuration} 0 -tr {name} {device}".split()
+        is_done = partial(_are_whole, [fold / _CHECKPOINT, fold / "validation" / "summary.json"])
+        trainings += [Step(f"train_{name}", title, fold / "validation", is_done, command, trainer)]
+    for trainer in demo.trainers:
+        name, title, output = demo.scheduled(trainer), f"predict with {trainer}", demo.predictions(trainer)
+        options = f"{which} -f 0 -tr {name} -chk {_CHECKPOINT} -npp 1 -nps 1 --disable_progress_bar {device}"
+        command = ["nnUNetv2_predict", "-i", str(demo.data / "imagesTs"), "-o", str(output), *options.split()]
+        is_done = partial(dataset.are_predicted, demo, output)
+        predictions += [Step(f"predict_{name}", title, output, is_done, command, trainer)]
+    title = "generate the phantom" if raw is None else f"check and link {raw.folder.name}"
+    ran = [plan, *(step.make for step in (*trainings, *predictions) if isinstance(step.make, list))]
+    write = partial(report.write, demo, ran)
+    return [
+        Step("data", title, demo.data, (demo.data / "dataset.json").is_file, partial(_make_data, demo, raw)),
+        Step("plan", "plan and preprocess", demo.preprocessed, partial(_is_planned, demo), plan),
+        *trainings,
+        *predictions,
+        Step("report", "write the report", report.path(demo), partial(report.is_of, demo), write),
+    ]
+
+
+@contextmanager
+def _opened(demo: Demo) -> Iterator[Demo]:
+    """Hold the demo's folder, which notes the options, and give the demo with its device.
+
+    Trainers may differ: each has folders of its own, so that one can be added to a demo.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    note = demo.root / "demo.json"
+    with writing(demo.root):
+        demo.root.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(p.name for p in demo.root.iterdir() if not p.name.startswith(("demo.", PARTIAL)))
+    if foreign and not note.is_file():
+        raise UsageError(
+            f"--output needs an empty folder or that of a demo, {demo.root} holds {foreign[0]}: choose another."
+        )
+    with locked(demo.root / "demo.lock"):
+        if left := commands.processes(demo.root):
+            raise UsageError(
+                f"another run is at work in {demo.root}, process {left[0].pid} of a demo that was killed: wait for "
+                "its end or stop it, or choose another output folder."
+            )
+        held = read_json(note, AGAIN) if note.is_file() else {}
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        demo = replace(demo, device=demo.device or held.get("device") or default)
+        asked = {"raw": demo.raw and str(demo.raw), "schedule": demo.schedule}
+        asked |= {"configuration": demo.configuration, "device": demo.device}
+        changed = [f"{key} {held.get(key)}, now {asked[key]}" for key in asked if held.get(key) != asked[key]]
+        if held and changed:
+            raise UsageError(
+                f"{demo.root} holds a demo with other options ({'; '.join(changed)}): "
+                "choose another folder by --output, or delete this one."
+            )
+        if not held:
+            write_text(note, json.dumps(asked, indent=2) + "\n")
+        yield demo
 
 
-def _runs_commands(demo: Demo, lock: int | None, runner: Runner) -> RunCommand:
-    environment = children.environment(demo.variables, demo.device, is_short=demo.schedule != FULL_SCHEDULE)
+def _do(demo: Demo, step: Step, line: str, say: Say) -> None:
+    start, log = time.monotonic(), demo.root / "logs" / f"{step.name}.log"
 
-    def run_command(name: str, command: tuple[str, ...], on_text: Callable[[str], None]) -> None:
-        runner(children.Child(command, demo.root / "logs" / f"{name}.log", environment, lock), on_text)
+    def status(text: str) -> None:
+        say(f"{line}: {text and f'{text}, '}{time.monotonic() - start:.0f} s", False)
 
-    return run_command
-
-
-def _do(
-    demo: Demo,
-    steps: Sequence[Step],
-    step: Step,
-    progress: Callable[..., Progress],
-    on_progress: Callable[[Progress], None],
-) -> None:
-    """Do `step`, unless it is finished."""
-    if _is_finished(demo, step):
-        on_progress(progress("reused"))
-        return
-    for name in _dependents(steps, step.name):
-        with writing(_marker(demo, name)):
-            _marker(demo, name).unlink(missing_ok=True)
-    start = time.monotonic()
-    on_progress(progress("started"))
-    step.work(lambda status: on_progress(progress("running", status, time.monotonic() - start)))
-    if not step.results():
-        log = demo.root / "logs" / f"{step.name}.log"
-        raise ChildError(f"the step {step.name!r} ended without an error and without its results; log: {log}")
-    seconds = time.monotonic() - start
-    marker = {"inputs": step.inputs, "seconds": round(seconds, 1)}
-    write_text(_marker(demo, step.name), json.dumps(marker, indent=2) + "\n")
-    on_progress(progress("finished", "", seconds))
+    say(f"{line} ...", False)
+    if isinstance(step.make, list):
+        command = [*step.make, *_continue_option(step.output.parent)]
+        commands.run(command, log, demo, lambda text: status(epoch(text, demo.schedule)))
+    else:
+        step.make(status)
+    if not step.is_done():
+        raise commands.CommandError(
+            f"the step {step.name!r} ended without an error and without its results; log: {log}"
+        )
+    say(f"{line}: done in {time.monotonic() - start:.0f} s", True)
 
 
-def _marker(demo: Demo, name: str) -> Path:
-    return demo.root / "done" / f"{name}.json"
+def _make_data(demo: Demo, raw: dataset.RawDataset | None, status: Status) -> None:
+    if raw is None:
+        phantom.write_dataset(demo.data, phantom.PhantomSpec(), lambda i, n: status(f"scan {i}/{n}"))
+    else:
+        dataset.check(raw, lambda i, n: status(f"case {i}/{n}"))
+        dataset.link(raw, demo.data)
 
 
-def _is_finished(demo: Demo, step: Step) -> bool:
-    marker = _marker(demo, step.name)
-    return marker.is_file() and read_json(marker).get("inputs") == list(step.inputs) and step.results()
+def _is_planned(demo: Demo) -> bool:
+    plans = demo.preprocessed / f"{PLANS}.json"
+    if not is_whole(plans):
+        return False
+    planned = configuration(read_plans(plans, AGAIN), demo.configuration)
+    data, truth = demo.preprocessed / planned["data_identifier"], demo.preprocessed / "gt_segmentations"
+    cases, ending = demo.cases("Tr"), demo.file_ending
+    files = [data / f"{case}{end}" for case in cases for end in (".pkl", ".b2nd", "_seg.b2nd")]
+    return _are_whole([*files, *(truth / f"{case}{ending}" for case in cases)])  # copied last
 
 
-def _dependents(steps: Sequence[Step], name: str) -> set[str]:
-    """`name` and all that builds on it; steps stand in their order."""
-    found = {name}
-    for step in steps:
-        if found & set(step.needs):
-            found.add(step.name)
-    return found
+def _are_whole(paths: Iterable[Path]) -> bool:
+    return all(map(is_whole, paths))
+
+
+def _continue_option(fold: Path) -> tuple[str, ...]:
+    """`--c` where a checkpoint lies; one that was cut off while it was written is deleted."""
+    checkpoints = list(fold.glob("checkpoint_*.pth"))
+    whole = [path for path in checkpoints if is_whole(path)]
+    for path in {*checkpoints} - {*whole}:
+        _remove(path)
+    return ("--c",) if whole else ()
+
+
+def _remove(path: Path) -> None:
+    with writing(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def epoch(text: str, schedule: str) -> str:
+    """How far a training is, by the end of its output; empty before the first epoch."""
+    epochs, losses = re.findall(r"Epoch (\d+)\s", text), re.findall(r"train_loss (-?\d+\.\d+)", text)
+    if not epochs:
+        return ""
+    asked = registry.parse_schedule(f"{registry.CORE_TRAINER}_{schedule}")
+    of = f"/{asked.epochs}" if asked and asked.epochs else ""
+    loss = f", training loss {float(losses[-1]):.2f}" if losses else ""
+    return f"epoch {int(epochs[-1]) + 1}{of}{loss}"

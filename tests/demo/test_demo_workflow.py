@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from nnunet_ext.comparison import report as comparison_report
-from nnunet_ext.demo import workflow
-from nnunet_ext.demo.errors import ChildError
+from nnunet_ext.demo import report, workflow
+from nnunet_ext.demo.commands import CommandError
 from nnunet_ext.demo.phantom import PhantomSpec, write_dataset
-from nnunet_ext.demo.settings import Demo, Settings
-from nnunet_ext.demo.steps import EpochWatch
-from nnunet_ext.demo.workflow import Progress, default_device
+from nnunet_ext.demo.settings import Demo
 from nnunet_ext.errors import UsageError
 from tests.conftest import KilledPartial
 
@@ -27,46 +26,75 @@ if TYPE_CHECKING:
     from conftest import FakeNnunet
 
 PLAN, TRAIN, PREDICT = (f"nnUNetv2_{name}" for name in ("plan_and_preprocess", "train", "predict"))
-Run = Callable[..., list[Progress]]
+CONTINUE = f"{TRAIN} --c"
+FOLD, PREPROCESSED = "nnUNet_results/*/*/fold_0", "nnUNet_preprocessed/*"
+BOTH = ("nnUNetTrainer", "nnUNetTrainerReversible")
+Run = Callable[..., list[str]]
+
+
+def write_report(demo: Demo, *_: Any) -> None:
+    runs = [{"trainer": demo.scheduled(name)} for name in demo.trainers]
+    report.path(demo).with_suffix(".json").write_text(json.dumps({"runs": runs}))
+    report.path(demo).touch()
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(tmp_path / "demo", None, ("nnUNetTrainer",), "3epochs_2iters", "3d_fullres", "cpu")
+def demo(tmp_path: Path) -> Demo:
+    return Demo(tmp_path / "demo", None, ("nnUNetTrainer",), "3epochs_2iters", "3d_fullres", "cpu")
 
 
 @pytest.fixture
-def run(settings: Settings, nnunet: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the demo without tables and figures and return the news; keyword arguments replace settings."""
-    monkeypatch.setattr(comparison_report, "_accuracy", lambda *_: comparison_report.Section("", (), ()))
-    monkeypatch.setattr(comparison_report, "_cost", lambda _: comparison_report.Section("", (), ()))
+def run(demo: Demo, nnunet: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the demo with a report without numbers, return what it says; arguments replace what the user asks for."""
+    monkeypatch.setattr(report, "write", write_report)
+    monkeypatch.setattr(report, "summary", lambda _: [])
 
-    def _run(**changes: object) -> list[Progress]:
-        news: list[Progress] = []
+    def _run(interrupted_at: str = "", **changes: Any) -> list[str]:
+        lines: list[str] = []
         nnunet.commands.clear()
-        workflow.run(replace(settings, **changes), lambda _: None, news.append, nnunet)  # type: ignore[arg-type]
-        return news
+        nnunet.interrupted_at = interrupted_at
+        workflow.run(replace(demo, **changes), lambda line, _: lines.append(line))
+        return lines
 
     return _run
 
 
-def model(settings: Settings) -> Path:
-    (folder,) = settings.output.glob("nnUNet_results/*/nnUNetTrainer_3epochs_2iters__nnUNetPlans__3d_fullres")
-    return folder
-
-
-def test_steps_come_in_order_for_every_trainer(run: Run, nnunet: FakeNnunet) -> None:
-    news = run(trainers=("nnUNetTrainer", "nnUNetTrainerReversible"))
-    assert nnunet.names == [PLAN, TRAIN, TRAIN, PREDICT, PREDICT]
-    finished = [(n.number, n.total) for n in news if n.state == "finished"]
-    assert finished == [(number, 7) for number in range(1, 8)]
-
-
-def test_commands_ask_for_trainer_schedule_fold_and_device(run: Run, nnunet: FakeNnunet) -> None:
+@pytest.fixture
+def finished(demo: Demo, run: Run) -> Path:
+    """Folder of a finished demo."""
     run()
-    train, predict = (next(c for c in nnunet.commands if c[0] == name) for name in (TRAIN, PREDICT))
-    assert train[1:] == ("990", "3d_fullres", "0", "-tr", "nnUNetTrainer_3epochs_2iters", "-device", "cpu")
-    assert " -f 0 -tr nnUNetTrainer_3epochs_2iters -chk checkpoint_final.pth " in " ".join(predict)
+    return demo.root
+
+
+def spoil(folder: Path, pattern: str, how: str) -> None:
+    for path in list(folder.glob(pattern)):
+        if how == "lost":
+            path.unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def test_steps_come_in_order_for_every_trainer_and_once_for_one_named_twice(
+    demo: Demo, run: Run, nnunet: FakeNnunet
+) -> None:
+    lines = run(trainers=(*BOTH, "nnUNetTrainer"))
+    assert nnunet.names == [PLAN, TRAIN, TRAIN, PREDICT, PREDICT]
+    titles = ["generate the phantom", "plan and preprocess", *(f"train {name}" for name in BOTH)]
+    titles += [*(f"predict with {name}" for name in BOTH), "write the report"]
+    done = [f"[{number}/7] {title}: done in" for number, title in enumerate(titles, start=1)]
+    assert [line.rpartition(" in ")[0] + " in" for line in lines if ": done" in line] == done
+    assert any(
+        line.startswith("[3/7] train nnUNetTrainer: epoch 3/3, training loss -0.25, ") for line in lines
+    )
+    assert lines[:3] == [
+        f"Demo in {demo.root}",
+        "nnUNet_raw, nnUNet_preprocessed, nnUNet_results of the demo lie there; your own are left alone.",
+        f"Dataset990_CTPhantom, 3d_fullres, 3epochs_2iters, cpu: {', '.join(BOTH)}",
+    ]
+    train, predict = nnunet.commands[2], " ".join(nnunet.commands[3])
+    scheduled = "nnUNetTrainerReversible_3epochs_2iters"
+    assert train[1:] == ["990", "3d_fullres", "0", "-tr", scheduled, "-device", "cpu"]
+    assert " -f 0 -tr nnUNetTrainer_3epochs_2iters -chk checkpoint_final.pth " in predict
 
 
 def test_full_schedule_adds_no_suffix(run: Run, nnunet: FakeNnunet) -> None:
@@ -74,274 +102,188 @@ def test_full_schedule_adds_no_suffix(run: Run, nnunet: FakeNnunet) -> None:
     assert "nnUNetTrainerNoMirroring" in nnunet.commands[1]
 
 
-def test_second_run_reuses_every_step(run: Run, nnunet: FakeNnunet) -> None:
-    run()
-    news = run()
+def test_second_run_skips_all_and_an_added_trainer_runs_alone(
+    finished: Path, run: Run, nnunet: FakeNnunet
+) -> None:
+    assert [line.partition("] ")[2].partition(": ")[2] for line in run()[3:-1]] == [
+        "done by an earlier run"
+    ] * 5
     assert nnunet.commands == []
-    assert [n.state for n in news] == ["reused"] * 5
-
-
-def test_added_trainer_runs_alone(run: Run, nnunet: FakeNnunet) -> None:
-    run()
-    run(trainers=("nnUNetTrainer", "nnUNetTrainerReversible"))
+    assert "[7/7] write the report: done in" in run(trainers=BOTH)[-2]
     assert nnunet.names == [TRAIN, PREDICT]
-    assert all("nnUNetTrainerReversible_3epochs_2iters" in " ".join(command) for command in nnunet.commands)
-
-
-def test_trainer_named_twice_runs_once(run: Run, nnunet: FakeNnunet) -> None:
-    run(trainers=("nnUNetTrainer", "nnUNetTrainer"))
-    assert nnunet.names == [PLAN, TRAIN, PREDICT]
+    assert all("nnUNetTrainerReversible_3epochs_2iters" in command for command in nnunet.commands)
+    assert "[5/5] write the report: done in" in run()[-2]  # it must not be about the other one any more
+    assert nnunet.commands == []
 
 
 @pytest.mark.parametrize(
-    ("lost", "redone"),
+    ("pattern", "how", "redone"),
     [
-        ("report.html", []),
-        ("predictions/*/*.nii.gz", [PREDICT]),
-        ("nnUNet_results/*/*/fold_0/validation/summary.json", [f"{TRAIN} --c", PREDICT]),
-        ("nnUNet_results/*/*/fold_0/checkpoint_final.pth", [TRAIN, PREDICT]),
-        ("nnUNet_preprocessed/*/data/*_000.pkl", [PLAN, f"{TRAIN} --c", PREDICT]),
-        ("nnUNet_raw/*/dataset.json", [PLAN, f"{TRAIN} --c", PREDICT]),
+        ("report.html", "lost", []),
+        ("report.json", "cut off", []),
+        ("predictions/*/*.nii.gz", "lost", [PREDICT]),
+        ("predictions/*/*.nii.gz", "cut off", [PREDICT]),
+        (f"{FOLD}/validation/summary.json", "lost", [CONTINUE, PREDICT]),
+        (f"{FOLD}/validation/summary.json", "cut off", [CONTINUE, PREDICT]),
+        (f"{FOLD}/checkpoint_final.pth", "lost", [TRAIN, PREDICT]),
+        (f"{FOLD}/checkpoint_final.pth", "cut off", [TRAIN, PREDICT]),
+        (f"{PREPROCESSED}/data/*_000.pkl", "lost", [PLAN, CONTINUE, PREDICT]),
+        (f"{PREPROCESSED}/data/*_000.pkl", "cut off", [PLAN, CONTINUE, PREDICT]),
+        (f"{PREPROCESSED}/data/*_001.b2nd", "cut off", [PLAN, CONTINUE, PREDICT]),
+        (f"{PREPROCESSED}/gt_segmentations/*_004.nii.gz", "lost", [PLAN, CONTINUE, PREDICT]),
+        (f"{PREPROCESSED}/nnUNetPlans.json", "cut off", [PLAN, CONTINUE, PREDICT]),
+        ("nnUNet_raw/*/dataset.json", "lost", [PLAN, CONTINUE, PREDICT]),
     ],
 )
-def test_lost_results_are_redone_with_all_that_builds_on_them(
-    run: Run, nnunet: FakeNnunet, settings: Settings, lost: str, redone: list[str]
+def test_results_that_are_lost_or_cut_off_are_redone_with_all_that_builds_on_them(
+    finished: Path, run: Run, nnunet: FakeNnunet, pattern: str, how: str, redone: list[str]
 ) -> None:
-    run()
-    for path in list(settings.output.glob(lost)):
-        path.unlink()
-    news = run()
-    assert nnunet.names == redone
-    assert news[-1].state == "finished"
-
-
-@pytest.mark.parametrize(
-    ("cut", "redone"),
-    [
-        ("predictions/*/*.nii.gz", [PREDICT]),
-        ("nnUNet_results/*/*/fold_0/validation/summary.json", [f"{TRAIN} --c", PREDICT]),
-        ("nnUNet_results/*/*/fold_0/checkpoint_final.pth", [TRAIN, PREDICT]),
-        ("nnUNet_preprocessed/*/data/*_000.pkl", [PLAN, f"{TRAIN} --c", PREDICT]),
-        ("nnUNet_preprocessed/*/data/*_001.b2nd", [PLAN, f"{TRAIN} --c", PREDICT]),
-    ],
-)
-def test_results_that_were_cut_off_are_redone(
-    run: Run, nnunet: FakeNnunet, settings: Settings, cut: str, redone: list[str]
-) -> None:
-    run()
-    (path, *_) = settings.output.glob(cut)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    run()
+    spoil(finished, pattern, how)
+    assert "write the report: done in" in run()[-2]
     assert nnunet.names == redone
 
 
 @pytest.mark.parametrize(
     ("command", "rest"),
-    [
-        (PLAN, [PLAN, TRAIN, PREDICT]),
-        (TRAIN, [TRAIN, PREDICT]),
-        (PREDICT, [PREDICT]),
-    ],
+    [(PLAN, [PLAN, TRAIN, PREDICT]), (TRAIN, [TRAIN, PREDICT]), (PREDICT, [PREDICT])],
 )
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ChildError("failed")])
 def test_run_after_an_interruption_does_the_rest(
-    run: Run, nnunet: FakeNnunet, command: str, rest: list[str], error: BaseException
+    demo: Demo, run: Run, nnunet: FakeNnunet, command: str, rest: list[str]
 ) -> None:
-    nnunet.fail[command] = error
-    with pytest.raises(type(error)):
-        run()
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted_at=command)
+    left = demo.root / "nnUNet_preprocessed" / demo.dataset / "dataset_fingerprint.json"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_text("{")  # nnU-Net would trust it
     run()
     assert nnunet.names == rest
+    assert left.exists() is (command != PLAN)
 
 
-@pytest.mark.parametrize("name", ["checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"])
-def test_interrupted_training_continues_from_its_checkpoint(
-    run: Run, nnunet: FakeNnunet, settings: Settings, name: str
+def test_what_builds_on_a_redone_step_is_redone_also_after_an_interruption(
+    finished: Path, run: Run, nnunet: FakeNnunet
 ) -> None:
-    run()
-    final = model(settings) / "fold_0" / "checkpoint_final.pth"
-    final.rename(final.with_name(name))
-    (model(settings) / "fold_0" / "validation" / "summary.json").unlink()
-    run()
-    assert nnunet.names[0] == f"{TRAIN} --c"
-
-
-def test_checkpoint_that_was_cut_off_is_not_continued(
-    run: Run, nnunet: FakeNnunet, settings: Settings
-) -> None:
-    run()
-    final = model(settings) / "fold_0" / "checkpoint_final.pth"
-    os.truncate(final, final.stat().st_size // 2)
-    (model(settings) / "fold_0" / "validation" / "summary.json").unlink()
-    run()
-    assert nnunet.names[0] == TRAIN
-
-
-def test_rest_of_an_interrupted_preprocessing_is_removed_first(
-    run: Run, nnunet: FakeNnunet, settings: Settings
-) -> None:
-    nnunet.fail[PLAN] = KeyboardInterrupt()
+    spoil(finished, f"{FOLD}/validation/summary.json", "lost")
     with pytest.raises(KeyboardInterrupt):
-        run()
-    fingerprint = (
-        settings.output / "nnUNet_preprocessed" / "Dataset990_CTPhantom" / "dataset_fingerprint.json"
-    )
-    fingerprint.parent.mkdir(parents=True)
-    fingerprint.write_text("{")
+        run(interrupted_at=PREDICT)
     run()
-    assert not fingerprint.exists()
+    assert nnunet.names == [PREDICT]
+
+
+@pytest.mark.parametrize("name", ["checkpoint_latest.pth", "checkpoint_best.pth"])
+def test_interrupted_training_continues_from_its_last_whole_checkpoint(
+    finished: Path, run: Run, nnunet: FakeNnunet, name: str
+) -> None:
+    (final,) = finished.glob(f"{FOLD}/checkpoint_final.pth")
+    shutil.copy(final, final.with_name(name))
+    spoil(finished, f"{FOLD}/checkpoint_final.pth", "cut off")
+    run()
+    assert nnunet.names[0] == CONTINUE
 
 
 def test_command_that_leaves_no_results_is_a_failure(
     run: Run, nnunet: FakeNnunet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nnunet, PREDICT, lambda *_: None)
-    with pytest.raises(ChildError, match=r"predict_nnUNetTrainer_3epochs_2iters.*without its results"):
+    with pytest.raises(CommandError, match=r"predict_nnUNetTrainer_3epochs_2iters.*without its results"):
         run()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"schedule": "4epochs_2iters"}, r"schedule 3epochs_2iters, now 4epochs_2iters"),
-        ({"configuration": "2d"}, r"configuration 3d_fullres, now 2d"),
-        ({"device": "cuda"}, r"device cpu, now cuda"),
-    ],
-)
+@pytest.mark.parametrize("key", ["schedule", "configuration", "device"])
 def test_other_options_in_the_same_folder_are_refused(
-    run: Run, nnunet: FakeNnunet, changes: dict[str, str], message: str
+    finished: Path, demo: Demo, run: Run, nnunet: FakeNnunet, key: str
 ) -> None:
-    run()
-    with pytest.raises(UsageError, match=rf"other options \({message}\): choose .* --output") as caught:
-        run(**changes)
+    new = {"schedule": "4epochs_2iters", "configuration": "2d", "device": "cuda"}[key]
+    message = rf"other options \({key} {getattr(demo, key)}, now {new}\): choose .* --output"
+    with pytest.raises(UsageError, match=message):
+        run(**{key: new})
     assert nnunet.commands == []
-    assert "\n" not in str(caught.value)
 
 
-def test_device_of_the_folder_is_kept_where_none_is_asked_for(run: Run, nnunet: FakeNnunet) -> None:
-    run(device="mps")
+@pytest.mark.parametrize(("available", "device"), [(False, "cpu"), (True, "cuda")])
+def test_device_is_what_pytorch_finds_then_that_of_the_folder(
+    run: Run, nnunet: FakeNnunet, monkeypatch: pytest.MonkeyPatch, available: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    run(device=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not available)
     run(device=None, trainers=("nnUNetTrainerReversible",))
-    assert nnunet.commands[0][-1] == "mps"
+    assert nnunet.commands[0][-1] == device
 
 
-def test_default_device_is_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    for available, device in ((False, "cpu"), (True, "cuda")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        assert default_device() == device
-
-
-def test_own_data_set_replaces_the_phantom_and_another_one_is_refused(
+def test_own_data_set_replaces_the_phantom_unless_it_is_cut_off_or_another_one(
     run: Run, nnunet: FakeNnunet, tmp_path: Path
 ) -> None:
-    for name in ("Dataset007_Mine", "Dataset008_Other"):
-        write_dataset(tmp_path / name, PhantomSpec(n_training=7, n_test=0, spacing=(9.0, 9.0, 9.0)))
-    run(raw=tmp_path / "Dataset007_Mine")
-    assert nnunet.commands[1][1] == "7"
-    run(raw=tmp_path / "sub" / ".." / "Dataset007_Mine")
-    assert nnunet.commands == []
-    with pytest.raises(UsageError, match=r"raw .*Dataset007_Mine, now .*Dataset008_Other"):
-        run(raw=tmp_path / "Dataset008_Other")
-
-
-def test_own_data_set_with_a_cut_scan_is_refused_before_anything_runs(
-    run: Run, nnunet: FakeNnunet, tmp_path: Path
-) -> None:
-    raw = tmp_path / "Dataset007_Mine"
-    write_dataset(raw, PhantomSpec(n_training=7, n_test=0, spacing=(9.0, 9.0, 9.0)))
-    path = raw / "imagesTr" / "phantom_002_0000.nii.gz"
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        UsageError, match=r"phantom_002 .*can't be read: it is cut off.*failures: 1; `nnunet-ext doctor"
-    ):
+    raw, other = tmp_path / "Dataset007_Mine", tmp_path / "Dataset008_Other"
+    write_dataset(other, PhantomSpec(n_training=7, n_test=0, spacing=(9.0, 9.0, 9.0)))
+    shutil.copytree(other, raw)
+    spoil(raw, "imagesTr/phantom_002_0000.nii.gz", "cut off")
+    with pytest.raises(UsageError, match=r"phantom_002 .*is cut off.*failures: 1; `nnunet-ext doctor"):
         run(raw=raw)
     assert nnunet.commands == []
-    path.write_bytes(content)
+    shutil.copytree(other, raw, dirs_exist_ok=True)
     run(raw=raw)
     assert nnunet.names == [PLAN, TRAIN, PREDICT]
+    assert nnunet.commands[1][1] == "7"
+    run(raw=raw)
+    assert nnunet.commands == []
+    with pytest.raises(UsageError, match=r"raw .*Dataset007_Mine, now .*Dataset008_Other"):
+        run(raw=other)
 
 
 def test_configuration_that_was_not_planned_is_refused(run: Run) -> None:
-    with pytest.raises(UsageError, match=r"-c needs .*\(2d, 3d_fullres\), got 3d_lowres"):
+    with pytest.raises(UsageError, match=r"configurations 2d, 3d_fullres, got 3d_lowres: choose one"):
         run(configuration="3d_lowres")
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("trainer", "schedule"),
     [
-        ({"schedule": "short"}, r"--schedule needs .*got 'short'"),
-        ({"schedule": ""}, r"--schedule needs .*got ''"),
-        ({"schedule": "x_3epochs"}, r"--schedule needs .*got 'x_3epochs'"),
-        (
-            {"trainers": ("nnUNetTrainerGone",)},
-            r"--trainers needs .*nnunet-ext list.*got 'nnUNetTrainerGone'",
-        ),
-        ({"trainers": ("nnUNetTrainerNoMirroring",)}, r"--trainers needs .*got 'nnUNetTrainerNoMirroring'"),
+        ("nnUNetTrainer", "short"),
+        ("nnUNetTrainer", ""),
+        ("nnUNetTrainer", "x_3epochs"),
+        ("nnUNetTrainerGone", "3epochs"),
+        ("nnUNetTrainerNoMirroring", "3epochs"),  # has no schedules
     ],
 )
 def test_unknown_schedule_or_trainer_is_refused_before_anything_is_written(
-    run: Run, settings: Settings, changes: dict[str, object], message: str
+    run: Run, demo: Demo, trainer: str, schedule: str
 ) -> None:
-    with pytest.raises(UsageError, match=message):
-        run(**changes)
-    assert not settings.output.exists()
+    message = rf"--trainers with --schedule .*got {trainer}_{schedule}: correct it"
+    with pytest.raises(UsageError, match=message) as caught:
+        run(trainers=(trainer,), schedule=schedule)
+    assert "\n" not in str(caught.value)
+    assert not demo.root.exists()
 
 
-def test_folder_with_other_files_is_refused(run: Run, settings: Settings) -> None:
-    (settings.output / "nnUNet_raw").mkdir(parents=True)
-    with pytest.raises(
-        UsageError, match=r"--output needs an empty folder .* holds nnUNet_raw: choose another"
-    ):
-        run()
-    assert os.listdir(settings.output) == ["nnUNet_raw"]
-
-
-def test_note_that_was_cut_off_does_not_block_the_folder(
-    run: Run, settings: Settings, killed_partial: KilledPartial
+def test_folder_with_other_files_or_that_cant_be_made_is_refused(
+    run: Run, demo: Demo, tmp_path: Path, killed_partial: KilledPartial
 ) -> None:
-    settings.output.mkdir()
-    killed_partial(settings.output).write_text("{")
-    run()
-    assert json.loads((settings.output / "demo.json").read_text())["schedule"] == "3epochs_2iters"
-
-
-def test_output_that_cant_be_made_is_named(run: Run, tmp_path: Path) -> None:
+    demo.root.mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"can't write .*file/demo"):
-        run(output=tmp_path / "file" / "demo")
-
-
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_without_write_access_is_named(run: Run, settings: Settings) -> None:
-    settings.output.mkdir(mode=0o500)
-    with pytest.raises(UsageError, match=r"can't write .*demo.*Permission denied"):
+        run(root=tmp_path / "file" / "demo")
+    (demo.root / "nnUNet_raw").mkdir()
+    with pytest.raises(UsageError, match=r"--output needs an empty .* holds nnUNet_raw: choose another"):
         run()
+    assert os.listdir(demo.root) == ["nnUNet_raw"]
+    (demo.root / "nnUNet_raw").rename(killed_partial(demo.root))  # a note that was cut off
+    run()
 
 
-def test_training_reports_its_epoch(run: Run) -> None:
-    statuses = [n.status for n in run() if n.title == "train nnUNetTrainer" and n.state == "running"]
-    assert statuses == ["epoch 3/3, training loss -0.25"]
-
-
-def test_epochs_are_read_from_pieces_of_a_log() -> None:
-    watch = EpochWatch(6)
-    assert watch.read("2026-01-01 00:00:00.0: Epo") == ""
-    assert watch.read("ch 1 \n2026-01-01: Current learning rate: 0.01 \n") == "epoch 2/6"
-    assert watch.read("train_loss 0.6854 \nEpoch time: 9.96 s \n") == "epoch 2/6, training loss 0.69"
-    assert EpochWatch(None).read("Epoch 10 \n") == "epoch 11"
+@pytest.mark.parametrize(
+    ("text", "schedule", "said"),
+    [
+        ("2026-01-01 00:00:00.0: Epo", "6epochs", ""),
+        ("2026-01-01: Epoch 1 \nCurrent learning rate: 0.01 \n", "6epochs", "epoch 2/6"),
+        ("Epoch 1 \ntrain_loss 0.6854 \nEpoch time: 9.96 s \n", "6epochs", "epoch 2/6, training loss 0.69"),
+        ("Epoch 10 \n", "full", "epoch 11"),
+    ],
+)
+def test_epoch_is_read_from_the_end_of_a_log(text: str, schedule: str, said: str) -> None:
+    assert workflow.epoch(text, schedule) == said
 
 
 def test_help_needs_neither_torch_nor_numpy() -> None:
     code = "import sys, nnunet_ext.cli.demo; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_paths_of_a_demo() -> None:
-    demo = Demo(Path("/d"), "Dataset007_Mine", ("nnUNetTrainer",), "2epochs", "2d", "cpu")
-    assert demo.dataset_id == "7"
-    assert demo.model("nnUNetTrainer") == Path(
-        "/d/nnUNet_results/Dataset007_Mine/nnUNetTrainer_2epochs__nnUNetPlans__2d"
-    )
