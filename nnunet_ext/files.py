@@ -284,29 +284,28 @@ def _swap(parts: Mapping[Path, Path], gone: Iterable[Path] = ()) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[int | None]:
-    """Hold the file `path` as a lock; the descriptor is for children, who keep the lock while they live.
+def locked(path: Path) -> Iterator[None]:
+    """Hold the file `path` as a lock, which ends with this process, however that ends; its children don't hold it.
 
-    Without file locks (Windows, some network file systems) nothing is locked and the descriptor is None.
+    Where the file system has no locks nothing is held.
 
     Raises:
         UsageError: somebody else holds it.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield None
-        return
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
     with writing(path):
-        stream = path.open("a")
-    with stream:
-        held = True
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock.acquire(blocking=False)
+        except Timeout as error:
             raise UsageError(
                 f"another run is at work in {path.parent}: wait for its end, or choose another output folder."
             ) from error
-        except OSError:  # a file system without locks
-            held = False
-        yield stream.fileno() if held else None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+    try:
+        yield
+    finally:
+        lock.release()

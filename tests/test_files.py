@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import psutil
 import pytest
 
@@ -26,7 +28,7 @@ from nnunet_ext.files import (
     write_text,
     writing,
 )
-from tests.conftest import KilledPartial
+from tests.conftest import KilledPartial, RunPython
 
 
 def test_failed_write_keeps_the_old_file_and_names_it(
@@ -269,27 +271,51 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
         raise ValueError("mine")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no file locks")
-def test_second_demo_in_a_folder_is_refused(tmp_path: Path) -> None:
-    def lock_again() -> None:
-        with locked(tmp_path / "demo.lock"):
-            pytest.fail("locked twice")
-
-    with locked(tmp_path / "demo.lock"), pytest.raises(UsageError, match="another run is at work"):
-        lock_again()
-    with locked(tmp_path / "demo.lock") as descriptor:
-        assert descriptor is not None
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no file locks")
-def test_child_that_outlives_the_demo_keeps_the_lock(tmp_path: Path) -> None:
-    with locked(tmp_path / "demo.lock") as descriptor:
-        assert descriptor is not None
-        child = subprocess.Popen(
-            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(descriptor,)
-        )
-    with pytest.raises(UsageError, match="another run is at work"), locked(tmp_path / "demo.lock"):
+def test_second_run_in_a_folder_is_refused_and_one_after_it_is_not(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "demo.lock"),
+        pytest.raises(UsageError, match=r"another run is at work in .*: wait for its end, or choose"),
+        locked(tmp_path / "demo.lock"),
+    ):
+        pytest.fail("locked twice")
+    with locked(tmp_path / "demo.lock"):
         pass
-    child.communicate(b"\n")
-    with locked(tmp_path / "demo.lock") as descriptor:
-        assert descriptor is not None
+
+
+def test_lock_ends_with_its_process_and_not_with_its_children(tmp_path: Path, run_python: RunPython) -> None:
+    code = f"""
+import os, subprocess, sys
+from nnunet_ext.files import Path, locked
+with locked(Path({str(tmp_path / "demo.lock")!r})):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+    os._exit(0)
+"""
+    child = psutil.Process(int(run_python(code).stdout))
+    try:
+        with locked(tmp_path / "demo.lock"):
+            assert child.is_running()
+    finally:
+        child.kill()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with locked(tmp_path / "demo.lock"):
+        pass
+
+
+def test_lock_that_cant_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UsageError, match=r"can't write .*demo\.lock"),
+        locked(tmp_path / "file" / "demo.lock"),
+    ):
+        pytest.fail("locked")
