@@ -7,11 +7,12 @@ from math import prod
 from typing import Any
 
 from nnunet_ext.architectures.expanded.patch import MIN_STAGES, divisors, expanded_patch
+from nnunet_ext.plans.memory_planner import MemoryPlanner
 from nnunet_ext.plans.patch_shapes import image_size
 
 
-class ExpandedPatchMixin:
-    """Plans kP as the patch of the configuration for the largest P, and notes both; place it before a planner.
+class ExpandedPatchPlanner(MemoryPlanner):
+    """Plans kP as the patch of the configuration for the largest P, and notes both; goes before a planner of a host.
 
     The configuration's ``patch_size`` is kP. Its ``me_unet`` holds ``standard_patch_size`` (P) and ``k``, kP / P per
     axis: less than asked for where the image is smaller than k P, 1 where P covers it. A network of fewer than three
@@ -26,9 +27,9 @@ class ExpandedPatchMixin:
     k: float = 1.5
     expanded_share: Mapping[int, float] = {2: 0.47, 3: 0.24}
 
-    def with_patch(self: Any, plan: dict[str, Any], patch: Sequence[int]) -> dict[str, Any] | None:
+    def with_patch(self, plan: dict[str, Any], patch: Sequence[int]) -> dict[str, Any] | None:
         """Take the patch as P and expand it."""
-        planned: dict[str, Any] | None = super().with_patch(plan, patch)  # type: ignore[misc]
+        planned = super().with_patch(plan, patch)
         strides = planned["architecture"]["arch_kwargs"]["strides"] if planned else ()
         if planned is None or len(strides) < MIN_STAGES:
             return planned
@@ -42,7 +43,7 @@ class ExpandedPatchMixin:
             "me_unet": {"k": k, "standard_patch_size": standard},
         }
 
-    def memory_voxels(self: Any, plan: dict[str, Any]) -> float:
+    def memory_voxels(self, plan: dict[str, Any]) -> float:
         """Of the pass that needs more."""
         patch = plan["patch_size"]
         return max(prod(self.decisive_patch(plan)), self.expanded_share[len(patch)] * prod(patch))

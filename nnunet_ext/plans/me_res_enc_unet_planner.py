@@ -9,11 +9,10 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
 )
 
-from nnunet_ext.plans.expanded_patch import ExpandedPatchMixin
-from nnunet_ext.plans.memory_planner import MemoryPlanner
+from nnunet_ext.plans.expanded_patch import ExpandedPatchPlanner
 
 
-class MeResEncUNetPlanner(ExpandedPatchMixin, MemoryPlanner, nnUNetPlannerResEncM):
+class MeResEncUNetPlanner(ExpandedPatchPlanner, nnUNetPlannerResEncM):
     """Plans like nnU-Net's ResEnc M, and half as much more context around the patch for `nnUNetTrainerMeUNet`."""
 
     network_class = ResidualEncoderUNet

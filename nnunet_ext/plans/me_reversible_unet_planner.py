@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nnunet_ext.plans.expanded_patch import ExpandedPatchMixin
+from nnunet_ext.plans.expanded_patch import ExpandedPatchPlanner
 from nnunet_ext.plans.reversible_unet_planner import ReversibleUNetPlanner
 
 
-class MeReversibleUNetPlanner(ExpandedPatchMixin, ReversibleUNetPlanner):
+class MeReversibleUNetPlanner(ExpandedPatchPlanner, ReversibleUNetPlanner):
     """Spends the memory that `ReversibleUNet` frees on a larger standard patch, and expands it.
 
     For `nnUNetTrainerMeReversible`.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
-from nnunet_ext.plans.expanded_patch import ExpandedPatchMixin
-from nnunet_ext.plans.memory_planner import MemoryPlanner
+from nnunet_ext.plans.expanded_patch import ExpandedPatchPlanner
 
 
-class MeUNetPlanner(ExpandedPatchMixin, MemoryPlanner):
+class MeUNetPlanner(ExpandedPatchPlanner):
     """Plans nnU-Net's own network and patch, and half as much more context around it for `nnUNetTrainerMeUNet`."""
 
     network_class = PlainConvUNet
