@@ -1,22 +1,23 @@
 """Finds the largest patch, then the largest batch, whose training fits a GPU, with few measurements.
 
-For one topology the memory of a step is nearly proportional to the voxels of a batch, plus a fixed part. So each
+The memory of a step is nearly proportional to the voxels of a batch, plus a part that depends on the weights. So each
 measurement predicts all candidates near it, the best of them is measured next, and only a measured one is chosen.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import log
 from typing import Any
 
-from nnunet_ext.memory.count import CONTEXT_BYTES, TrainingMemory
+from nnunet_ext.memory.count import CONTEXT_BYTES, FRAGMENTED_SHARE, TrainingMemory
 
 FILLED = 0.9  # share of the target that a plan fills, unless image or data set are the limit
-MARGIN = 0.005  # between a prediction and the two limits
-DISTINCT = 0.05  # difference of the logarithms of voxels that a slope needs
-MOST_MEASUREMENTS = 16
+MARGIN = 0.005  # between a prediction and the limits: nearer to one, the measurement is often beyond it
+GRADIENTS_AT_PEAK = 0.5  # share of the gradients that is there when the activations are the most
+MOST_MEASUREMENTS = 16  # after the first
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,14 @@ class MemorySearch:
             share = self._expected(candidate, batch) / self.target
             if share >= FILLED + self._margin(candidate, batch) or candidate.covers_image:
                 return candidate, batch
-            if share > fullest[0] + MARGIN:
+            if share > fullest[0]:
                 fullest = share, (candidate, batch)
         return fullest[1]
 
     def _largest_batch(self, candidate: Candidate) -> int:
         """The largest batch that is expected to fit; less than the smallest where none does."""
-        low, high = self.least - 1, candidate.most
-        if not self._fits(candidate, self.least):
-            return low
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._fits(candidate, middle) else (low, middle - 1)
-        return low
+        batches = range(self.least, candidate.most + 1)
+        return self.least - 1 + bisect_left(batches, True, key=lambda batch: not self._fits(candidate, batch))
 
     def _fits(self, candidate: Candidate, batch: int) -> bool:
         return self._expected(candidate, batch) <= self.target * (1 - self._margin(candidate, batch))
@@ -119,35 +115,24 @@ class MemorySearch:
         return 0.0 if (candidate.key, batch) in self.known else MARGIN
 
     def _expected(self, candidate: Candidate, batch: int) -> float:
+        """Bytes as measured, or in proportion to the measurement of the most similar number of voxels.
+
+        Of a patch that was measured in several batches, on the line through the nearest and the furthest.
+        """
         known = self.known.get((candidate.key, batch))
         if known is not None:
             return known.memory.total
         voxels = batch * candidate.voxels
-
-        def distance(choice: Choice) -> float:
-            # Networks that recompute samples in groups need less per voxel in a larger batch of smaller patches.
-            batches = 0.3 * abs(log(choice.batch / batch))
-            return abs(log(choice.voxels / voxels)) + batches + 0.1 * (choice.candidate.key != candidate.key)
-
-        near = min(self.known.values(), key=distance)
+        nearest = sorted(self.known.values(), key=lambda choice: abs(log(choice.voxels / voxels)))
+        own = [choice for choice in nearest if choice.candidate.key == candidate.key]
+        near = own[0] if len(own) > 1 else nearest[0]
+        if len(own) > 1:
+            slope = (near.memory.total - own[-1].memory.total) / (near.voxels - own[-1].voxels)
+            return near.memory.total + slope * (voxels - near.voxels)
+        growing = near.memory.total - _fixed(near.memory)
         weights = candidate.weights / near.candidate.weights
-        added = (voxels - near.voxels) * self._slope(near, voxels)
-        return _fixed(near.memory, weights) + _growing(near) + added
-
-    def _slope(self, near: Choice, voxels: float) -> float:
-        """Bytes per voxel between two measurements of the same batch or patch; of one alone in proportion."""
-        proportional = _growing(near) / near.voxels
-        others = [
-            choice
-            for choice in self.known.values()
-            if (choice.batch == near.batch or choice.candidate.key == near.candidate.key)
-            and abs(log(choice.voxels / near.voxels)) > DISTINCT
-        ]
-        if not others:
-            return proportional
-        other = min(others, key=lambda choice: abs(log(choice.voxels / voxels)))
-        slope = (_growing(near) - _growing(other)) / (near.voxels - other.voxels)
-        return min(max(slope, 0.2 * proportional), 1.5 * proportional)
+        always = CONTEXT_BYTES + weights * (_fixed(near.memory) - CONTEXT_BYTES)
+        return always + growing * voxels / near.voxels
 
     def _measure(self, candidate: Candidate, batch: int) -> None:
         self.known[candidate.key, batch] = Choice(candidate, batch, self.measure(candidate, batch))
@@ -163,12 +148,7 @@ class MemorySearch:
         return max(filled or fitting, key=lambda c: (c.candidate.worth, c.batch), default=None)
 
 
-def _growing(choice: Choice) -> float:
-    """Bytes that grow with the voxels."""
-    return choice.memory.total - _fixed(choice.memory, 1.0)
-
-
-def _fixed(memory: TrainingMemory, weights: float) -> float:
-    """Bytes that don't depend on the voxels: weights, optimiser, context."""
-    always = memory.parameters + memory.optimizer + 0.5 * memory.gradients
-    return min(CONTEXT_BYTES + 1.05 * weights * always, 0.95 * memory.total)
+def _fixed(memory: TrainingMemory) -> float:
+    """Bytes that don't depend on the voxels: context, weights, optimiser; the peak holds at least these."""
+    always = memory.parameters + memory.optimizer + GRADIENTS_AT_PEAK * memory.gradients
+    return CONTEXT_BYTES + (1 + FRAGMENTED_SHARE) * always

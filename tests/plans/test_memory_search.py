@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from math import prod
 
 import pytest
 
-from nnunet_ext.memory.count import TrainingMemory
+from nnunet_ext.memory.count import CONTEXT_BYTES, FRAGMENTED_SHARE, TrainingMemory
 from nnunet_ext.memory.tracker import GIB
-from nnunet_ext.plans.memory_search import FILLED, Candidate, MemorySearch
+from nnunet_ext.plans.memory_search import FILLED, Candidate, Choice, MemorySearch
 from nnunet_ext.plans.patch_shapes import patch_shapes
 
 Formula = Callable[[int, int], float]  # voxels of the patch, batch -> bytes
 
 
+@cache
 def candidates(image: int = 400, most: int = 10**6) -> list[Candidate]:
     shapes = patch_shapes((1.0,) * 3, (float(image),) * 3)
     return [
@@ -79,21 +82,111 @@ def test_what_was_measured_before_is_used() -> None:
     assert not counted
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_never_above_the_target_whatever_grows(seed: int) -> None:
+def formula_of(kind: str, seed: int) -> tuple[Formula, float, int]:
+    """Memory of a random step, a target, and the size of the images."""
     rng = random.Random(seed)
-    per_voxel, per_sample, fixed = (
-        rng.uniform(200, 3000),
-        rng.uniform(0, 0.4) * GIB,
-        rng.uniform(0.1, 0.8) * GIB,
-    )
-    target, kink = rng.uniform(4, 80), rng.uniform(0.5, 1.5)
+    per_voxel, fixed = rng.uniform(200, 3000), rng.uniform(0.1, 0.8) * GIB
+    per_sample, kink = rng.uniform(0, 0.4) * GIB, rng.uniform(0.5, 1.5)
+    spread = {"noise": 0.03, "holes": 1.0}.get(kind, 0.0)
 
     def formula(voxels: int, batch: int) -> float:
         grown = per_voxel * voxels * batch
-        return fixed + per_sample * batch + max(grown, kink * grown - 0.2 * GIB)
+        if kind == "kink":
+            grown = per_sample * batch + max(grown, kink * grown - 0.2 * GIB)
+        if kind == "steps":
+            grown = round(grown / (0.05 * GIB)) * 0.05 * GIB
+        return fixed + grown * (1 + spread * random.Random(f"{seed} {voxels} {batch}").random())
 
-    choice = search(target, formula)[0].run(candidates(rng.choice([60, 150, 400])))
+    return formula, rng.uniform(4, 80), rng.choice([60, 150, 400])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("kind", "most"), [("straight", 3), ("kink", 3), ("steps", 3), ("noise", 8)])
+def test_the_target_is_filled_with_few_measurements_whatever_grows(kind: str, most: int, seed: int) -> None:
+    formula, target, image = formula_of(kind, seed)
+    found, counted = search(target, formula)
+    choice = found.run(candidates(image))
     assert choice is not None
     assert choice.memory.total <= target * GIB
     assert choice.memory.total >= FILLED * target * GIB or choice.candidate.covers_image
+    assert len(counted) <= most
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_no_measurement_predicts_still_fits(seed: int) -> None:
+    formula, target, image = formula_of("holes", seed)
+    choice = search(target, formula)[0].run(candidates(image))
+    assert choice is not None
+    assert round(formula(round(choice.candidate.voxels), choice.batch)) == choice.memory.peak
+    assert choice.memory.total <= target * GIB
+
+
+def test_the_search_gives_up_after_seventeen_measurements() -> None:
+    found, counted = search(8, lambda voxels, batch: 8 * GIB)  # smaller patches never help
+    assert found.run(candidates()) is None
+    assert len(counted) == 17
+
+
+TARGET = 10 * GIB
+HALF = TrainingMemory(10**8, 10**8, 10**8, 0, 0, 0)  # of a network of one unit of weights
+
+
+def predicted(measured: float, *others: tuple[float, float]) -> str | None:
+    """Key of what a search takes next that has measured "0", of batch 1, at a share of the target.
+
+    Args:
+        measured: Share of the target.
+        others: Voxels and weights of candidates "1", "2", ..., in relation to those of "0", in the order of worth.
+    """
+    total = measured * TARGET
+    peak = round((total - CONTEXT_BYTES) / (1 + FRAGMENTED_SHARE))
+    zero, *rest = (
+        Candidate({}, str(i), -i, 1e6 * voxels, weights, False, 1)
+        for i, (voxels, weights) in enumerate([(1.0, 1.0), *others])
+    )
+    known = {("0", 1): Choice(zero, 1, replace(HALF, peak=peak))}
+    found = MemorySearch(TARGET, 1, 1e6, lambda candidate, batch: HALF, known).predicted([*rest, zero])
+    return found[0].key if found else None
+
+
+def share_of(voxels: float, weights: float, of: float) -> float:
+    """Share of the target of a step whose measured neighbour has the share `of`, by the docstring's rule."""
+    always = (1 + FRAGMENTED_SHARE) * 2.5e8
+    growing = of * TARGET - CONTEXT_BYTES - always
+    return (CONTEXT_BYTES + weights * always + voxels * growing) / TARGET
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(0.901, "0"), (0.899, "1")])
+def test_the_largest_patch_that_fills_nine_tenths_is_preferred_to_a_fuller_one(
+    share: float, chosen: str
+) -> None:
+    fuller = 1.05
+    found = MemorySearch(TARGET, 1, 1e6, lambda candidate, batch: HALF)
+    for i, (voxels, filled) in enumerate([(1.0, share), (fuller, 0.95)]):
+        candidate = Candidate({}, str(i), -i, 1e6 * voxels, 1.0, False, 1)
+        peak = round((filled * TARGET - CONTEXT_BYTES) / (1 + FRAGMENTED_SHARE))
+        found.known[str(i), 1] = Choice(candidate, 1, replace(HALF, peak=peak))
+    choice = found.run([known.candidate for known in found.known.values()])
+    assert choice is not None
+    assert choice.candidate.key == chosen
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(0.904, "0"), (0.906, "1"), (0.994, "1"), (0.996, "0")])
+def test_a_prediction_within_half_a_percent_of_a_limit_is_not_trusted(share: float, chosen: str) -> None:
+    measured = 0.95
+    fixed = share_of(0.0, 1.0, measured)
+    voxels = (share - fixed) / (measured - fixed)
+    assert share_of(voxels, 1.0, measured) == pytest.approx(share)
+    assert predicted(measured, (voxels, 1.0)) == chosen
+
+
+@pytest.mark.parametrize(("difference", "chosen"), [(-0.002, "1"), (0.002, "0")])
+def test_the_weights_of_another_network_count_with_half_of_their_gradients(
+    difference: float, chosen: str
+) -> None:
+    """A network of ten times the weights fills the target up to the margin, or a little more."""
+    measured, weights = 0.95, 10.0
+    voxels = (0.995 + difference - share_of(0.0, weights, measured)) / (
+        share_of(1.0, weights, measured) - share_of(0.0, weights, measured)
+    )
+    assert predicted(measured, (voxels, weights)) == chosen
