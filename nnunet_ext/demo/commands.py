@@ -21,7 +21,7 @@ from nnunet_ext.files import writing
 _MARK = "nnUNet_ext_demo"  # variable that names the demo in the environment of its processes
 _KEPT = 8000  # characters at the end of the output
 _LOW_DISK = 100 * 2**20  # bytes
-_GRACE = 10.0  # seconds between a polite and a hard end
+_GRACE = 10.0  # seconds that processes have to end
 
 
 class CommandError(UsageError):
@@ -108,17 +108,19 @@ def _find(name: str) -> str:
 def _end_all(root: Path) -> None:
     """End all processes of a demo, politely at first; a second interruption only makes it quicker."""
     try:
-        for process in processes(root):
-            with suppress(psutil.Error):
-                process.terminate()
-        end = time.monotonic() + _GRACE
-        while processes(root) and time.monotonic() < end:
-            time.sleep(0.1)
+        _end(root, psutil.Process.terminate)
     finally:
-        while alive := processes(root):  # again, as one may have started another in between
-            for process in alive:
-                with suppress(psutil.Error):
-                    process.kill()
+        _end(root, psutil.Process.kill)
+
+
+def _end(root: Path, end: Callable[[psutil.Process], None]) -> None:
+    """Do so for a while, again and again, as one may have started another in between."""
+    limit = time.monotonic() + _GRACE
+    while (alive := processes(root)) and time.monotonic() < limit:
+        for process in alive:
+            with suppress(psutil.Error):
+                end(process)
+        time.sleep(0.1)
 
 
 def _failure(command: list[str], status: int, log: Path, text: str) -> str:

@@ -6,12 +6,13 @@ is older than what it is made from. A training goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,8 @@ def run(demo: Demo, say: Say) -> None:
     demo = replace(demo, trainers=tuple(dict.fromkeys(demo.trainers)))
     for trainer in demo.trainers:
         try:
-            trainer_class(demo.scheduled(trainer))
+            with redirect_stdout(io.StringIO()):  # nnU-Net prints when it is imported
+                trainer_class(demo.scheduled(trainer))
         except UsageError as error:
             options = "--trainers with --schedule (such as 9epochs_20iters, or full)"
             raise UsageError(f"{options}: {error}") from error

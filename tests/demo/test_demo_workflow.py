@@ -95,10 +95,7 @@ def test_steps_come_in_order_for_every_trainer_and_once_for_one_named_twice(
     scheduled = "nnUNetTrainerReversible_3epochs_2iters"
     assert train[1:] == ["990", "3d_fullres", "0", "-tr", scheduled, "-device", "cpu"]
     assert " -f 0 -tr nnUNetTrainer_3epochs_2iters -chk checkpoint_final.pth " in predict
-
-
-def test_full_schedule_adds_no_suffix(run: Run, nnunet: FakeNnunet) -> None:
-    run(schedule="full", trainers=("nnUNetTrainerNoMirroring",))
+    run(schedule="full", trainers=("nnUNetTrainerNoMirroring",), root=demo.root / "full")
     assert "nnUNetTrainerNoMirroring" in nnunet.commands[1]
 
 
@@ -189,26 +186,24 @@ def test_command_that_leaves_no_results_is_a_failure(
         run()
 
 
-@pytest.mark.parametrize("key", ["schedule", "configuration", "device"])
 def test_other_options_in_the_same_folder_are_refused(
-    finished: Path, demo: Demo, run: Run, nnunet: FakeNnunet, key: str
+    finished: Path, demo: Demo, run: Run, nnunet: FakeNnunet
 ) -> None:
-    new = {"schedule": "4epochs_2iters", "configuration": "2d", "device": "cuda"}[key]
-    message = rf"other options \({key} {getattr(demo, key)}, now {new}\): choose .* --output"
-    with pytest.raises(UsageError, match=message):
-        run(**{key: new})
-    assert nnunet.commands == []
+    for key, new in (("schedule", "4epochs_2iters"), ("configuration", "2d"), ("device", "cuda")):
+        message = rf"other options \({key} {getattr(demo, key)}, now {new}\): choose .* --output"
+        with pytest.raises(UsageError, match=message):
+            run(**{key: new})
+        assert nnunet.commands == []
 
 
 @pytest.mark.parametrize(("available", "device"), [(False, "cpu"), (True, "cuda")])
 def test_device_is_what_pytorch_finds_then_that_of_the_folder(
     run: Run, nnunet: FakeNnunet, monkeypatch: pytest.MonkeyPatch, available: bool, device: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    run(device=None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: not available)
-    run(device=None, trainers=("nnUNetTrainerReversible",))
-    assert nnunet.commands[0][-1] == device
+    for trainer, finds in (("nnUNetTrainer", available), ("nnUNetTrainerReversible", not available)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda finds=finds: finds)
+        run(device=None, trainers=(trainer,))
+        assert nnunet.commands[-1][-1] == device
 
 
 def test_own_data_set_replaces_the_phantom_unless_it_is_cut_off_or_another_one(
@@ -271,17 +266,12 @@ def test_folder_with_other_files_or_that_cant_be_made_is_refused(
     run()
 
 
-@pytest.mark.parametrize(
-    ("text", "schedule", "said"),
-    [
-        ("2026-01-01 00:00:00.0: Epo", "6epochs", ""),
-        ("2026-01-01: Epoch 1 \nCurrent learning rate: 0.01 \n", "6epochs", "epoch 2/6"),
-        ("Epoch 1 \ntrain_loss 0.6854 \nEpoch time: 9.96 s \n", "6epochs", "epoch 2/6, training loss 0.69"),
-        ("Epoch 10 \n", "full", "epoch 11"),
-    ],
-)
-def test_epoch_is_read_from_the_end_of_a_log(text: str, schedule: str, said: str) -> None:
-    assert workflow.epoch(text, schedule) == said
+def test_epoch_is_read_from_the_end_of_a_log() -> None:
+    assert workflow.epoch("2026-01-01 00:00:00.0: Epo", "6epochs") == ""
+    assert workflow.epoch("2026-01-01: Epoch 1 \nCurrent learning rate: 0.01 \n", "6epochs") == "epoch 2/6"
+    text = "Epoch 1 \ntrain_loss 0.6854 \nEpoch time: 9.96 s \n"
+    assert workflow.epoch(text, "6epochs") == "epoch 2/6, training loss 0.69"
+    assert workflow.epoch("Epoch 10 \n", "full") == "epoch 11"
 
 
 def test_help_needs_neither_torch_nor_numpy() -> None:
