@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nnunet_ext.benchmark.machine import Machine
+from nnunet_ext.nnunet.patch_plans import narrow
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.source import Source
 
@@ -18,11 +19,7 @@ FEATURES = [4, 8, 8]
 
 def tiny(patch: tuple[int, ...] = (16, 16, 16), **options: Any) -> Setting:
     """Plan as the command does, then make the network narrow."""
-    planned = Source(patch=patch, **options).setting()
-    plans = deepcopy(dict(planned.plans))
-    arguments = plans["configurations"][planned.configuration]["architecture"]["arch_kwargs"]
-    arguments["features_per_stage"] = FEATURES[: arguments["n_stages"]]
-    return Setting(plans, planned.dataset, planned.configuration)
+    return narrow(Source(patch=patch, **options).setting(), FEATURES)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from nnunet_ext.printable import printable
 COMMANDS = {
     "list": "show every registered trainer, planner and architecture",
     "doctor": "prove that nnU-Net's commands find them, and say what to repair",
+    "check": "train and predict a moment with a trainer, and say what of nnU-Net it breaks",
     "run": "run a command of nnU-Net with the hook installed explicitly",
     "demo": "train, predict and compare on a small phantom or on your data",
     "compare": "accuracy and cost of trained models next to default nnU-Net, as a report",

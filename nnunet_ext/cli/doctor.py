@@ -63,13 +63,20 @@ def _examine_dataset(dataset: str, processes: int | None) -> list[Finding]:
 
 
 def text(findings: Sequence[Finding]) -> str:
-    """One line for each finding, its cure below it, then the count."""
+    """All findings, then the count."""
     width = max(len(finding.subject) for finding in findings)
-    lines = []
-    for finding in findings:
-        level = finding.level.upper() if finding.level == "failure" else finding.level
-        lines.append(printable(f"{level:<7}  {finding.subject:<{width}}  {finding.detail}"))
-        if finding.cure:
-            lines.append(printable(f"{'':<7}  {'':<{width}}  -> {finding.cure}"))
-    counts = {level: sum(finding.level == level for finding in findings) for level in ("failure", "warning")}
-    return "\n".join([*lines, "", f"failures: {counts['failure']}, warnings: {counts['warning']}"])
+    return "\n".join([*(row(finding, width) for finding in findings), "", counts(findings)])
+
+
+def row(finding: Finding, width: int) -> str:
+    """One line for a finding, its cure below it; the subject fills `width` characters."""
+    level = finding.level.upper() if finding.level == "failure" else finding.level
+    lines = [f"{level:<7}  {finding.subject:<{width}}  {finding.detail}"]
+    lines += [f"{'':<7}  {'':<{width}}  -> {finding.cure}"] if finding.cure else []
+    return "\n".join(map(printable, lines))
+
+
+def counts(findings: Sequence[Finding]) -> str:
+    """How many are failures and warnings."""
+    found = {level: sum(finding.level == level for finding in findings) for level in ("failure", "warning")}
+    return f"failures: {found['failure']}, warnings: {found['warning']}"

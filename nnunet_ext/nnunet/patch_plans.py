@@ -1,8 +1,10 @@
-"""Plans for a patch of an isotropic image, with the network that nnU-Net's default planner gives it."""
+"""Plans for a patch, with the network that nnU-Net's default planner gives it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from nnunet_ext.errors import UsageError
@@ -13,7 +15,9 @@ BATCH_SIZE = {2: 12, 3: 2}  # nnU-Net's reference for a GPU of 8 GB
 _SMALLEST_EDGE = 4  # of the coarsest feature map
 
 
-def setting_of_patch(patch_size: Sequence[int], dataset: dict[str, Any]) -> Setting:
+def setting_of_patch(
+    patch_size: Sequence[int], dataset: dict[str, Any], spacing: Sequence[float] = ()
+) -> Setting:
     """Plan for a patch; sizes that the strides don't fit are rounded up, as nnU-Net does.
 
     The plans hold no median image size, because there is no image.
@@ -21,6 +25,7 @@ def setting_of_patch(patch_size: Sequence[int], dataset: dict[str, Any]) -> Sett
     Args:
         patch_size: Two or three numbers of voxels.
         dataset: Content of dataset.json.
+        spacing: Millimetres per axis; the same along all where none are given.
 
     Raises:
         UsageError: not two or three numbers, or too small for two stages.
@@ -43,21 +48,30 @@ def setting_of_patch(patch_size: Sequence[int], dataset: dict[str, Any]) -> Sett
         "transpose_backward": [0, 1, 2],
         "experiment_planner_used": "ExperimentPlanner",
         "foreground_intensity_properties_per_channel": {},
-        "configurations": {configuration: _configuration(patch_size, len(dataset["channel_names"]))},
+        "configurations": {
+            configuration: _configuration(patch_size, spacing or [1.0] * dim, len(dataset["channel_names"]))
+        },
     }
     return Setting(plans, dataset, configuration)
 
 
-def _configuration(patch_size: Sequence[int], channels: int) -> dict[str, Any]:
+def narrow(setting: Setting, features: Sequence[int]) -> Setting:
+    """The same setting with these features per stage, as many as it has stages."""
+    plans = deepcopy(dict(setting.plans))
+    arguments = plans["configurations"][setting.configuration]["architecture"]["arch_kwargs"]
+    arguments["features_per_stage"] = list(features[: arguments["n_stages"]])
+    return replace(setting, plans=plans)
+
+
+def _configuration(patch_size: Sequence[int], spacing: Sequence[float], channels: int) -> dict[str, Any]:
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
     dim = len(patch_size)
-    spacing = [1.0] * dim
     _, strides, kernels, padded, _ = get_pool_and_conv_props(spacing, patch_size, _SMALLEST_EDGE, 999999)
     return {
         "batch_size": BATCH_SIZE[dim],
         "patch_size": [int(n) for n in padded],
-        "spacing": spacing,
+        "spacing": list(spacing),
         "normalization_schemes": ["ZScoreNormalization"] * channels,
         "use_mask_for_norm": [False] * channels,
         "batch_dice": False,

@@ -52,6 +52,12 @@ x = torch.zeros(1, 1, 64, 64)
 assert network(x)[0].shape == (1, 2, 64, 64)
 network.decoder.deep_supervision = False
 assert network(x).shape == (1, 2, 64, 64)
+
+from nnunet_ext.check.phantom import CASES, workspace
+from nnunet_ext.check.trainer import check_case
+with workspace():
+    rows = list(check_case("nnUNetTrainerSlim", CASES[0]))
+assert {row.level for row in rows} == {"ok"}, rows
 """
 
 
