@@ -6,6 +6,7 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import _nnunet_ext_hook as hook
 from nnunet_ext import doctor, installation, registry
 from nnunet_ext.doctor import environment, probe
 from nnunet_ext.doctor.finding import Finding, failure, ok
+from tests.conftest import write_distribution
 
 if TYPE_CHECKING:
     from tests.conftest import Install, RunPython
@@ -61,14 +63,46 @@ def own_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- The whole examination, in a fresh process
 
 
-@pytest.mark.usefixtures("folders", "own_interpreter")
-def test_names_of_a_whole_environment_are_found(install: Install) -> None:
+BROKEN = {  # what is broken -> words of the row and of its cure
+    "trainer nnUNetTrainerBroken": ("no_such_module", "repair or uninstall broken 1.0"),
+    "planner BrokenPlanner": ("no_such_module", "repair or uninstall broken 1.0"),
+    "trainer nnUNetTrainerWrong": ("must inherit from 'nnUNetTrainer'", "repair or uninstall wrong 1.0"),
+    "trainer nnUNetTrainerAdam": ("nnU-Net itself has nnUNetTrainerAdam", "comes from shadow 1.0"),
+    "architecture ExitNet": ("SystemExit", "repair or uninstall exits 1.0"),
+    "architecture InterruptNet": ("KeyboardInterrupt", "repair or uninstall interrupts 1.0"),
+    "metadata": ("latin-1.0.dist-info can't be read", "repair or uninstall that distribution"),
+    "collision": ("rival 1.0 installs our modules", "uninstall it, then pip install"),
+}
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], list[Finding]]:
+    """Registered names, and what the doctor finds where a whole distribution and `BROKEN` are installed."""
+    site = tmp_path_factory.mktemp("site")
+    install = partial(write_distribution, site)
     install("acme", ACME, **ACME_NAMES)
-    findings = doctor.examine()
-    assert failures(findings) == []
-    for kind in registry.KINDS:
-        for name in registry.names(kind):
-            assert "found as" in about(findings, f"{kind[:-1]} {name}").detail
+    install("broken", "import no_such_module", trainers=["nnUNetTrainerBroken"], planners=["BrokenPlanner"])
+    install("wrong", "class nnUNetTrainerWrong: pass", trainers=["nnUNetTrainerWrong"])
+    install("shadow", "class nnUNetTrainerAdam: pass", trainers=["nnUNetTrainerAdam"])
+    install("exits", "import sys; sys.exit(0)", architectures=["ExitNet"])
+    install("interrupts", "raise KeyboardInterrupt", architectures=["InterruptNet"])
+    (install("latin", "") / "METADATA").write_bytes("Name: latin\nAuthor: M\xfcller\n".encode("latin-1"))
+    info = install("rival", "")
+    (info / "RECORD").write_text("rival.py,,\nnnunet_ext/__init__.py,,\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        patch.setattr(doctor, "COMMAND", "no_such_command")
+        for name in environment.FOLDERS:
+            patch.setenv(name, str(site))
+        names = {f"{kind[:-1]} {name}" for kind in registry.KINDS for name in registry.names(kind)}
+        return names, doctor.examine()
+
+
+def test_whole_names_are_found(examined: tuple[set[str], list[Finding]]) -> None:
+    names, findings = examined
+    for name in names - set(BROKEN):
+        assert "found as" in about(findings, name).detail
     assert about(findings, "trainer nnUNetTrainerAcme") == ok(
         "trainer nnUNetTrainerAcme", "found as acme.nnUNetTrainerAcme"
     )
@@ -79,39 +113,39 @@ def test_names_of_a_whole_environment_are_found(install: Install) -> None:
     assert str(hook.__file__) in about(findings, "hook").detail
 
 
-@pytest.mark.usefixtures("folders", "own_interpreter")
-def test_everything_broken_is_a_row_with_a_cure(install: Install) -> None:
-    install("acme", ACME, **ACME_NAMES)
-    install("broken", "import no_such_module", trainers=["nnUNetTrainerBroken"], planners=["BrokenPlanner"])
-    install("wrong", "class nnUNetTrainerWrong: pass", trainers=["nnUNetTrainerWrong"])
-    install("shadow", "class nnUNetTrainerAdam: pass", trainers=["nnUNetTrainerAdam"])
-    install("exits", "import sys; sys.exit(0)", architectures=["ExitNet"])
-    install("quits", "import os; os._exit(0)", planners=["QuitPlanner"])
-    install("interrupts", "raise KeyboardInterrupt", architectures=["InterruptNet"])
-    (install("latin", "") / "METADATA").write_bytes("Name: latin\nAuthor: M\xfcller\n".encode("latin-1"))
-    info = install("rival", "")
-    (info / "RECORD").write_text("rival.py,,\nnnunet_ext/__init__.py,,\n", encoding="utf-8")
-    findings = doctor.examine()
-    expected = {
-        "trainer nnUNetTrainerBroken": ("no_such_module", "repair or uninstall broken 1.0"),
-        "planner BrokenPlanner": ("no_such_module", "repair or uninstall broken 1.0"),
-        "trainer nnUNetTrainerWrong": ("must inherit from 'nnUNetTrainer'", "repair or uninstall wrong 1.0"),
-        "trainer nnUNetTrainerAdam": ("nnU-Net itself has nnUNetTrainerAdam", "comes from shadow 1.0"),
-        "architecture ExitNet": ("SystemExit", "repair or uninstall exits 1.0"),
-        "planner QuitPlanner": ("ends the process, status 0", "repair or uninstall quits 1.0"),
-        "architecture InterruptNet": ("KeyboardInterrupt", "repair or uninstall interrupts 1.0"),
-        "metadata": ("latin-1.0.dist-info can't be read", "repair or uninstall that distribution"),
-        "collision": ("rival 1.0 installs our modules", "uninstall it, then pip install"),
-    }
-    for subject, (detail, cure) in expected.items():
+def test_everything_broken_is_a_row_with_a_cure_and_nothing_else_is(
+    examined: tuple[set[str], list[Finding]],
+) -> None:
+    _, findings = examined
+    for subject, (detail, cure) in BROKEN.items():
         found = about(findings, subject)
         assert found.level == "failure"
         assert detail in found.detail
         assert cure in found.cure
-    assert {finding.subject for finding in failures(findings)} == set(expected)
+    assert {finding.subject for finding in failures(findings)} == set(BROKEN)
     for finding in findings:
         assert "\n" not in finding.detail + finding.cure
         assert bool(finding.cure) == (finding.level != "ok")
+
+
+def test_class_that_ended_an_earlier_process_is_said_and_not_looked_up_again(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("quits", "import os; os._exit(0)", planners=["QuitPlanner"])
+    asked, noted = tmp_path / "asked", {}
+
+    def look_up(kind: str, name: str) -> tuple[bool, str]:
+        noted[name] = asked.read_text(encoding="utf-8") if asked.exists() else ""
+        return True, "found"
+
+    monkeypatch.setattr(probe, "look_up", look_up)
+    monkeypatch.setattr(probe, "_in_spawned_process", lambda name: (True, "found"))
+    findings = list(probe.lookups(asked, {"planner QuitPlanner": "importing it ends the process, status 0"}))
+    (found,) = failures(findings)
+    assert (found.subject, found.detail) == ("planner QuitPlanner", "importing it ends the process, status 0")
+    assert found.cure == "repair or uninstall quits 1.0"
+    assert "QuitPlanner" not in noted
+    assert noted["ReversibleUNetPlanner"] == "planner ReversibleUNetPlanner"
 
 
 @pytest.mark.usefixtures("own_interpreter")
@@ -222,19 +256,25 @@ def test_process_that_hangs_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "timed out after 0.5 seconds" in doctor.examine()[1].detail
 
 
-def test_class_whose_import_hangs_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = """
-import json, pathlib, sys, time
+@pytest.mark.parametrize(
+    ("end", "fate"),
+    [("time.sleep(60)", "takes longer than 5 s"), ("os._exit(0)", "ends the process, status 0")],
+)
+def test_class_whose_import_hangs_or_ends_the_process_is_left_out_and_named(
+    end: str, fate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"""
+import json, os, pathlib, sys, time
 result, asked, fatal = *map(pathlib.Path, sys.argv[1:3]), json.loads(sys.argv[3])
-asked.write_text("trainer Slow")
+asked.write_text("trainer Bad")
 if not fatal:
-    time.sleep(60)
-result.write_text(json.dumps([{"level": "failure", "subject": "x", "detail": json.dumps(fatal), "cure": ""}]))
+    {end}
+result.write_text(json.dumps([{{"level": "failure", "subject": "x", "detail": json.dumps(fatal), "cure": ""}}]))
 """
     monkeypatch.setattr(doctor, "_PROBE", code)
     monkeypatch.setattr(doctor, "COMMAND", "no_such_command")
     monkeypatch.setattr(doctor, "TIMEOUT", 5.0)
-    assert doctor.examine()[1].detail == '{"trainer Slow": "importing it takes longer than 5 s"}'
+    assert doctor.examine()[1].detail == f'{{"trainer Bad": "importing it {fate}"}}'
 
 
 def test_check_that_fails_is_a_row_after_what_it_found() -> None:

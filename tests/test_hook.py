@@ -14,9 +14,10 @@ import pytest
 
 import _nnunet_ext_hook as hook
 from nnunet_ext.registry import RegistryError
+from tests.conftest import write_distribution
 
 if TYPE_CHECKING:
-    from tests.conftest import Install, RunPython
+    from tests.conftest import Claims, Install, RunPython
 
 TRAINERS, PLANNERS = hook.TARGETS
 ACME = """
@@ -57,66 +58,105 @@ def target(**attributes: Any) -> ModuleType:
     return module
 
 
-# --- In fresh processes, with nnU-Net itself
+# --- In a fresh process, with nnU-Net itself
 
 
-def test_nnunets_search_finds_registered_names_and_its_own(install: Install, run_python: RunPython) -> None:
-    install("acme", ACME, trainers=["nnUNetTrainerAcme"], planners=["AcmePlanner"])
-    run_python(
-        SEARCH
-        + "assert search('trainers', 'nnUNetTrainerAcme').__module__ == 'acme'\n"
-        + "assert search('planners', 'AcmePlanner').__module__ == 'acme'\n"
-        + "assert search('trainers', 'nnUNetTrainerAcme_7epochs_3iters').__base__.__module__ == 'acme'\n"
-        + "assert search('trainers', 'nnUNetTrainer').__module__.startswith('nnunetv2')\n"
-        + "assert search('trainers', 'nnUNetTrainer_5epochs').__module__.startswith('nnunetv2')\n"
-        + "assert search('planners', 'ResEncUNetPlanner').__module__.startswith('nnunetv2')\n"
-        + "assert search('planners', 'nnUNetTrainerAcme') is None\n"
-        + "import _nnunet_ext_hook; assert not _nnunet_ext_hook.errors\n"
-    )
+CLAIMS = """
+import importlib, importlib.machinery
+
+@claim
+def broken_registry():
+    assert "torch" not in sys.modules
+    import TRAINERS  # imports torch, and the hook with it, while it is half executed
+    assert search("trainers", "nnUNetTrainerNoMirroring").__module__.startswith("nnunetv2")
+    import _nnunet_ext_hook as hook
+    assert hook.is_installed()
+    assert "broken" in hook.errors[0], hook.errors
+    hook.errors.clear()
+
+forget("nnunet_ext")
+sys.path.remove(os.environ["BROKEN"])
+importlib.invalidate_caches()
+import torch, _nnunet_ext_hook as hook
+
+@claim
+def half_executed():
+    assert search("trainers", "nnUNetTrainerAcme").__module__ == "acme"
+
+forget("nnunetv2", "acme")
+
+@claim
+def registered_and_own():
+    assert search("trainers", "nnUNetTrainerAcme").__module__ == "acme"
+    assert search("planners", "AcmePlanner").__module__ == "acme"
+    assert search("trainers", "nnUNetTrainerAcme_7epochs_3iters").__base__.__module__ == "acme"
+    assert search("trainers", "nnUNetTrainer").__module__.startswith("nnunetv2")
+    assert search("trainers", "nnUNetTrainer_5epochs").__module__.startswith("nnunetv2")
+    assert search("planners", "ResEncUNetPlanner").__module__.startswith("nnunetv2")
+    assert search("planners", "nnUNetTrainerAcme") is None
+    assert not hook.errors
 
 
-def test_module_that_is_half_executed_when_torch_comes_in_finds_names(
-    install: Install, run_python: RunPython
-) -> None:
-    install("acme", ACME, trainers=["nnUNetTrainerAcme"])
-    run_python(
-        "import sys\n"
-        "assert 'torch' not in sys.modules\n"
-        f"import {TRAINERS} as module\n"  # imports torch, and the hook with it, while it is half executed
-        + SEARCH
-        + "assert search('trainers', 'nnUNetTrainerAcme').__module__ == 'acme'\n"
-    )
+def forget_more():
+    # Our finder comes in where nnU-Net's modules import others that are not imported yet.
+    forget("nnunetv2", "acme", "batchgenerators", "batchgeneratorsv2", "acvl_utils", "tqdm", "nibabel", "tifffile")
+
+forget_more()
+
+@claim
+def finder_that_answers_first():
+    class AnsweringFinder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return importlib.machinery.PathFinder.find_spec(name, path) if name.startswith("nnunetv2") else None
+
+    sys.meta_path.insert(0, AnsweringFinder)
+    assert search("trainers", "nnUNetTrainerAcme")
+    forget_more()
+    assert search("planners", "AcmePlanner")
+    assert not hook.errors and not hook.bypassed()
+
+sys.meta_path.pop(0)
+forget("nnunetv2", "acme")
+
+@claim
+def reloaded():
+    for _ in range(2):
+        importlib.reload(hook).install()
+    assert search("trainers", "nnUNetTrainerAcme") and search("planners", "AcmePlanner")
+    assert not hook.errors and not hook.bypassed()
+"""
 
 
-def test_spawned_process_finds_names(install: Install, run_python: RunPython, tmp_path: Path) -> None:
-    install("acme", ACME, trainers=["nnUNetTrainerAcme"])
-    script = tmp_path / "main.py"
-    script.write_text(
-        SEARCH
-        + "import multiprocessing\n"
-        + "def child(name):\n"
-        + "    return search('trainers', name).__name__\n"
-        + "if __name__ == '__main__':\n"
-        + "    names = ['nnUNetTrainerAcme', 'nnUNetTrainerAcme_7epochs']\n"
-        + "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-        + "        assert pool.map(child, names) == names\n",
-        encoding="utf-8",
-    )
-    run_python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")
+@pytest.fixture(scope="module")
+def fresh_process(claims: Claims, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What went wrong with each of `CLAIMS`."""
+    site, broken = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("broken")
+    write_distribution(site, "acme", ACME, trainers=["nnUNetTrainerAcme"], planners=["AcmePlanner"])
+    (broken / "nnunet_ext").mkdir()
+    (broken / "nnunet_ext" / "__init__.py").write_text("raise RuntimeError('broken')", encoding="utf-8")
+    script = SEARCH + CLAIMS.replace("TRAINERS", TRAINERS)
+    return claims(script, broken, site, BROKEN=str(broken))
 
 
-def test_broken_registry_harms_neither_torch_nor_nnunets_names(
-    site: Path, run_python: RunPython, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (site / "nnunet_ext").mkdir()
-    (site / "nnunet_ext" / "__init__.py").write_text("raise RuntimeError('broken')", encoding="utf-8")
-    run_python(
-        SEARCH
-        + "assert search('trainers', 'nnUNetTrainerNoMirroring').__module__.startswith('nnunetv2')\n"
-        + "import _nnunet_ext_hook\n"
-        + "assert _nnunet_ext_hook.is_installed()\n"
-        + "assert 'broken' in _nnunet_ext_hook.errors[0], _nnunet_ext_hook.errors\n"
-    )
+def test_broken_registry_harms_neither_torch_nor_nnunets_names(fresh_process: dict[str, str]) -> None:
+    assert not fresh_process["broken_registry"]
+
+
+def test_module_that_is_half_executed_when_torch_comes_in_finds_names(fresh_process: dict[str, str]) -> None:
+    assert not fresh_process["half_executed"]
+
+
+def test_nnunets_search_finds_registered_names_and_its_own(fresh_process: dict[str, str]) -> None:
+    assert not fresh_process["registered_and_own"]
+
+
+def test_names_are_found_where_a_finder_answers_before_ours(fresh_process: dict[str, str]) -> None:
+    assert not fresh_process["finder_that_answers_first"]
+
+
+def test_reloaded_hook_still_finds_names(fresh_process: dict[str, str]) -> None:
+    assert not fresh_process["reloaded"]
 
 
 def test_hook_is_harmless_where_nnunet_is_absent(tmp_path: Path, run_python: RunPython) -> None:
@@ -210,31 +250,6 @@ def test_second_copy_replaces_the_first_ones_finder() -> None:
     copy = second_copy()
     copy.install()
     assert [type(finder) for finder in sys.meta_path] == [copy.Finder, *map(type, others)]
-
-
-def test_reloaded_hook_still_finds_names(run_python: RunPython) -> None:
-    run_python(
-        "import importlib, torch, _nnunet_ext_hook as hook\n"
-        "for _ in range(2):\n"
-        "    importlib.reload(hook).install()\n"
-        + SEARCH
-        + "assert search('trainers', 'nnUNetTrainerReversible') and search('planners', 'ReversibleUNetPlanner')\n"
-        + "assert not hook.errors and not hook.bypassed()\n"
-    )
-
-
-def test_names_are_found_where_a_finder_answers_before_ours(run_python: RunPython) -> None:
-    run_python(
-        "import sys, torch, importlib.machinery, _nnunet_ext_hook as hook\n"
-        "class AnsweringFinder:\n"
-        "    @staticmethod\n"
-        "    def find_spec(name, path=None, target=None):\n"
-        "        return importlib.machinery.PathFinder.find_spec(name, path) if name.startswith('nnunetv2') else None\n"
-        "sys.meta_path.insert(0, AnsweringFinder)\n"
-        + SEARCH
-        + "assert search('trainers', 'nnUNetTrainerReversible') and search('planners', 'ReversibleUNetPlanner')\n"
-        + "assert not hook.errors and not hook.bypassed()\n"
-    )
 
 
 @pytest.mark.usefixtures("fresh")

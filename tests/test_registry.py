@@ -6,6 +6,8 @@ import ast
 import inspect
 import logging
 import pickle
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,27 +269,28 @@ def test_names_that_nnunet_or_its_external_folders_have_log_nothing(
     assert suggestions(caplog, "trainers", "nnUNetTrainerAdam", "nnUNetTrainerMine", "torch") == []
 
 
-def test_hint_is_the_last_line_where_nnunets_commands_end(run_python: RunPython, tmp_path: Path) -> None:
-    done = run_python(
-        "import sys\n"
-        "from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments\n"
-        "from nnunetv2.run.run_training import get_trainer_from_args\n"
-        "for call in (\n"
-        "    lambda: plan_experiments([1], 'ReversibelUNetPlanner'),\n"
-        "    lambda: get_trainer_from_args('1', '2d', 0, 'nnUNetTrainerReversibel_7epochs'),\n"
-        "):\n"
-        "    try:\n"
-        "        call()\n"
-        "    except Exception:\n"
-        "        sys.excepthook(*sys.exc_info())\n"
-        "        print('---', file=sys.stderr)\n"
-        "sys.excepthook(OSError, OSError('disk full'), None)\n",
-        env={f"nnUNet_{name}": str(tmp_path) for name in ("raw", "preprocessed", "results")},
-    )
-    planner, trainer, other = (part.rstrip().splitlines()[-1] for part in done.stderr.split("---\n"))
+def test_hint_is_the_last_line_where_nnunets_commands_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    registry.suggest.cache_clear()
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def last_line(end: Callable[[], Any]) -> str:
+        with pytest.raises(Exception) as caught:  # noqa: PT011 (nnU-Net's own)
+            end()
+        capsys.readouterr()
+        sys.excepthook(caught.type, caught.value, None)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    planner = last_line(lambda: plan_experiments([1], "ReversibelUNetPlanner"))
+    trainer = last_line(lambda: get_trainer_from_args("1", "2d", 0, "nnUNetTrainerReversibel_7epochs"))
     assert "no planner is called ReversibelUNetPlanner. Did you mean ReversibleUNetPlanner" in planner
     assert "Did you mean nnUNetTrainerReversible_7epochs" in trainer
-    assert other == "OSError: disk full"
+    sys.excepthook(OSError, OSError("disk full"), None)
+    assert capsys.readouterr().err == "OSError: disk full\n"
 
 
 def test_import_and_listing_load_neither_torch_nor_nnunet(run_python: RunPython) -> None:

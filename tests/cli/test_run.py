@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,10 @@ import pytest
 
 import _nnunet_ext_hook as hook
 from nnunet_ext import cli, launch, registry
+from tests.conftest import write_distribution
 
 if TYPE_CHECKING:
-    from tests.conftest import Install, RunPython
+    from tests.conftest import Claims, Install
 
 ACME = """
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -137,25 +137,57 @@ def test_shim_folder_holds_one_module() -> None:
     assert [path.name for path in launch.SHIM.iterdir() if path.suffix == ".py"] == ["nnunet_ext_shim.py"]
 
 
-def test_nnunets_commands_find_names_without_pytorchs_help(
-    install: Install, run_python: RunPython, tmp_path: Path
-) -> None:
-    install("acme", ACME, trainers=["nnUNetTrainerAcme"], planners=["AcmePlanner"])
-    folders = {f"nnUNet_{name}": str(tmp_path) for name in ("raw", "preprocessed", "results")}
-    run_python(
-        "from nnunet_ext.cli import main\n"
-        "for command in (\n"
-        "    'nnUNetv2_plan_experiment -d 999 -pl AcmePlanner',\n"
-        "    'nnUNetv2_train 999 2d 0 -device cpu -tr nnUNetTrainerAcme_7epochs',\n"
-        "):\n"
-        "    try:\n"
-        "        main(['run', *command.split()])\n"
-        "    except RuntimeError as error:\n"  # nnU-Net looks for the dataset once it has found the name
-        "        assert 'Could not find a dataset with the ID 999' in str(error), error\n"
-        "    else:\n"
-        "        raise SystemExit('nnU-Net found a dataset')\n",
-        env={**folders, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-    )
+CLAIMS = """
+import importlib.util
+
+if importlib.util.find_spec("nnunetv2.utilities.find_objects"):  # nnU-Net 2.8
+    os.environ["EXTERNAL"] = "SHIM"
+
+    @claim
+    def shim():
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+        import _nnunet_ext_hook
+        assert not _nnunet_ext_hook.is_installed()
+        assert find("nnUNetTrainerAcme").__module__ == "acme"
+        assert find("nnUNetTrainerAcme_7epochs").__base__ is find("nnUNetTrainerAcme")
+        try:
+            find("nnUNetTrainerNobody")
+        except RuntimeError as error:
+            assert "Could not find requested nnunet trainer nnUNetTrainerNobody" in str(error)
+        else:
+            raise AssertionError("nnUNetTrainerNobody was found")
+
+    del os.environ["EXTERNAL"]
+forget("nnunetv2", "acme")
+
+@claim
+def commands():
+    from nnunet_ext.cli import main
+    for command in (
+        "nnUNetv2_plan_experiment -d 999 -pl AcmePlanner",
+        "nnUNetv2_train 999 2d 0 -device cpu -tr nnUNetTrainerAcme_7epochs",
+    ):
+        try:
+            main(["run", *command.split()])
+        except RuntimeError as error:  # nnU-Net looks for the dataset once it has found the name
+            assert "Could not find a dataset with the ID 999" in str(error), error
+        else:
+            raise AssertionError("nnU-Net found a dataset")
+"""
+
+
+@pytest.fixture(scope="module")
+def without_pytorchs_help(claims: Claims, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What went wrong with each of `CLAIMS` where PyTorch doesn't install the hook."""
+    site = tmp_path_factory.mktemp("site")
+    write_distribution(site, "acme", ACME, trainers=["nnUNetTrainerAcme"], planners=["AcmePlanner"])
+    script = CLAIMS.replace("EXTERNAL", registry.EXTERNAL_TRAINERS).replace("SHIM", str(launch.SHIM))
+    folders = {f"nnUNet_{name}": str(site) for name in ("raw", "preprocessed", "results")}
+    return claims(script, site, TORCH_DEVICE_BACKEND_AUTOLOAD="0", **folders)
+
+
+def test_nnunets_commands_find_names_without_pytorchs_help(without_pytorchs_help: dict[str, str]) -> None:
+    assert not without_pytorchs_help["commands"]
 
 
 @pytest.mark.skipif(
@@ -163,20 +195,6 @@ def test_nnunets_commands_find_names_without_pytorchs_help(
     reason="nnUNet_extTrainer needs nnU-Net 2.8",
 )
 def test_process_that_nnunet_starts_finds_names_through_the_shim(
-    install: Install, run_python: RunPython
+    without_pytorchs_help: dict[str, str],
 ) -> None:
-    install("acme", ACME, trainers=["nnUNetTrainerAcme"])
-    run_python(
-        "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
-        "import sys, _nnunet_ext_hook\n"
-        "assert not _nnunet_ext_hook.is_installed()\n"
-        "assert find('nnUNetTrainerAcme').__module__ == 'acme'\n"
-        "assert find('nnUNetTrainerAcme_7epochs').__base__ is find('nnUNetTrainerAcme')\n"
-        "try:\n"
-        "    find('nnUNetTrainerNobody')\n"
-        "except RuntimeError as error:\n"
-        "    assert 'Could not find requested nnunet trainer nnUNetTrainerNobody' in str(error)\n"
-        "else:\n"
-        "    raise SystemExit('nnUNetTrainerNobody was found')\n",
-        env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", registry.EXTERNAL_TRAINERS: str(launch.SHIM)},
-    )
+    assert not without_pytorchs_help["shim"]
