@@ -45,6 +45,14 @@ def forget(*packages):
 """
 
 
+def console_script(name: str) -> str:
+    """Path of a console script of this environment; skips the test where none of that name is installed."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        pytest.skip(f"{path} is missing: pip install -e .[test]")
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Two processes of one group: ``ranks.run(job, *arguments)``."""

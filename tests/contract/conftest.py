@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+
+from tests.conftest import console_script
 
 WORKSPACE = Path(tempfile.mkdtemp(prefix="nnunet_ext-tests-"))
 
@@ -43,7 +44,7 @@ def pytest_unconfigure() -> None:
 
 def run_command(name: str, *arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
     """Run a console command of this environment; it must succeed."""
-    command = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
+    command = [console_script(name), *map(str, arguments)]
     environment = {**os.environ, "nnUNet_n_proc_DA": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
+
+from tests.conftest import console_script
 
 TRAINER = "nnUNetTrainerReversible_20epochs_1iters"
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -35,10 +36,10 @@ def test_planned_trained_killed_continued_and_predicted(
     folder = workspace / "results" / f"Dataset{identifier}_labels"
     fold = folder / f"{TRAINER}__nnUNetReversiblePlans__3d_fullres" / "fold_0"
 
-    script = Path(sys.executable).with_name("nnUNetv2_train")
+    script = console_script("nnUNetv2_train")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            [str(script), *map(str, training)], stdout=log, stderr=log, start_new_session=True
+            [script, *map(str, training)], stdout=log, stderr=log, start_new_session=True
         )
         try:
             wait_for(fold / "checkpoint_latest.pth", process, 300)

@@ -6,16 +6,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from nnunet_ext.demo.phantom import PhantomSpec, write_dataset
+from tests.conftest import console_script
 
 pytestmark = pytest.mark.slow
-COMMAND = Path(sys.executable).with_name("nnunet-ext")
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerReversible")
 
 
@@ -23,7 +22,15 @@ def demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     users = {
         name: str(folder / "users" / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     }
-    line = [str(COMMAND), "demo", "--output", str(folder / "demo"), "--device", "cpu", *options]
+    line = [
+        console_script("nnunet-ext"),
+        "demo",
+        "--output",
+        str(folder / "demo"),
+        "--device",
+        "cpu",
+        *options,
+    ]
     return subprocess.Popen(
         line, env={**os.environ, **users}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
