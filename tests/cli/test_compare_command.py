@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from nnunet_ext import cli
-from tests.comparison.conftest import MakeRun, make_run, random_folds
+from tests.comparison.conftest import MakeRun, counted_once, make_run, random_folds, undrawn
 
-__all__ = ["make_run"]  # the fixture
+__all__ = ["counted_once", "make_run", "undrawn"]  # the fixtures
+
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture

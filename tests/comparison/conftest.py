@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+
+from nnunet_ext.comparison import cost
+from nnunet_ext.comparison.run_folders import Run
 
 DATASET = {
     "name": "Dataset007_Toy",
@@ -95,32 +101,58 @@ def write_fold(folder: Path, cases: Mapping[str, Sequence[Counts]], epochs: int 
 MakeRun = Callable[..., Path]
 
 
+def write_run(
+    root: Path,
+    trainer: str,
+    folds: Mapping[str, Mapping[str, Sequence[Counts]]],
+    plans: str = "nnUNetPlans",
+    **changes: Any,
+) -> Path:
+    """Write a result folder: ``write_run(root, "nnUNetTrainer", {"0": {"case_1": [counts, counts]}})``."""
+    folder = root / "results" / "Dataset007_Toy" / f"{trainer}__{plans}__3d_fullres"
+    folder.mkdir(parents=True)
+    for fold, cases in folds.items():
+        write_fold(folder / f"fold_{fold}", cases)
+    content = {
+        "dataset_name": "Dataset007_Toy",
+        "plans_name": plans,
+        "configurations": {"3d_fullres": {**CONFIGURATION, **changes}},
+        "label_manager": "LabelManager",
+    }
+    (folder / "plans.json").write_text(json.dumps(content))
+    (folder / "dataset.json").write_text(json.dumps(DATASET))
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """Write a result folder: ``make_run("nnUNetTrainer", {"0": {"case_1": [counts, counts]}})``."""
+    """`write_run` in the folder of the test."""
+    return partial(write_run, tmp_path)
 
-    def make(
-        trainer: str,
-        folds: Mapping[str, Mapping[str, Sequence[Counts]]],
-        plans: str = "nnUNetPlans",
-        **changes: Any,
-    ) -> Path:
-        folder = tmp_path / "results" / "Dataset007_Toy" / f"{trainer}__{plans}__3d_fullres"
-        folder.mkdir(parents=True)
-        for fold, cases in folds.items():
-            write_fold(folder / f"fold_{fold}", cases)
-        configuration = {**CONFIGURATION, **changes}
-        content = {
-            "dataset_name": "Dataset007_Toy",
-            "plans_name": plans,
-            "configurations": {"3d_fullres": configuration},
-            "label_manager": "LabelManager",
-        }
-        (folder / "plans.json").write_text(json.dumps(content))
-        (folder / "dataset.json").write_text(json.dumps(DATASET))
-        return folder
 
-    return make
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests compare runs of one network: it is counted for the first of them."""
+    monkeypatch.setattr(cost, "count", _count)
+
+
+_counted: dict[str, dict[str, int]] = {}
+_really_count = cost.count
+
+
+def _count(run: Run, trusted: bool = False) -> dict[str, int]:
+    key = json.dumps([run.plans, run.dataset, run.trainer, run.configuration, trusted])
+    if key not in _counted:
+        _counted[key] = _really_count(run, trusted)
+    return _counted[key]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but not rendered: each is the same single pixel."""
+    stream = BytesIO()
+    Figure().savefig(stream, format="png", dpi=1)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(stream.getvalue()))
 
 
 def random_folds(seed: int, shift: float = 0.0, n: int = 12) -> dict[str, dict[str, list[Counts]]]:

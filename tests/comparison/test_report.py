@@ -23,17 +23,28 @@ from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.comparison.selection import Selection
 from nnunet_ext.comparison.training import Curves, Training
 from nnunet_ext.errors import UsageError
-from tests.comparison.conftest import DATASET, MakeRun, dice_counts, random_folds
+from tests.comparison.conftest import DATASET, MakeRun, dice_counts, random_folds, write_run
+
+COMMAND = "nnunet-ext compare <x>"
 
 
-@pytest.fixture
-def comparison(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> Comparison:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.delenv(f"nnUNet_{name}", raising=False)
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    root = tmp_path_factory.mktemp("runs")
     folders = [
-        make_run(f"nnUNetTrainer{x}", random_folds(i, 0.02 * i)) for i, x in enumerate(("", "B", "<C|>"))
+        write_run(root, f"nnUNetTrainer{x}", random_folds(i, 0.02 * i))
+        for i, x in enumerate(("", "B", "<C|>"))
     ]
-    return compare.compare(selection.request(Selection(folders=folders, processes=1)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raw", "preprocessed", "results"):
+            patch.delenv(f"nnUNet_{name}", raising=False)
+        return compare.compare(selection.request(Selection(folders=folders, processes=1)))
+
+
+@pytest.fixture(scope="module")
+def written(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of its report; tests read it."""
+    return report.write(comparison, tmp_path_factory.mktemp("report"), COMMAND).parent
 
 
 class Sources(HTMLParser):
@@ -56,43 +67,43 @@ class Sources(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_loads_nothing_and_is_well_formed(comparison: Comparison, tmp_path: Path) -> None:
-    page = report.write(comparison, tmp_path / "out").read_text()
+def test_page_loads_nothing_and_is_well_formed(written: Path) -> None:
+    page = (written / "report.html").read_text()
     sources = Sources()
     sources.feed(page)
     assert sources.open == []
     assert all(s.startswith(("data:image/png;base64,", "#")) for s in sources.loaded)
-    assert sources.images == len(list((tmp_path / "out" / "figures").glob("*.png"))) >= 6
+    assert sources.images == len(list((written / "figures").glob("*.png"))) >= 6
     assert not re.search(r"https?://|@import|url\(", page)
     assert 'name="viewport"' in page
 
 
-def test_names_with_markup_are_escaped(comparison: Comparison, tmp_path: Path) -> None:
-    page = report.write(comparison, tmp_path / "out", "nnunet-ext compare <x>").read_text()
+def test_names_with_markup_are_escaped(written: Path) -> None:
+    page = (written / "report.html").read_text()
     assert "nnUNetTrainer&lt;C|&gt;" in page
     assert "<C|>" not in page
     assert "compare &lt;x&gt;" in page
-    markdown = (tmp_path / "out" / "report.md").read_text()
+    markdown = (written / "report.md").read_text()
     assert "nnUNetTrainer&#60;C\\|>" in markdown
     widths = [line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("|")]
     assert min(widths) >= 3
 
 
-def test_markdown_shows_every_figure(comparison: Comparison, tmp_path: Path) -> None:
-    report.write(comparison, tmp_path)
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "report.md").read_text())
-    assert sorted(shown) == sorted(f"figures/{path.name}" for path in (tmp_path / "figures").iterdir())
+def test_markdown_shows_every_figure(written: Path) -> None:
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", (written / "report.md").read_text())
+    assert sorted(shown) == sorted(f"figures/{path.name}" for path in (written / "figures").iterdir())
 
 
-def test_same_input_gives_the_same_bytes(comparison: Comparison, tmp_path: Path) -> None:
-    contents = []
-    for name in ("a", "b"):
-        report.write(comparison, tmp_path / name)
-        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        contents.append({path.relative_to(tmp_path / name): path.read_bytes() for path in paths})
+def test_same_input_gives_the_same_bytes(comparison: Comparison, written: Path, tmp_path: Path) -> None:
+    report.write(comparison, tmp_path, COMMAND)
+    contents = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (written, tmp_path)
+    ]
     assert contents[0] == contents[1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_json_is_strict_and_holds_what_was_computed(make_run: MakeRun, tmp_path: Path) -> None:
     folds = {"0": {"a": [dice_counts(0.8), (0, 0, 0)]}}  # no interval, no p, a structure without any value
     folders = [make_run(name, folds) for name in ("nnUNetTrainer", "nnUNetTrainerB")]
@@ -111,6 +122,7 @@ def test_json_is_strict_and_holds_what_was_computed(make_run: MakeRun, tmp_path:
     assert content["runs"][0]["cost"]["parameters"] == 2159
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cases_are_all_there_with_whether_they_were_compared(make_run: MakeRun, tmp_path: Path) -> None:
     folds = random_folds(1)
     folders = [make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", {"0": folds["0"]})]
@@ -122,6 +134,7 @@ def test_cases_are_all_there_with_whether_they_were_compared(make_run: MakeRun, 
     assert table.groupby("run")["compared"].sum().tolist() == [12, 12]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_full_disk_leaves_the_old_report(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +151,7 @@ def test_full_disk_leaves_the_old_report(
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(files.PARTIAL)]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_figures_of_an_earlier_report_are_removed_and_other_files_left(
     comparison: Comparison, tmp_path: Path
 ) -> None:
@@ -176,6 +190,7 @@ def test_report_of_another_shape_names_no_figures(content: str, tmp_path: Path) 
     assert report._old_figures(tmp_path) == set()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_link_in_the_place_of_the_figures_leads_to_no_other_files(
     comparison: Comparison, tmp_path: Path
 ) -> None:
@@ -205,6 +220,7 @@ def note_figure(folder: Path, name: str, png: bytes) -> None:
     (folder / "report.json").write_text(json.dumps(content))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_single_run_has_a_report_without_differences(make_run: MakeRun, tmp_path: Path) -> None:
     found = compare.compare(
         selection.request(Selection(folders=[make_run("nnUNetTrainer", random_folds(1))], processes=1))
@@ -259,6 +275,7 @@ def test_plain_folders_are_compared_and_the_worst_case_is_drawn(
     assert {"held-out-worst-1", "held-out-nsd", "held-out-hd95", "held-out-differences"} <= drawn
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_missing_images_and_missing_predictions_are_warned_of(
     predictions: tuple[list[Path], Path], tmp_path: Path
 ) -> None:
