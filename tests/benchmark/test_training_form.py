@@ -27,8 +27,8 @@ def request_of(machine: Machine, setting: Setting) -> BenchmarkRequest:
 
 @pytest.fixture(scope="module")
 def full() -> Setting:
-    """Default network at 96x96x96, counted on shapes only."""
-    return Source(patch=(96, 96, 96)).setting()
+    """Default network at 48x48x48, counted on shapes only."""
+    return Source(patch=(48, 48, 48)).setting()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,8 +36,8 @@ def test_the_peak_is_that_of_both_passes(name: str, machine: Machine, full: Sett
     method = count(request_of(machine, full), name)
     build = full.builder(name)
     expanded = measure_step(lambda: ExpandedPass(build()), 1, full.patch_size, full.batch_size)
-    standard = measure_step(build, 1, (64, 64, 64), full.batch_size)
-    image = 4 * full.batch_size * 96**3
+    standard = measure_step(build, 1, (32, 32, 32), full.batch_size)
+    image = 4 * full.batch_size * 48**3
     larger = max(expanded.peak, standard.peak)
     assert method.status == "ok"
     assert method.peak_bytes is not None
