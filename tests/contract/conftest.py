@@ -1,4 +1,4 @@
-"""A small data set in nnU-Net's format, planned and preprocessed by its own commands, once for each kind of labels."""
+"""A small data set in nnU-Net's format, planned and preprocessed by its own functions, once for each kind of labels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import count
+from multiprocessing import dummy, get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from tests.conftest import console_script
 
@@ -29,6 +33,11 @@ os.environ.update(
     nnUNet_compile="false",
 )
 
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (  # noqa: E402
+    DatasetFingerprintExtractor,
+)
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess  # noqa: E402
+
 LABELS: dict[str, dict[str, Any]] = {
     "labels": {"labels": {"background": 0, "a": 1, "b": 2}},
     "regions": {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]},
@@ -40,6 +49,33 @@ _unused = count(max(IDS.values()) + 1)
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(WORKSPACE, ignore_errors=True)
+
+
+@contextmanager
+def threads_for_processes() -> Iterator[None]:
+    """nnU-Net's pools are of threads in here: each of its processes would import PyTorch again."""
+
+    class Threads:
+        Pool = staticmethod(dummy.Pool)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(get_context("spawn"), name)
+
+    with (
+        patch("multiprocessing.get_context", lambda _=None: Threads()),
+        patch("nnunetv2.utilities.utils.Pool", lambda processes: dummy.Pool(1)),
+    ):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process() -> Iterator[None]:
+    """Also without nnU-Net's curves, which take longer than the epochs."""
+    with (
+        threads_for_processes(),
+        patch("nnunetv2.training.logging.nnunet_logger.MetaLogger.plot_progress_png"),
+    ):
+        yield
 
 
 def run_command(name: str, *arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
@@ -84,8 +120,24 @@ def prepare(kind: str) -> int:
         "file_ending": ".nii.gz",
     }
     (folder / "dataset.json").write_text(json.dumps(content))
-    run_command("nnUNetv2_plan_and_preprocess", "-d", identifier, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    with threads_for_processes(), patch.dict(os.environ, nnUNet_n_proc_DA="1"):
+        extractor = DatasetFingerprintExtractor(identifier, num_processes=1)
+        extractor.num_foreground_voxels_for_intensitystats = 6_000
+        extractor.run()
+        with torch.device("meta"):  # for nnU-Net's planner sizes are enough
+            plan_experiments([identifier])
+        make_narrow(WORKSPACE / "preprocessed" / folder.name / "nnUNetPlans.json")
+        preprocess([identifier], configurations=["3d_fullres"], num_processes=[1])
     return identifier
+
+
+def make_narrow(path: Path) -> None:
+    """Give the networks of these plans few features."""
+    plans = json.loads(path.read_text())
+    for configuration in plans["configurations"].values():
+        arguments = configuration["architecture"]["arch_kwargs"]
+        arguments["features_per_stage"] = [f // 4 for f in arguments["features_per_stage"]]
+    path.write_text(json.dumps(plans))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tests.contract.plans import PATCHES, arguments
 
 ARCHITECTURES = registry.names("architectures")
 CHANNELS, CLASSES, BATCH = 2, 3, 2
+NARROW = {"ImplicitUNet": {"decoder_width": 64}}  # as narrow as the plans' stages
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -37,7 +38,10 @@ def build(
     torch.manual_seed(0)
     network_class = registry.resolve("architectures", name)
     network = network_class(
-        input_channels=channels, num_classes=classes, deep_supervision=deep_supervision, **arguments(case)
+        input_channels=channels,
+        num_classes=classes,
+        deep_supervision=deep_supervision,
+        **{**arguments(case), **NARROW.get(name, {})},
     )
     network.apply(network.initialize)
     for module in network.modules():
