@@ -250,7 +250,7 @@ def default_memory() -> StepMemory:
     return memory(PlainConvUNet)
 
 
-@pytest.mark.parametrize("blocks", [2, 8])
+@pytest.mark.parametrize("blocks", [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("network_class", "held", "peak"), [(InvertibleUNet, 0.12, 0.33), (PartiallyInvertibleUNet, 0.22, 0.5)]
 )

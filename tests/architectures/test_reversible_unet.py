@@ -120,7 +120,7 @@ def test_tracker_gives_the_known_figures_of_default_nnunet(default_memory: StepM
     assert default_memory.peak / GIB == pytest.approx(8.79, rel=0.02)
 
 
-@pytest.mark.parametrize("blocks", [2, 8])
+@pytest.mark.parametrize("blocks", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_held_and_peak_at_full_size_do_not_depend_on_depth(blocks: int, default_memory: StepMemory) -> None:
     memory = reversible_memory(blocks)
     assert memory.held / GIB <= 1.4

@@ -38,6 +38,9 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 )
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess  # noqa: E402
 
+from nnunet_ext.memory.count import TrainingMemory  # noqa: E402
+from nnunet_ext.plans.memory_planner import MemoryPlanner  # noqa: E402
+
 LABELS: dict[str, dict[str, Any]] = {
     "labels": {"labels": {"background": 0, "a": 1, "b": 2}},
     "regions": {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]},
@@ -144,6 +147,17 @@ def make_narrow(path: Path) -> None:
 def dataset() -> Callable[[str], int]:
     """Give the ID of a preprocessed data set: ``dataset("labels")``, "regions" or "ignore"."""
     return prepare
+
+
+@pytest.fixture
+def memory_by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan by the voxels of a batch: counting a step takes seconds, and here it matters what becomes of a choice."""
+
+    def step_memory(self: MemoryPlanner, plan: dict[str, Any]) -> TrainingMemory:
+        size = round(2000 * plan["batch_size"] * self.memory_voxels(plan))
+        return TrainingMemory(0, 0, 0, size, size, 0)
+
+    monkeypatch.setattr(MemoryPlanner, "step_memory", step_memory)
 
 
 @pytest.fixture(scope="session")

@@ -191,6 +191,9 @@ def test_backward_outside_autocast_is_close_to_float32(name: str, case: str) -> 
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.95
 
 
+@pytest.mark.parametrize(
+    "case", ["3d", *(pytest.param(c, marks=pytest.mark.slow) for c in PATCHES if c != "3d")]
+)
 def test_compiled_network_has_the_same_gradients(name: str, case: str) -> None:
     torch._dynamo.reset()
     network = build(name, case, deep_supervision=True)

@@ -26,7 +26,12 @@ TRAINERS = [name for name in registry.names("trainers") if not only_predicts(tra
 @pytest.mark.parametrize("name", registry.names("architectures"))
 @pytest.mark.parametrize(
     ("compiled", "options"),
-    [(False, {}), (False, {"find_unused_parameters": True}), (False, {"static_graph": True}), (True, {})],
+    [
+        (False, {}),
+        (False, {"find_unused_parameters": True}),
+        (False, {"static_graph": True}),
+        pytest.param(True, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_have_the_gradients_of_one_process(
     name: str, compiled: bool, options: dict[str, Any], ranks: Ranks

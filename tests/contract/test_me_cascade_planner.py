@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,20 @@ PLANNED = [
 
 
 @pytest.fixture(params=PLANNED, ids="-".join)
-def plans(request: pytest.FixtureRequest, dataset: Callable[[str], int], workspace: Path) -> Any:
+def plans(
+    request: pytest.FixtureRequest, dataset: Callable[[str], int], workspace: Path, memory_by_voxels: None
+) -> Any:
     """The plans that `nnUNetv2_plan_experiment -pl PLANNER` writes."""
     planner, labels = request.param
-    identifier = dataset(labels)
+    return PlansManager(written(planner, dataset(labels), workspace))
+
+
+@cache
+def written(planner: str, identifier: int, workspace: Path) -> dict[str, Any]:
     name = plan_experiments([identifier], planner)
     (folder,) = (workspace / "preprocessed").glob(f"Dataset{identifier}_*")
-    return PlansManager(json.loads((folder / f"{name}.json").read_text()))
+    plans: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return plans
 
 
 @pytest.mark.parametrize("dim", ["2d", "3d"])
@@ -77,6 +85,7 @@ def test_the_residual_planner_plans_residual_networks(plans: Any) -> None:
         assert ("n_blocks_per_stage" in options, "n_conv_per_stage" in options) == (residual, not residual)
 
 
+@pytest.mark.slow
 def test_a_large_image_gets_its_context_and_the_memory_of_the_larger_stage(
     dataset: Callable[[str], int],
 ) -> None:

@@ -34,14 +34,9 @@ def plan(planner_class: type[ExperimentPlanner], identifier: int, image: str) ->
         return planner.get_plans_for_configuration(spacing, shape, "data", prod(shape) * N_CASES, {})
 
 
-@pytest.mark.parametrize(
-    ("planner", "image"),
-    [
-        *((MeUNetPlanner, image) for image in IMAGES),
-        (MeResEncUNetPlanner, "thick slices"),
-        (MeReversibleUNetPlanner, "isotropic"),
-    ],
-)
+@pytest.mark.usefixtures("memory_by_voxels")
+@pytest.mark.parametrize("planner", [MeUNetPlanner, MeResEncUNetPlanner, MeReversibleUNetPlanner])
+@pytest.mark.parametrize("image", IMAGES)
 def test_patch_surrounds_the_standard_patch_and_stays_in_the_image(
     planner: type[ExperimentPlanner], image: str, dataset: Callable[[str], int]
 ) -> None:
@@ -62,17 +57,20 @@ def test_patch_surrounds_the_standard_patch_and_stays_in_the_image(
         assert ours["batch_size"] <= max(2, covered)
 
 
+@pytest.mark.usefixtures("memory_by_voxels")
 def test_network_is_nnunets_own(dataset: Callable[[str], int]) -> None:
     ours, host = (plan(p, dataset("labels"), "small") for p in (MeUNetPlanner, ExperimentPlanner))
     assert ours["me_unet"]["standard_patch_size"] == list(host["patch_size"]) == [40, 56, 40]
     assert ours["architecture"] == host["architecture"]
 
 
+@pytest.mark.usefixtures("memory_by_voxels")
 def test_a_large_image_gets_half_as_much_more_context(dataset: Callable[[str], int]) -> None:
     k = plan(MeUNetPlanner, dataset("labels"), "isotropic")["me_unet"]["k"]
     assert k == pytest.approx([1.5, 1.5, 1.5], rel=0.15)  # rounded to what the strides divide
 
 
+@pytest.mark.slow
 def test_reversible_planner_starts_from_the_larger_patch_of_its_host(dataset: Callable[[str], int]) -> None:
     ours, default = (
         plan(p, dataset("labels"), "isotropic") for p in (MeReversibleUNetPlanner, ExperimentPlanner)
@@ -81,6 +79,7 @@ def test_reversible_planner_starts_from_the_larger_patch_of_its_host(dataset: Ca
     assert prod(ours["patch_size"]) > 1.5**3 * prod(default["patch_size"])
 
 
+@pytest.mark.usefixtures("memory_by_voxels")
 def test_a_k_whose_expanded_pass_is_the_larger_one_shrinks_the_standard_patch(
     dataset: Callable[[str], int],
 ) -> None:

@@ -23,13 +23,10 @@ from nnunet_ext.nnunet.setting import Setting
 CASES = [
     ("ReversibleUNetPlanner", "ct", 8),
     ("ReversibleUNetPlanner", "tiny", 4),
-    ("ReversibleUNetPlanner", "microct", 24),
     ("FasterFusionUNetPlanner", "mri", 11),
-    ("FasterFusionUNetPlanner", "2d", 80),
+    ("ReversibleUNetPlanner", "2d", 11),
     ("MeCascadePlanner", "ct", 8),
     ("ImplicitUNetPlanner", "microct", 4),
-    ("MeUNetPlanner", "4 channels", 8),
-    ("MeResEncUNetPlanner", "ct", 24),
 ]
 SLOW = [
     pytest.param(planner, key, target, marks=pytest.mark.slow)
@@ -76,6 +73,7 @@ def plan_with(planner: str, number: int, target: float, **arguments: Any) -> dic
     return plans
 
 
+@pytest.mark.slow
 def test_planning_prints_what_the_plans_hold_and_default_beside_it(
     workspace: Path, number: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ def test_keeps_the_six_arguments_of_nnunets_planner(planner: str) -> None:
     assert list(signature(registry.resolve("planners", planner).__init__).parameters) == expected
 
 
+@pytest.mark.usefixtures("memory_by_voxels")
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_plans_build_their_network_and_reuse_preprocessed_data(
     planner: str, dataset: Callable[[str], int], workspace: Path
@@ -51,6 +52,7 @@ def test_plans_build_their_network_and_reuse_preprocessed_data(
     assert network.compute_conv_feature_map_size(configuration["patch_size"]) > 0
 
 
+@pytest.mark.usefixtures("memory_by_voxels")
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_a_configuration_that_the_user_added_survives_planning_again(
     planner: str, dataset: Callable[[str], int], workspace: Path
@@ -80,6 +82,7 @@ def test_reversible_planner_spends_the_memory_on_a_larger_patch(dataset: Callabl
     assert voxels[0] >= 1.3 * voxels[1]
 
 
+@pytest.mark.slow
 def test_reversible_planner_spends_the_rest_on_a_larger_batch(dataset: Callable[[str], int]) -> None:
     planner = registry.resolve("planners", "ReversibleUNetPlanner")
     plans = [
@@ -101,6 +104,7 @@ def test_other_spacing_or_preprocessor_gets_its_own_data(dataset: Callable[[str]
     )
 
 
+@pytest.mark.usefixtures("memory_by_voxels")
 def test_deep_planner_writes_its_depth_into_plans_of_its_own(
     dataset: Callable[[str], int], workspace: Path
 ) -> None:
@@ -109,6 +113,7 @@ def test_deep_planner_writes_its_depth_into_plans_of_its_own(
     assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["blocks_per_stage"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("planner", "gain"),
     [

@@ -20,6 +20,8 @@ from nnunet_ext.check.trainer import check
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.protocols import only_predicts
+from nnunet_ext.trainers.nnUNetTrainerImplicit import nnUNetTrainerImplicit
+from nnunet_ext.trainers.nnUNetTrainerImplicitLite import nnUNetTrainerImplicitLite
 
 CPU = torch.device("cpu")
 TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
@@ -31,8 +33,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _augment_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_and_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    for trainer in (nnUNetTrainerImplicit, nnUNetTrainerImplicitLite):
+        monkeypatch.setattr(trainer, "decoder_width", 64)
 
 
 def trainer_of(name: str, identifier: int, continue_training: bool = False) -> Any:

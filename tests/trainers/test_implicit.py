@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ from nnunet_ext.trainers.implicit import ImplicitTrainerMixin, implicit_network
 from nnunet_ext.trainers.nnUNetTrainerImplicit import nnUNetTrainerImplicit
 from nnunet_ext.trainers.nnUNetTrainerImplicitLite import nnUNetTrainerImplicitLite
 from tests.contract.plans import PATCHES, arguments
+from tests.ranks import Ranks
 from tests.trainers.test_from_plans import configuration
 
 SMALL = {"decoder_width": 16, "decoder_depth": 4, "dropout": 0.0}
@@ -195,26 +193,17 @@ def test_a_variant_is_a_class_attribute() -> None:
     assert (built.point_decoder.width, built.n_points, built.point_decoder.encoded) == (24, 77, 0)
 
 
-def ddp_step(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        trainer = Trainer(DistributedDataParallel(network()))
-        torch.manual_seed(rank)
-        trainer.train_step(batch())
-        assert trainer.output.shape == (2, 3, 100)
-        mine = torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None])
-        both = [torch.empty_like(mine) for _ in range(2)]
-        dist.all_gather(both, mine)
-        torch.testing.assert_close(both[0], both[1])
-        assert mine.abs().sum() > 0
-    finally:
-        dist.destroy_process_group()
+def ddp_step(rank: int) -> None:
+    trainer = Trainer(DistributedDataParallel(network()))
+    torch.manual_seed(rank)
+    trainer.train_step(batch())
+    assert trainer.output.shape == (2, 3, 100)
+    mine = torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    torch.testing.assert_close(both[0], both[1])
+    assert mine.abs().sum() > 0
 
 
-def test_points_pass_through_ddp_and_gradients_are_shared() -> None:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    mp.spawn(ddp_step, args=(port,), nprocs=2)
+def test_points_pass_through_ddp_and_gradients_are_shared(ranks: Ranks) -> None:
+    ranks.run(ddp_step)
