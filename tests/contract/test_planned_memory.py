@@ -24,7 +24,7 @@ CASES = [
     ("ReversibleUNetPlanner", "ct", 8),
     ("ReversibleUNetPlanner", "tiny", 4),
     ("FasterFusionUNetPlanner", "mri", 11),
-    ("ReversibleUNetPlanner", "2d", 11),
+    ("FasterFusionUNetPlanner", "2d", 80),
     ("MeCascadePlanner", "ct", 8),
     ("ImplicitUNetPlanner", "microct", 4),
 ]
