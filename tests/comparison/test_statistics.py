@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from nnunet_ext.comparison.statistics import (
-    Difference,
+    PairedDifference,
     difference,
     holm,
     interval,
@@ -114,7 +114,7 @@ def test_holm_never_exceeds_one_and_leaves_out_what_is_not_defined() -> None:
     ],
 )
 def test_verdict_compares_the_whole_interval_with_the_margin(low: float, high: float, expected: str) -> None:
-    assert verdict(Difference(10, (low + high) / 2, low, high, 0.5, 5, 5), 0.01) == expected
+    assert verdict(PairedDifference(10, (low + high) / 2, low, high, 0.5, 5, 5), 0.01) == expected
 
 
 def test_ranks_count_cases_and_ties_share_the_better_rank() -> None:
