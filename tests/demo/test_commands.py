@@ -119,7 +119,7 @@ def test_process_that_outlives_a_killed_demo_is_waited_for(demo: Demo, run: Run)
         with pytest.raises(
             UsageError, match=rf"another run is at work in .*process {left.pid} of .*wait for its"
         ):
-            workflow.run(demo, lambda *_: None)
+            workflow.run(demo, lambda *_: pytest.fail("it began"))
     finally:
         left.kill()
 
