@@ -56,6 +56,11 @@ class Choice:
         """Of a batch."""
         return self.batch * self.candidate.voxels
 
+    @property
+    def growing(self) -> float:
+        """Bytes that depend on the voxels."""
+        return self.memory.total - _fixed(self.memory)
+
 
 @dataclass
 class MemorySearch:
@@ -115,24 +120,24 @@ class MemorySearch:
         return 0.0 if (candidate.key, batch) in self.known else MARGIN
 
     def _expected(self, candidate: Candidate, batch: int) -> float:
-        """Bytes as measured, or in proportion to the measurement of the most similar number of voxels.
+        """Bytes as measured, or as the measurement of the most similar number of voxels lets expect.
 
-        Of a patch that was measured in several batches, on the line through the nearest and the furthest.
+        What depends on the voxels lies on the line through that measurement and the furthest one of its batch or patch;
+        with no other, or where the line falls, it is in proportion to them.
         """
         known = self.known.get((candidate.key, batch))
         if known is not None:
             return known.memory.total
         voxels = batch * candidate.voxels
-        nearest = sorted(self.known.values(), key=lambda choice: abs(log(choice.voxels / voxels)))
-        own = [choice for choice in nearest if choice.candidate.key == candidate.key]
-        near = own[0] if len(own) > 1 else nearest[0]
-        if len(own) > 1:
-            slope = (near.memory.total - own[-1].memory.total) / (near.voxels - own[-1].voxels)
-            return near.memory.total + slope * (voxels - near.voxels)
-        growing = near.memory.total - _fixed(near.memory)
+        near, *others = sorted(self.known.values(), key=lambda choice: abs(log(choice.voxels / voxels)))
+        akin = [o for o in others if o.batch == near.batch or o.candidate.key == near.candidate.key]
+        slope = near.growing / near.voxels
+        if akin and (distance := near.voxels - akin[-1].voxels):
+            line = (near.growing - akin[-1].growing) / distance
+            slope = line if line > 0 else slope
         weights = candidate.weights / near.candidate.weights
         always = CONTEXT_BYTES + weights * (_fixed(near.memory) - CONTEXT_BYTES)
-        return always + growing * voxels / near.voxels
+        return always + near.growing + slope * (voxels - near.voxels)
 
     def _measure(self, candidate: Candidate, batch: int) -> None:
         self.known[candidate.key, batch] = Choice(candidate, batch, self.measure(candidate, batch))

@@ -121,6 +121,15 @@ def test_what_no_measurement_predicts_still_fits(seed: int) -> None:
     assert choice.memory.total <= target * GIB
 
 
+@pytest.mark.parametrize("target", [4, 5, 11, 24])
+def test_the_second_measurement_tells_what_does_not_grow(target: float) -> None:
+    found, counted = search(target, lambda voxels, batch: 3 * GIB + 1000 * voxels * batch)
+    choice = found.run(candidates())
+    assert choice is not None
+    assert FILLED * target * GIB <= choice.memory.total <= target * GIB
+    assert len(counted) <= 3
+
+
 def test_the_search_gives_up_after_seventeen_measurements() -> None:
     found, counted = search(8, lambda voxels, batch: 8 * GIB)  # smaller patches never help
     assert found.run(candidates()) is None
