@@ -27,6 +27,7 @@ from torch import nn
 
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
+from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import measure_step, surrogate_loss
 from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
@@ -230,8 +231,7 @@ def volume_plans() -> dict[str, Any]:
 
 def markdown(rows: list[Row]) -> str:
     titles = list(rows[0])
-    lines = [titles, ["---"] * len(titles), *([str(row[title]) for title in titles] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(titles, ([str(row[title]) for title in titles] for row in rows)) + "\n"
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext import registry
+from nnunet_ext.escaping import markdown_table
 from nnunet_ext.files import write_text
 
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
@@ -42,8 +43,7 @@ def table(benchmark: dict[str, Any]) -> str:
         if any(method["ratios"].get(key) is not None for method in benchmark["methods"])
     }
     by_trainer = planners()
-    rows = [["trainer", "network", "planner", *columns.values()]]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for method in benchmark["methods"]:
         named = ", ".join(f"`{name}`" for name in by_trainer.get(method["trainer"], []))
         ratios = [method["ratios"].get(key) for key in columns]
@@ -51,7 +51,7 @@ def table(benchmark: dict[str, Any]) -> str:
             "\N{EN DASH}" if ratio is None else f"{ratio:.2f}\N{MULTIPLICATION SIGN}" for ratio in ratios
         ]
         rows.append([f"`{method['trainer']}`", f"`{method['network']}`", named or "\N{EN DASH}", *shown])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(["trainer", "network", "planner", *columns.values()], rows)
 
 
 def inserted(readme: str, benchmark: dict[str, Any]) -> str:

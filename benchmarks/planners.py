@@ -216,12 +216,14 @@ def size(found: Row) -> str:
 
 def comparison(rows: Sequence[Row]) -> str:
     """Table of patch and batch, default against each planner."""
+    from nnunet_ext.escaping import markdown_table
+
     keys = list(dict.fromkeys(found.fingerprint for found in rows))
     titles = []
     for key in keys:
         fingerprint = FINGERPRINTS[key]
         titles.append(f"{fingerprint.title} {'x'.join(map(str, fingerprint.shape))}")
-    lines = [f"| planner | {' | '.join(titles)} |", "| --- " * (len(keys) + 1) + "|"]
+    lines = []
     for planner in dict.fromkeys(found.planner for found in rows):
         cells = [
             f"{size(found)}: {found.counted:.1f} GB"
@@ -230,8 +232,8 @@ def comparison(rows: Sequence[Row]) -> str:
             if (found.planner, found.fingerprint) == (planner, key)
         ]
         name = "default nnU-Net" if planner == DEFAULT else f"`{planner}`"
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown_table(["planner", *titles], lines)
 
 
 def document(rows: Sequence[Row], command: str) -> str:

@@ -7,7 +7,7 @@ tag, a formula or mathematics.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from nnunet_ext.printable import printable, printable_lines
@@ -31,6 +31,12 @@ def markdown_cell(text: str) -> str:
     """Cell of a table in Markdown that shows `text`, whatever stands in it."""
     escaped = _MARKUP.sub(r"\\\g<0>", printable(text))
     return _HTML.sub(lambda match: f"&#{ord(match[0])};", escaped)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Table in Markdown of cells that are Markdown already."""
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def code_block(text: str) -> str:

@@ -193,9 +193,10 @@ def markdown(report: Report, command: str) -> str:
     ]
     for table in tables(report):
         lines += [f"## {table.title}", ""]
-        header = [" ".join(cell) for cell in table.header]
-        rows = [["".join(row[0]), *(" ".join(cell) for cell in row[1:])] for row in table.rows]
-        lines += [_line(header), _line(["---"] * len(header)), *map(_line, rows), ""]
+        texts = [[*map(" ".join, table.header)]]
+        texts += [["".join(row[0]), *map(" ".join, row[1:])] for row in table.rows]
+        header, *rows = ([escaping.markdown_cell(text) for text in line] for line in texts)
+        lines += [escaping.markdown_table(header, rows), ""]
     return "\n".join([*lines, *(f"- {escaping.markdown(note)}" for note in notes(report)), ""])
 
 
@@ -203,10 +204,6 @@ def headline(report: Report) -> str:
     """Machine, versions and network's ends in one line."""
     ends = f"{counted(report.input_channels, 'channel')} in, {report.num_classes} out"
     return f"{report.device}, torch {report.torch}, nnunetv2 {report.nnunetv2}; {ends}"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(map(escaping.markdown_cell, cells))} |"
 
 
 def shape(size: tuple[int, ...]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_cdt
 
 from nnunet_ext.comparison.style import page, png
 from nnunet_ext.escaping import drawn
@@ -129,12 +130,8 @@ def _draw_label(
 
 def _deepest(mask: NDArray[np.bool_]) -> tuple[int, int]:
     """A pixel that lies as far from the mask's border as any; the mask's own border is background."""
-    inner = mask
-    while inner.any():
-        mask, core = inner, inner[1:-1, 1:-1]
-        core = core & inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-        inner = np.pad(core, 1)
-    pixels = np.argwhere(mask)
+    depth = distance_transform_cdt(mask, "taxicab")
+    pixels = np.argwhere(depth == depth.max())
     row, column = pixels[len(pixels) // 2]
     return int(row), int(column)
 
