@@ -18,7 +18,7 @@ Cell = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Table:
+class BenchmarkTable:
     """Text of a table.
 
     Args:
@@ -70,7 +70,7 @@ _TIMES = (
 )
 
 
-def tables(report: Report) -> list[Table]:
+def tables(report: Report) -> list[BenchmarkTable]:
     """Sizes and memory, times, depth; those that hold anything."""
     size = f"patch {shape(report.patch_size)}, batch {report.batch_size}, {report.precision}"
     found = [_methods_table(f"Size and memory: {size}", report, _SIZES, _is_shown)]
@@ -83,10 +83,12 @@ def tables(report: Report) -> list[Table]:
 
 def _methods_table(
     title: str, report: Report, columns: Any, shown: Callable[[Report, _Column], bool]
-) -> Table:
+) -> BenchmarkTable:
     kept = [column for column in columns if shown(report, column)]
     rows = ((_name(method.trainer), *(column.cell(method) for column in kept)) for method in report.methods)
-    return Table(title, (("trainer",), *((column.title, f"[{column.unit}]") for column in kept)), tuple(rows))
+    return BenchmarkTable(
+        title, (("trainer",), *((column.title, f"[{column.unit}]") for column in kept)), tuple(rows)
+    )
 
 
 def _has_values(report: Report, column: _Column) -> bool:
@@ -100,7 +102,7 @@ def _is_shown(report: Report, column: _Column) -> bool:
     return column.key != "reserved_bytes" or _has_values(report, column)
 
 
-def _depth_table(title: str, report: Report) -> Table:
+def _depth_table(title: str, report: Report) -> BenchmarkTable:
     header: tuple[Cell, ...] = (
         ("trainer",),
         ("depth",),
@@ -118,7 +120,7 @@ def _depth_table(title: str, report: Report) -> Table:
         )
         for point in report.depth
     )
-    return Table(title, header, tuple(rows))
+    return BenchmarkTable(title, header, tuple(rows))
 
 
 def _name(trainer: str) -> Cell:

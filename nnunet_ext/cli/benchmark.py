@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from nnunet_ext.benchmark.records import Report
-    from nnunet_ext.benchmark.table import Table
+    from nnunet_ext.benchmark.table import BenchmarkTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,12 +148,12 @@ def _print(report: Report) -> None:
         console.print(note, markup=False)
 
 
-def _print_table(console: Console, found: Table) -> None:
+def _print_table(console: Console, found: BenchmarkTable) -> None:
     from rich import box
-    from rich.table import Table as RichTable
+    from rich.table import Table
     from rich.text import Text
 
-    shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for index, cell in enumerate(found.header):
         shown.add_column(Text("\n".join(cell)), justify="right" if index else "left", overflow="fold")
     for row in found.rows:
