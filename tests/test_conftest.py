@@ -1,7 +1,8 @@
-"""What the fixtures themselves promise."""
+"""What the fixtures and settings of the tests promise."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,15 @@ def test_script_of_this_environment_is_found(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "some_command").touch()
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     assert console_script("some_command") == str(tmp_path / "some_command")
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning, ResourceWarning, UserWarning])
+@pytest.mark.parametrize("module", ["nnunet_ext.registry", "_nnunet_ext_hook", "tests.conftest"])
+def test_warning_of_our_own_code_is_an_error(kind: type[Warning], module: str) -> None:
+    with pytest.raises(kind):
+        warnings.warn_explicit("ours", kind, f"{module}.py", 1, module=module)
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning, ResourceWarning])
+def test_warning_of_nnunets_own_code_is_none(kind: type[Warning]) -> None:
+    warnings.warn_explicit("theirs", kind, "file.py", 1, module="nnunetv2.training")

@@ -31,7 +31,8 @@ with only_training(Path(sys.argv[1])):
 def start_holder(folder: Path) -> tuple[subprocess.Popen[str], int]:
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    return process, int(process.stdout.readline())
+    with process.stdout as output:
+        return process, int(output.readline())
 
 
 def test_second_process_is_refused_and_told_who_trains(tmp_path: Path) -> None:
