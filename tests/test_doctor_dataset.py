@@ -457,9 +457,7 @@ def test_the_command_takes_number_name_or_folder(
 
 def test_an_unknown_data_set_is_refused_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--dataset", "8"]) == 2
-    assert (
-        "got 8: there is Dataset1234_Toy.v2: give its number, whole name or path" in capsys.readouterr().err
-    )
+    assert "got 8: there is Dataset1234_Toy.v2: give its number, full name or path" in capsys.readouterr().err
 
 
 def test_processes_find_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

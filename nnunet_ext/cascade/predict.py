@@ -282,7 +282,7 @@ def _see_whole(files: Mapping[str, Any], folder: Path, good: _Good, with_probabi
     missing = [case for case in files if not good.is_finished(folder, case, with_probabilities)]
     if missing:
         raise UsageError(
-            f"{folder} must now hold all predictions whole, {', '.join(missing[:5])} is missing or cut off "
-            f"({len(missing)} in all): see the messages above and the free space, then call again with "
+            f"{folder} must now hold all predictions, complete: {', '.join(missing[:5])} is missing or cut off "
+            f"({len(missing)} in all); see the messages above and the free space, then call again with "
             "--continue_prediction."
         )

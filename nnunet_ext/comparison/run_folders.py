@@ -15,7 +15,7 @@ from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.plans import configuration
 
 RESULTS = "nnUNet_results"
-_COPY = "copy the whole folder TRAINER__PLANS__CONFIGURATION, or leave the run out"
+_COPY = "copy the complete folder TRAINER__PLANS__CONFIGURATION, or leave the run out"
 
 
 @dataclass(frozen=True, kw_only=True)

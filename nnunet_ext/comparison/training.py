@@ -107,7 +107,7 @@ def read_curves(folder: Path) -> Curves:
             tuple(float(end - start) for start, end in times),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is no whole checkpoint of nnU-Net ({error}): {cure}.") from error
+        raise UsageError(f"{path} is not a complete checkpoint of nnU-Net ({error}): {cure}.") from error
 
 
 def _doubts(run: Run, folder: Path, fold: str, curves: Curves | None, planned: int | None) -> list[str]:

@@ -88,7 +88,7 @@ def real_patch(setting: Setting, folder: Path) -> tuple[str, Tensor]:
     rules = Rules(setting.plans_manager.image_reader_writer_class, setting.input_channels)
     for found in look((Case(name, tuple(map(Path, cases[0]))), rules)).findings:
         if found.level == "failure":
-            raise UsageError(f"-i needs images that are whole, {name}: {found.detail}: {found.cure}.")
+            raise UsageError(f"-i needs complete images, {name}: {found.detail}: {found.cure}.")
     data, *_ = configuration.preprocessor_class(verbose=False).run_case(
         cases[0], None, setting.plans_manager, configuration, dict(setting.dataset)
     )

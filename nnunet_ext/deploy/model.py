@@ -15,7 +15,7 @@ from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.printable import one_line
 
-_COPY = "give the folder TRAINER__PLANS__CONFIGURATION of a training, whole"
+_COPY = "give the complete folder TRAINER__PLANS__CONFIGURATION of a training"
 DEPLOYED = "nnUNetTrainerDeployed"
 
 
@@ -81,7 +81,7 @@ class TrainedModel:
         """Read the weights of a fold.
 
         Raises:
-            UsageError: the file is no whole checkpoint of this model.
+            UsageError: the file is not a complete checkpoint of this model.
         """
         checkpoint = _read(self.checkpoints[fold])
         if checkpoint.trainer != self.trainer:

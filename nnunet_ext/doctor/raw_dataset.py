@@ -50,7 +50,7 @@ def find(dataset: str) -> Path:
     if path.is_dir() and (os.sep in dataset or (path / "dataset.json").is_file()):
         return Path(os.path.abspath(path))
     return find_dataset(
-        dataset, "--dataset", RAW, instead="give a path", cure="give its number, whole name or path"
+        dataset, "--dataset", RAW, instead="give a path", cure="give its number, full name or path"
     )
 
 

@@ -87,7 +87,7 @@ def read_checkpoint(path: Path, cure: str) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a foreign file makes the unpickler meet
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{path} is no whole checkpoint of nnU-Net ({reason}): {cure}.") from error
+        raise UsageError(f"{path} is not a complete checkpoint of nnU-Net ({reason}): {cure}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a dictionary, got a {type(content).__name__}: {cure}.")
     return content

@@ -26,7 +26,7 @@ def number_of(name: str) -> int | None:
 
 
 def dataset_folders(root: Path, dataset: str) -> list[Path]:
-    """Folders below `root` that a data set's number or whole name means, sorted; one is right."""
+    """Folders below `root` that a data set's number or full name means, sorted; one is right."""
     folders = sorted(path for path in root.glob("Dataset*") if path.is_dir())
     if dataset.isdecimal():
         return [path for path in folders if number_of(path.name) == int(dataset)]
@@ -39,12 +39,12 @@ def find_dataset(
     variable: str,
     root: Path | None = None,
     instead: str = "",
-    cure: str = "give its number or whole name",
+    cure: str = "give its number or full name",
 ) -> Path:
     """Folder of a data set below one of nnU-Net's three folders.
 
     Args:
-        dataset: Number or whole name.
+        dataset: Number or full name.
         option: Option that names it.
         variable: Variable of the environment with the folder to look in.
         root: Folder to look in instead.
@@ -70,7 +70,7 @@ def find_dataset(
         names = [path.name for path in found or sorted(root.iterdir()) if path.is_dir()]
         raise UsageError(
             f"{option} must be one data set in {root}, got {dataset}: there is {', '.join(names) or 'none'}: "
-            f"{'give its whole name' if found else cure}."
+            f"{'give its full name' if found else cure}."
         )
     return found[0]
 

@@ -272,7 +272,7 @@ def test_a_stage_that_leaves_cases_out_is_an_error(
     monkeypatch.setattr(cascade_predict, "_run", lambda *_: None)
     assert cli.main(COMMAND) == 2
     assert (
-        "must now hold all predictions whole, one, two is missing or cut off (2 in all)"
+        "must now hold all predictions, complete: one, two is missing or cut off (2 in all)"
         in capsys.readouterr().err
     )
 
@@ -287,7 +287,7 @@ def test_a_stage_that_cuts_a_prediction_off_is_an_error(
 
     monkeypatch.setattr(cascade_predict, "_run", full_disk)
     assert cli.main(COMMAND) == 2
-    assert "whole, two is missing or cut off (1 in all)" in capsys.readouterr().err
+    assert "complete: two is missing or cut off (1 in all)" in capsys.readouterr().err
 
 
 def test_probabilities_that_were_cut_off_are_predicted_again(

@@ -179,7 +179,7 @@ def test_broken_checkpoint_costs_its_curves_only(make_run: MakeRun, content: byt
     a, b = make_run("nnUNetTrainer", random_folds(1)), make_run("nnUNetTrainerB", random_folds(1))
     (b / "fold_0" / "checkpoint_final.pth").write_bytes(content)
     found = run(a, b)
-    assert any("checkpoint_final.pth is no whole checkpoint" in w for w in found.warnings)
+    assert any("checkpoint_final.pth is not a complete checkpoint" in w for w in found.warnings)
     assert list(found.trainings["nnUNetTrainerB"].curves) == ["1"]
 
 
@@ -194,7 +194,7 @@ def test_checkpoint_that_would_run_code_is_refused(make_run: MakeRun, tmp_path: 
     torch.save({"logging": Evil()}, b / "fold_0" / "checkpoint_final.pth")
     found = run(a, b)
     assert not (tmp_path / "executed").exists()
-    assert any("checkpoint_final.pth is no whole checkpoint" in w for w in found.warnings)
+    assert any("checkpoint_final.pth is not a complete checkpoint" in w for w in found.warnings)
 
 
 def test_curves_and_times_are_those_of_the_checkpoints(make_run: MakeRun) -> None:

@@ -93,7 +93,7 @@ def test_missing_or_foreign_description_is_named(make_run: MakeRun, name: str, c
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
-    with pytest.raises(UsageError, match=rf"{name}.*copy the whole folder"):
+    with pytest.raises(UsageError, match=rf"{name}.*copy the complete folder"):
         read_run(folder)
 
 

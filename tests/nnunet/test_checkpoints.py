@@ -57,7 +57,7 @@ def test_numbers_are_read_where_numpy_has_stubs_of_its_modules(
 @pytest.mark.parametrize("harmful", [os.system, np.dtype(object), np.zeros(1, dtype=object), print])
 def test_anything_but_numbers_and_tensors_is_refused(tmp_path: Path, harmful: object) -> None:
     torch.save({"network_weights": {}, "init_args": harmful}, tmp_path / "checkpoint.pth")
-    with pytest.raises(UsageError, match=r"no whole checkpoint of nnU-Net .*: copy it again\.$"):
+    with pytest.raises(UsageError, match=r"not a complete checkpoint of nnU-Net .*: copy it again\.$"):
         read_checkpoint(tmp_path / "checkpoint.pth", "copy it again")
 
 
@@ -65,7 +65,7 @@ def test_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save(CONTENT, tmp_path / "checkpoint.pth")
     whole = (tmp_path / "checkpoint.pth").read_bytes()
     (tmp_path / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match="no whole checkpoint"):
+    with pytest.raises(UsageError, match="not a complete checkpoint"):
         read_checkpoint(tmp_path / "checkpoint.pth", "copy it again")
 
 

@@ -286,7 +286,9 @@ def test_no_command_unpickles_objects_of_checkpoints(
     status = cli.main(commands(tmp_path, CONFIGURATION, optimizer_state=Reduce())[command])
     error = capsys.readouterr().err
     assert status == (0 if command == "compare" else 2)
-    assert len([line for line in error.splitlines() if "is no whole checkpoint of nnU-Net" in line]) == 1
+    assert (
+        len([line for line in error.splitlines() if "is not a complete checkpoint of nnU-Net" in line]) == 1
+    )
     assert not attack.mark.exists()
 
 
