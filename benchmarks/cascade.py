@@ -27,6 +27,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
+from nnunet_ext.escaping import markdown_table
+
 NAME, NUMBER = "Dataset950_CascadePhantom", "950"
 PLANS, PRE_PLANS, LARGE_PLANS = (f"nnUNetMeCascadePlans{suffix}" for suffix in ("", "Pre", "Large"))
 SIZE, N_CASES, N_FOLDS = 64, 12, 2
@@ -178,14 +180,14 @@ def table(results: dict[str, dict[str, Any]], setting: dict[str, Any]) -> str:
         f"by the fold that has not seen it; schedule `{setting['schedule']}`, batch 2, features {FEATURES}, "
         f"P = {PATCH}, kP = {CONTEXT}.",
         "",
-        "| | thick tube (class 1) | thin tube (class 2) | worst, best case |",
-        "|---|---|---|---|",
     ]
+    rows = []
     for name, found in results.items():
         cases = found["thin_of_each_case"]
-        scores = f"{found['thick']:.3f} | {found['thin']:.3f} | {min(cases):.3f}, {max(cases):.3f}"
-        lines.append(f"| {name} | {scores} |")
-    return "\n".join(lines) + "\n"
+        worst_best = f"{min(cases):.3f}, {max(cases):.3f}"
+        rows.append([name, f"{found['thick']:.3f}", f"{found['thin']:.3f}", worst_best])
+    header = ["", "thick tube (class 1)", "thin tube (class 2)", "worst, best case"]
+    return "\n".join([*lines, markdown_table(header, rows), ""])
 
 
 def main() -> None:

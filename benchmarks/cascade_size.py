@@ -20,6 +20,7 @@ from torch import nn
 
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
+from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import measure_step
 from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
@@ -84,15 +85,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of size.md and size.json")
     options = parser.parse_args()
     lines = ["# Size of meU-net's cascade", "", "`python benchmarks/cascade_size.py --output FOLDER`", ""]
-    lines += ["| labels | default nnU-Net | post-concatenation | pre-concatenation |", "|---|---|---|---|"]
+    sizes, memory = [], []
     found: dict[str, Any] = {"parameters": {}, "peak_gib": {}}
     for labels in LABELS:
         host = parameters(lambda labels=labels: default(labels))
         ours = [parameters(lambda f=f, labels=labels: stage_two(labels, f)) for f in ("post", "pre")]
         found["parameters"][labels] = {"default": host, "post": ours[0], "pre": ours[1]}
-        lines.append(
-            f"| {labels} | {host:,} | " + " | ".join(f"{n:,} ({n / host - 1:+.3%})" for n in ours) + " |"
-        )
+        sizes.append([str(labels), f"{host:,}", *(f"{n:,} ({n / host - 1:+.3%})" for n in ours)])
     rows = {
         f"default nnU-Net at {P}": (lambda: default(2), 1, P),
         f"stage 1, both branches, {CONTEXT}": (lambda: stage_one(2), 1, CONTEXT),
@@ -101,14 +100,16 @@ def main() -> None:
         f"default nnU-Net at {P}, 14 labels": (lambda: default(14), 1, P),
         f"stage 2 at {P}, 14 labels": (lambda: stage_two(14), 15, P),
     }
-    lines += ["", "| peak of a training step | float32 | mixed precision |", "|---|---|---|"]
     for name, (build, channels, patch) in rows.items():
         found["peak_gib"][name] = peaks(build, channels, patch)
         base = found["peak_gib"][f"default nnU-Net at {P}{', 14 labels' if '14' in name else ''}"]
-        cells = [
-            f"{gib:.2f} GiB ({gib / to:.2f}x)" for gib, to in zip(found["peak_gib"][name], base, strict=True)
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        pairs = zip(found["peak_gib"][name], base, strict=True)
+        memory.append([name, *(f"{gib:.2f} GiB ({gib / to:.2f}x)" for gib, to in pairs)])
+    lines += [
+        markdown_table(["labels", "default nnU-Net", "post-concatenation", "pre-concatenation"], sizes),
+        "",
+        markdown_table(["peak of a training step", "float32", "mixed precision"], memory),
+    ]
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "size.md").write_text("\n".join(lines) + "\n")
     (options.output / "size.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
 from nnunet_ext.architectures.fusion.blocks import FasterFusionBlock, Geometry
 from nnunet_ext.architectures.fusion.folding import fold_batch_norms
+from nnunet_ext.escaping import markdown_table
 from nnunet_ext.nnunet.patch_plans import setting_of_patch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -149,14 +150,17 @@ def timed(modules: Mapping[str, tuple[nn.Module, str]], x: Tensor, repeats: int)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | parameters [M] | ms | range | faster |", "|---|---|---|---|---|"]
-    for row in rows:
-        low, high = row["min"] * 1e3, row["max"] * 1e3
-        lines.append(
-            f"| {row['name']} | {row['parameters'] / 1e6:.3g} | {row['seconds'] * 1e3:.3g} | {low:.3g}-{high:.3g} "
-            f"| {row['faster']:.2f}x |"
-        )
-    return "\n".join(lines)
+    cells = [
+        [
+            row["name"],
+            f"{row['parameters'] / 1e6:.3g}",
+            f"{row['seconds'] * 1e3:.3g}",
+            f"{row['min'] * 1e3:.3g}-{row['max'] * 1e3:.3g}",
+            f"{row['faster']:.2f}x",
+        ]
+        for row in rows
+    ]
+    return markdown_table(["", "parameters [M]", "ms", "range", "faster"], cells)
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext.escaping import markdown_table
+
 TARGETS = (4.0, 8.0, 11.0, 24.0, 80.0)
 DEFAULT = "ExperimentPlanner"
 TABLE_BEGIN, TABLE_END = "<!-- planners:begin -->", "<!-- planners:end -->"
@@ -216,8 +218,6 @@ def size(found: Row) -> str:
 
 def comparison(rows: Sequence[Row]) -> str:
     """Table of patch and batch, default against each planner."""
-    from nnunet_ext.escaping import markdown_table
-
     keys = list(dict.fromkeys(found.fingerprint for found in rows))
     titles = []
     for key in keys:
@@ -246,17 +246,26 @@ def document(rows: Sequence[Row], command: str) -> str:
         "GB are 2**30 bytes. *expected* is what the planner prints, *counted* the peak of the planned step with its",
         "allowance, counted again; default nnU-Net's plans are counted alike. Seconds on one busy core.",
         "",
-        "| data set | target | planner | patch, batch | expected | counted | share | limit | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    cells = []
     for found in rows:
         mark = "" if found.planner == DEFAULT or found.is_true else " (not as promised)"
         share = found.counted / found.target
-        lines.append(
-            f"| {found.fingerprint} | {found.target:g} | {found.planner}{mark} | {size(found)} | {found.expected:.2f} "
-            f"| {found.counted:.2f} | {share:.2f} | {found.limit} | {found.seconds:.1f} |"
-        )
-    return "\n".join([*lines, ""])
+        figures = (f"{n:.2f}" for n in (found.expected, found.counted, share))
+        where = (found.fingerprint, f"{found.target:g}", f"{found.planner}{mark}", size(found))
+        cells.append([*where, *figures, found.limit, f"{found.seconds:.1f}"])
+    header = [
+        "data set",
+        "target",
+        "planner",
+        "patch and batch",
+        "expected",
+        "counted",
+        "share",
+        "limit",
+        "seconds",
+    ]
+    return "\n".join([*lines, markdown_table(header, cells), ""])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from torch import nn
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling
 from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
+from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import measure_step
 from nnunet_ext.memory.tracker import GIB
 
@@ -178,9 +179,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             else str(value)
         )
 
-    header = list(rows[0])
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row[key]) for key in header) + " |" for row in rows])
+    return markdown_table(list(rows[0]), ([cell(value) for value in row.values()] for row in rows))
 
 
 def main() -> None:

@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_ext.cli.terminal import print_table
 from nnunet_ext.files import check_folder
 from nnunet_ext.nnunet.trust import OPTION
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from nnunet_ext.benchmark.records import Report
     from nnunet_ext.benchmark.table import BenchmarkTable
 
@@ -142,22 +141,12 @@ def _print(report: Report) -> None:
     console = Console(highlight=False)
     console.print(table.headline(report), markup=False)
     for found in table.tables(report):
-        _print_table(console, found)
+        print_table(console, found.title, *_lines_joined(found))
     console.print()
     for note in table.notes(report):
         console.print(note, markup=False)
 
 
-def _print_table(console: Console, found: BenchmarkTable) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for index, cell in enumerate(found.header):
-        shown.add_column(Text("\n".join(cell)), justify="right" if index else "left", overflow="fold")
-    for row in found.rows:
-        shown.add_row(*(Text("\n".join(cell)) for cell in row))
-    console.print()
-    console.print(found.title, markup=False)
-    console.print(shown)
+def _lines_joined(found: BenchmarkTable) -> tuple[list[str], list[list[str]]]:
+    header, *rows = (["\n".join(cell) for cell in row] for row in (found.header, *found.rows))
+    return header, rows

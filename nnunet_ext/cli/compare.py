@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext.cli.terminal import print_table
 from nnunet_ext.files import check_folder
 from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
@@ -162,19 +163,14 @@ def _status() -> Iterator[Callable[[str], None]]:
 
 def _print(comparison: Comparison) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from nnunet_ext.comparison import report, tables
 
     console = Console()
     for evaluation in comparison.evaluations:
         content = tables.accuracy(evaluation, "Dice")
-        table = Table(title=f"Dice, {evaluation.name}", title_justify="left")
-        for i, name in enumerate(content.header):
-            table.add_column(_text(name), justify="right" if i else "left", overflow="fold")
-        for row in content.rows:
-            table.add_row(*map(_text, row))
-        console.print(table)
+        header, *rows = ([*map(printable, row)] for row in (content.header, *content.rows))
+        print_table(console, printable(f"Dice, {evaluation.name}"), header, rows)
         for line in report.conclusions(comparison, evaluation):
             console.print(_text(line), highlight=False)
     for line in comparison.warnings:
