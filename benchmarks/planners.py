@@ -258,7 +258,7 @@ def document(rows: Sequence[Row], command: str) -> str:
         "data set",
         "target",
         "planner",
-        "patch and batch",
+        "patch, batch",
         "expected",
         "counted",
         "share",

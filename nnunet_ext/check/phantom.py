@@ -27,7 +27,7 @@ _IGNORE = 3  # label of every third column
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class DataKind:
     """One kind of data set.
 
     Args:
@@ -67,13 +67,13 @@ class Case:
 
 
 CASES = (
-    Case(title="3d"),
-    Case(title="2d", patch=(16, 16), spacing=(1.0, 1.0)),
-    Case(title="anisotropic", patch=(8, 16, 16), spacing=(3.0, 1.0, 1.0)),
-    Case(title="three channels", channels=3),
-    Case(title="regions", regions=True),
-    Case(title="ignore label", ignore=True),
-    Case(title="regions and ignore label", regions=True, ignore=True),
+    DataKind(title="3d"),
+    DataKind(title="2d", patch=(16, 16), spacing=(1.0, 1.0)),
+    DataKind(title="anisotropic", patch=(8, 16, 16), spacing=(3.0, 1.0, 1.0)),
+    DataKind(title="three channels", channels=3),
+    DataKind(title="regions", regions=True),
+    DataKind(title="ignore label", ignore=True),
+    DataKind(title="regions and ignore label", regions=True, ignore=True),
 )
 
 
@@ -89,7 +89,7 @@ def workspace() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write(case: Case) -> str:
+def write(case: DataKind) -> str:
     """Write what `nnUNetv2_train` reads, one case to train on and one to validate; return the data set's name."""
     from nnunetv2.paths import nnUNet_preprocessed
 
@@ -114,7 +114,7 @@ def write(case: Case) -> str:
     return folder.name
 
 
-def _write_case(path: Path, case: Case, labels: Any, random: np.random.Generator) -> None:
+def _write_case(path: Path, case: DataKind, labels: Any, random: np.random.Generator) -> None:
     """An image half as long again as the patch along each axis; every patch holds a part of both nested boxes."""
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 

@@ -16,7 +16,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
-from nnunet_ext.check.phantom import PLANS, Case
+from nnunet_ext.check.phantom import PLANS, DataKind
 
 CPU = torch.device("cpu")
 CHECKPOINT = "checkpoint_final.pth"
@@ -32,7 +32,7 @@ class ContractError(Exception):
 
 
 @dataclass
-class Run:
+class Trial:
     """What the steps of one case hand on.
 
     Args:
@@ -44,7 +44,7 @@ class Run:
     """
 
     name: str
-    case: Case
+    case: DataKind
     dataset: str
     trainer: Any = None
     losses: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Run:
         return int(self.trainer.label_manager.num_segmentation_heads)
 
 
-def build(run: Run) -> str:
+def build(run: Trial) -> str:
     """nnU-Net's own search and the network of the plans."""
     run.trainer = run.new_trainer()
     run.trainer.initialize()
@@ -72,7 +72,7 @@ def build(run: Run) -> str:
     return f"{type(network).__name__}, {sum(p.numel() for p in network.parameters())} weights"
 
 
-def output(run: Run) -> str:
+def output(run: Trial) -> str:
     """What the network returns in eval mode, with and without deep supervision."""
     trainer, image = run.trainer, run.image()[None]
     trainer.network.eval()
@@ -94,7 +94,7 @@ def output(run: Run) -> str:
     return f"logits of shape {wanted}" + ("" if scales is None else f", {len(scales)} levels in training")
 
 
-def _check_levels(run: Run, outputs: Any, scales: list[list[float]]) -> None:
+def _check_levels(run: Trial, outputs: Any, scales: list[list[float]]) -> None:
     sizes = [tuple(round(n * s) for n, s in zip(run.case.patch, scale, strict=True)) for scale in scales]
     wanted, found = [(1, run.heads, *size) for size in sizes], _shapes(outputs)
     # A validation step of its own may take something else.
@@ -112,7 +112,7 @@ def _shapes(outputs: Any) -> Any:
     return tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
 
 
-def training_step(run: Run) -> str:
+def training_step(run: Trial) -> str:
     """One step of the optimiser on patches of nnU-Net's loader: gradients and weights."""
     trainer = run.trainer
     trainer.on_train_start()
@@ -177,7 +177,7 @@ def _check_finite(what: str, value: float) -> None:
         raise ContractError(f"the {what} is {value}", "see in which layer the first such value appears")
 
 
-def validation_step(run: Run) -> str:
+def validation_step(run: Trial) -> str:
     """Loss and counts of one patch; voxels with the ignore label must not matter."""
     trainer = run.trainer
     trainer.on_validation_epoch_start()
@@ -200,7 +200,7 @@ def _first(batch: Any) -> dict[str, Any]:
     return {"data": batch["data"][:1], "target": first}
 
 
-def _check_ignored(run: Run, batch: dict[str, Any], result: dict[str, Any]) -> None:
+def _check_ignored(run: Trial, batch: dict[str, Any], result: dict[str, Any]) -> None:
     """Change the logits of ignored voxels: neither loss nor counts may change."""
     trainer, manager = run.trainer, run.trainer.label_manager
     target = batch["target"]
@@ -226,7 +226,7 @@ def _check_ignored(run: Run, batch: dict[str, Any], result: dict[str, Any]) -> N
             )
 
 
-def checkpoint(run: Run) -> str:
+def checkpoint(run: Trial) -> str:
     """A trainer made anew that loads the checkpoint is the same."""
     trainer, path = run.trainer, str(Path(run.trainer.output_folder, CHECKPOINT))
     trainer.save_checkpoint(path)
@@ -279,7 +279,7 @@ def _is_same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
 
 
-def prediction(run: Run) -> str:
+def prediction(run: Trial) -> str:
     """nnU-Net's predictor, from the model folder, on an image larger than the patch."""
     trainer = run.trainer
     longest, *others = run.case.patch
@@ -330,7 +330,7 @@ IGNORE = (
 )
 SEE = "see the traceback: repeat the command with --verbose"
 # Title, step, cure of an error that it raises, whether the next step makes sense after a failure.
-STEPS: tuple[tuple[str, Callable[[Run], str], str, bool], ...] = (
+STEPS: tuple[tuple[str, Callable[[Trial], str], str, bool], ...] = (
     ("build", build, "keep the parameters of nnUNetTrainer's methods; " + SEE, False),
     ("output", output, "take a batch (B, C, *patch) in forward; " + SEE, False),
     (

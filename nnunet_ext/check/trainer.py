@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from nnunet_ext import registry
-from nnunet_ext.check.phantom import CASES, Case, write
-from nnunet_ext.check.steps import IGNORE, SEE, STEPS, ContractError, Run, training_step, validation_step
+from nnunet_ext.check.phantom import CASES, DataKind, write
+from nnunet_ext.check.steps import IGNORE, SEE, STEPS, ContractError, Trial, training_step, validation_step
 from nnunet_ext.doctor.finding import Finding, failure, ok
 from nnunet_ext.nnunet.trainers import trainer_class
 
@@ -48,11 +48,11 @@ def check(name: str, report: Report = lambda error: None) -> Iterator[Finding]:
         yield from check_case(name, case, report)
 
 
-def check_case(name: str, case: Case, report: Report = lambda error: None) -> Iterator[Finding]:
+def check_case(name: str, case: DataKind, report: Report = lambda error: None) -> Iterator[Finding]:
     """Run all steps on one kind of data set; what can't go on after a failure is left out."""
     torch.manual_seed(0)
     np.random.seed(0)
-    run = Run(name, case, write(case))
+    run = Trial(name, case, write(case))
     for title, step, cure, goes_on in STEPS:
         if case.ignore and step in (training_step, validation_step):
             cure = f"{IGNORE}; {SEE}"

@@ -89,7 +89,7 @@ AIR = -1000.0
 
 
 @dataclass(frozen=True)
-class Case:
+class PhantomCase:
     """One scan.
 
     Args:
@@ -103,7 +103,7 @@ class Case:
     spacing: Vector
 
 
-def make_case(spec: PhantomSpec, index: int) -> Case:
+def make_case(spec: PhantomSpec, index: int) -> PhantomCase:
     """Make the scan number `index`; the same for the same arguments."""
     rng = np.random.default_rng([spec.seed, index])
     spacing = _vector(np.round(np.asarray(spec.spacing) * rng.uniform(0.9, 1.1, 3), 2))
@@ -122,7 +122,7 @@ def make_case(spec: PhantomSpec, index: int) -> Case:
     lesion = _place_lesion(rng, points, labels == LABELS["liver"])
     hounsfield[lesion] = LESION.hu + attenuation_of_label[LESION.label]
     labels[lesion] = LESION.label
-    return Case(_scan(rng, hounsfield), labels, spacing)
+    return PhantomCase(_scan(rng, hounsfield), labels, spacing)
 
 
 def write_dataset(

@@ -33,7 +33,7 @@ Say = Callable[[str, bool], None]  # takes a line, and whether it stays or the n
 
 
 @dataclass(frozen=True)
-class Step:
+class DemoStep:
     """One step.
 
     Args:
@@ -88,7 +88,7 @@ def run(demo: Demo, say: Say) -> None:
         say(line, True)
 
 
-def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[Step]:
+def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
     """All steps of `demo` in their order; without `raw` the data set is the phantom."""
     number, few = number_of(demo.dataset), "" if demo.device == "cuda" else " -npfp 2 -np 2"
     which, device = f"-d {number} -c {demo.configuration}", f"-device {demo.device}"
@@ -98,22 +98,24 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[Step]:
         name, title, fold = demo.scheduled(trainer), f"train {trainer}", demo.model(trainer) / "fold_0"
         command = f"nnUNetv2_train {number} {demo.configuration} 0 -tr {name} {device}".split()
         is_done = partial(_are_whole, [fold / _CHECKPOINT, fold / "validation" / "summary.json"])
-        trainings += [Step(f"train_{name}", title, fold / "validation", is_done, command, trainer)]
+        trainings += [DemoStep(f"train_{name}", title, fold / "validation", is_done, command, trainer)]
     for trainer in demo.trainers:
         name, title, output = demo.scheduled(trainer), f"predict with {trainer}", demo.predictions(trainer)
         options = f"{which} -f 0 -tr {name} -chk {_CHECKPOINT} -npp 1 -nps 1 --disable_progress_bar {device}"
         command = ["nnUNetv2_predict", "-i", str(demo.data / "imagesTs"), "-o", str(output), *options.split()]
         is_done = partial(dataset.are_predicted, demo, output)
-        predictions += [Step(f"predict_{name}", title, output, is_done, command, trainer)]
+        predictions += [DemoStep(f"predict_{name}", title, output, is_done, command, trainer)]
     title = "generate the phantom" if raw is None else f"check and link {raw.folder.name}"
     ran = [plan, *(step.make for step in (*trainings, *predictions) if isinstance(step.make, list))]
     write = partial(report.write, demo, ran)
     return [
-        Step("data", title, demo.data, (demo.data / "dataset.json").is_file, partial(_make_data, demo, raw)),
-        Step("plan", "plan and preprocess", demo.preprocessed, partial(_is_planned, demo), plan),
+        DemoStep(
+            "data", title, demo.data, (demo.data / "dataset.json").is_file, partial(_make_data, demo, raw)
+        ),
+        DemoStep("plan", "plan and preprocess", demo.preprocessed, partial(_is_planned, demo), plan),
         *trainings,
         *predictions,
-        Step("report", "write the report", report.path(demo), partial(report.is_of, demo), write),
+        DemoStep("report", "write the report", report.path(demo), partial(report.is_of, demo), write),
     ]
 
 
@@ -155,7 +157,7 @@ def _opened(demo: Demo) -> Iterator[Demo]:
         yield demo
 
 
-def _do(demo: Demo, step: Step, line: str, say: Say) -> None:
+def _do(demo: Demo, step: DemoStep, line: str, say: Say) -> None:
     start, log = time.monotonic(), demo.root / "logs" / f"{step.name}.log"
 
     def status(text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from nnunet_ext import cli
-from nnunet_ext.check.phantom import CASES, Case, workspace
+from nnunet_ext.check.phantom import CASES, DataKind, workspace
 from nnunet_ext.check.steps import STEPS
 from nnunet_ext.check.trainer import check, check_case
 from nnunet_ext.doctor.finding import Finding
@@ -219,7 +219,7 @@ def _workspace() -> Iterator[None]:
         yield
 
 
-def findings(install: Install, body: str, case: Case = PLAIN) -> list[Finding]:
+def findings(install: Install, body: str, case: DataKind = PLAIN) -> list[Finding]:
     install("acme", f"{HEAD}    {body}\n", trainers=["nnUNetTrainerAcme"])
     return list(check_case("nnUNetTrainerAcme", case))
 
