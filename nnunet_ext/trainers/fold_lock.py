@@ -25,7 +25,8 @@ def only_training(folder: Path) -> Iterator[bool]:
     The lock is one of the operating system's record locks. It ends with its process, however that ends: a requeued
     job takes it over from a killed one. Forked processes don't inherit it, as they would `flock`: data loaders that
     outlive a killed training don't block the next one. It holds between machines where the file system is shared.
-    The file stays; without its process it means nothing.
+    The file stays; without its process it means nothing. Not by filelock, as `files.locked`: its releases before 4
+    hand the lock to forked data loaders, none names the holder, and without locks it silently trusts a marker.
 
     Raises:
         UsageError: another training holds it, or the folder can't be written.
