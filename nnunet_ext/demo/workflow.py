@@ -1,7 +1,8 @@
 """The steps of a demo, one after the other; one whose output is there and whole is skipped.
 
-Before a step is done, its output and all that is made from it are removed: whenever a demo is interrupted, no result
-is older than what it is made from. A training goes on from its last checkpoint.
+Before a step is done, its output and all that is made from it are removed, also of trainers that this call does not
+name: whenever a demo is interrupted, no result is older than what it is made from. A training that is itself repeated
+keeps its checkpoints and goes on from the last one.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ class DemoStep:
     Args:
         name: Name of its log.
         title: Title for people.
-        output: File or folder that it makes.
+        removed: Its output, then all that is made from it; removed, in this order, before it is done.
         is_done: Whether the output is there and whole.
         make: Command that makes it, or a function, which gets a callback for a short status.
-        trainer: Trainer whose step it is; empty for those of all.
+        fold: Folder with the checkpoints of a training.
     """
 
     name: str
     title: str
-    output: Path
+    removed: tuple[Path, ...]
     is_done: Callable[[], bool]
     make: list[str] | Callable[[Status], None]
-    trainer: str = ""
+    fold: Path | None = None
 
 
 def run(demo: Demo, say: Say) -> None:
@@ -80,9 +81,8 @@ def run(demo: Demo, say: Say) -> None:
             if step.is_done():
                 say(f"{line}: done by an earlier run", True)
                 continue
-            for later in steps[number - 1 :]:
-                if step.trainer in ("", later.trainer) or not later.trainer:
-                    _remove(later.output)
+            for path in step.removed:
+                _remove(path)
             _do(settled, step, line, say)
     for line in (*report.summary(demo), f"Report: {report.path(demo)}"):
         say(line, True)
@@ -93,29 +93,29 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
     number, few = number_of(demo.dataset), "" if demo.device == "cuda" else " -npfp 2 -np 2"
     which, device = f"-d {number} -c {demo.configuration}", f"-device {demo.device}"
     plan = f"nnUNetv2_plan_and_preprocess {which} --verify_dataset_integrity --no_pbar{few}".split()
+    of_plan = (demo.preprocessed, demo.variables["nnUNet_results"], demo.root / "predictions", report.path(demo))
     trainings, predictions = [], []
     for trainer in demo.trainers:
         name, title, fold = demo.scheduled(trainer), f"train {trainer}", demo.model(trainer) / "fold_0"
+        removed = (fold / "validation", demo.predictions(trainer), report.path(demo))
         command = f"nnUNetv2_train {number} {demo.configuration} 0 -tr {name} {device}".split()
         is_done = partial(_are_whole, [fold / _CHECKPOINT, fold / "validation" / "summary.json"])
-        trainings += [DemoStep(f"train_{name}", title, fold / "validation", is_done, command, trainer)]
+        trainings += [DemoStep(f"train_{name}", title, removed, is_done, command, fold)]
     for trainer in demo.trainers:
         name, title, output = demo.scheduled(trainer), f"predict with {trainer}", demo.predictions(trainer)
         options = f"{which} -f 0 -tr {name} -chk {_CHECKPOINT} -npp 1 -nps 1 --disable_progress_bar {device}"
         command = ["nnUNetv2_predict", "-i", str(demo.data / "imagesTs"), "-o", str(output), *options.split()]
         is_done = partial(dataset.are_predicted, demo, output)
-        predictions += [DemoStep(f"predict_{name}", title, output, is_done, command, trainer)]
+        predictions += [DemoStep(f"predict_{name}", title, (output, report.path(demo)), is_done, command)]
     title = "generate the phantom" if raw is None else f"check and link {raw.folder.name}"
     ran = [plan, *(step.make for step in (*trainings, *predictions) if isinstance(step.make, list))]
-    write = partial(report.write, demo, ran)
+    make, write = partial(_make_data, demo, raw), partial(report.write, demo, ran)
     return [
-        DemoStep(
-            "data", title, demo.data, (demo.data / "dataset.json").is_file, partial(_make_data, demo, raw)
-        ),
-        DemoStep("plan", "plan and preprocess", demo.preprocessed, partial(_is_planned, demo), plan),
+        DemoStep("data", title, (demo.data, *of_plan), (demo.data / "dataset.json").is_file, make),
+        DemoStep("plan", "plan and preprocess", of_plan, partial(_is_planned, demo), plan),
         *trainings,
         *predictions,
-        DemoStep("report", "write the report", report.path(demo), partial(report.is_of, demo), write),
+        DemoStep("report", "write the report", (report.path(demo),), partial(report.is_of, demo), write),
     ]
 
 
@@ -165,7 +165,7 @@ def _do(demo: Demo, step: DemoStep, line: str, say: Say) -> None:
 
     say(f"{line} ...", False)
     if isinstance(step.make, list):
-        command = [*step.make, *_continue_option(step.output.parent)]
+        command = [*step.make, *_continue_option(step.fold)]
         commands.run(command, log, demo, lambda text: status(epoch(text, demo.schedule)))
     else:
         step.make(status)
@@ -199,9 +199,9 @@ def _are_whole(paths: Iterable[Path]) -> bool:
     return all(map(is_whole, paths))
 
 
-def _continue_option(fold: Path) -> tuple[str, ...]:
+def _continue_option(fold: Path | None) -> tuple[str, ...]:
     """`--c` where a checkpoint lies; one that was cut off while it was written is deleted."""
-    checkpoints = list(fold.glob("checkpoint_*.pth"))
+    checkpoints = list(fold.glob("checkpoint_*.pth")) if fold else []
     whole = [path for path in checkpoints if is_whole(path)]
     for path in {*checkpoints} - {*whole}:
         _remove(path)

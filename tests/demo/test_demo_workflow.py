@@ -124,12 +124,12 @@ def test_second_run_skips_all_and_an_added_trainer_runs_alone(
         (f"{FOLD}/validation/summary.json", "cut off", [CONTINUE, PREDICT]),
         (f"{FOLD}/checkpoint_final.pth", "lost", [TRAIN, PREDICT]),
         (f"{FOLD}/checkpoint_final.pth", "cut off", [TRAIN, PREDICT]),
-        (f"{PREPROCESSED}/data/*_000.pkl", "lost", [PLAN, CONTINUE, PREDICT]),
-        (f"{PREPROCESSED}/data/*_000.pkl", "cut off", [PLAN, CONTINUE, PREDICT]),
-        (f"{PREPROCESSED}/data/*_001.b2nd", "cut off", [PLAN, CONTINUE, PREDICT]),
-        (f"{PREPROCESSED}/gt_segmentations/*_004.nii.gz", "lost", [PLAN, CONTINUE, PREDICT]),
-        (f"{PREPROCESSED}/nnUNetPlans.json", "cut off", [PLAN, CONTINUE, PREDICT]),
-        ("nnUNet_raw/*/dataset.json", "lost", [PLAN, CONTINUE, PREDICT]),
+        (f"{PREPROCESSED}/data/*_000.pkl", "lost", [PLAN, TRAIN, PREDICT]),
+        (f"{PREPROCESSED}/data/*_000.pkl", "cut off", [PLAN, TRAIN, PREDICT]),
+        (f"{PREPROCESSED}/data/*_001.b2nd", "cut off", [PLAN, TRAIN, PREDICT]),
+        (f"{PREPROCESSED}/gt_segmentations/*_004.nii.gz", "lost", [PLAN, TRAIN, PREDICT]),
+        (f"{PREPROCESSED}/nnUNetPlans.json", "cut off", [PLAN, TRAIN, PREDICT]),
+        ("nnUNet_raw/*/dataset.json", "lost", [PLAN, TRAIN, PREDICT]),
     ],
 )
 def test_results_that_are_lost_or_cut_off_are_redone_with_all_that_builds_on_them(
@@ -165,6 +165,17 @@ def test_what_builds_on_a_redone_step_is_redone_also_after_an_interruption(
         run(interrupted_at=PREDICT)
     run()
     assert nnunet.names == [PREDICT]
+
+
+def test_trainings_and_predictions_of_lost_data_are_redone_also_where_another_call_made_them(
+    finished: Path, run: Run, nnunet: FakeNnunet
+) -> None:
+    run(trainers=(BOTH[1],))
+    spoil(finished, f"{PREPROCESSED}/nnUNetPlans.json", "lost")
+    run(trainers=(BOTH[1],))
+    assert nnunet.names == [PLAN, TRAIN, PREDICT]
+    run(trainers=BOTH)
+    assert nnunet.names == [TRAIN, PREDICT]
 
 
 @pytest.mark.parametrize("name", ["checkpoint_latest.pth", "checkpoint_best.pth"])
