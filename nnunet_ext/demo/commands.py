@@ -56,16 +56,15 @@ def run(command: list[str], log: Path, demo: Demo, on_text: Callable[[str], None
         command: Name of a console command and its arguments.
         log: File that its output is appended to.
         demo: Demo that it belongs to.
-        on_text: Gets the end of its output, some times a second.
+        on_text: Gets the end of its output, a few times a second.
 
     Raises:
         CommandError: the command failed.
         UsageError: the command or its log can't be opened.
     """
     variables, text, status = environment(demo), "", None
-    by = (
-        ["nnunet-ext", "run"] if variables.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0" else []
-    )  # without our hook
+    # The hook that finds our names is off: `nnunet-ext run` does without.
+    by = ["nnunet-ext", "run"] if variables.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0" else []
     name, *arguments = [*by, *command]
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +90,8 @@ def run(command: list[str], log: Path, demo: Demo, on_text: Callable[[str], None
         finally:
             if status != 0:
                 _end_all(demo.root)
-                process.wait()
+                with suppress(subprocess.TimeoutExpired):  # not even a kill ends one that waits for a device
+                    process.wait(timeout=_GRACE)
     if status:
         raise CommandError(_failure(command, status, log, text))
 
@@ -114,7 +114,7 @@ def _end_all(root: Path) -> None:
 
 
 def _end(root: Path, end: Callable[[psutil.Process], None]) -> None:
-    """Do so for a while, again and again, as one may have started another in between."""
+    """Call `end` on all living processes until none is left or the time is over: one may start another meanwhile."""
     limit = time.monotonic() + _GRACE
     while (alive := processes(root)) and time.monotonic() < limit:
         for process in alive:

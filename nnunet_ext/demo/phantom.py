@@ -34,8 +34,8 @@ class PhantomSpec:
     """What a phantom data set holds.
 
     Args:
-        n_training: Cases with number in imagesTr and labelsTr.
-        n_test: Unseen cases in imagesTs and labelsTs.
+        n_training: Number of cases in imagesTr and labelsTr.
+        n_test: Number of unseen cases, in imagesTs and labelsTs.
         field_of_view: Extent of the largest scan along x, y, z in mm.
         spacing: The middle of the voxel sizes along x, y, z in mm.
         seed: Seed of all random numbers.

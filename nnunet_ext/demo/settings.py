@@ -73,5 +73,5 @@ class Demo:
 
     def cases(self, part: str) -> list[str]:
         """Names of the training ("Tr") or unseen ("Ts") cases."""
-        labels = (self.data / f"labels{part}").glob(f"*{self.file_ending}")
-        return sorted(path.name.removesuffix(self.file_ending) for path in labels)
+        ending = self.file_ending
+        return sorted(p.name.removesuffix(ending) for p in (self.data / f"labels{part}").glob(f"*{ending}"))

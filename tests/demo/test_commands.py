@@ -110,6 +110,22 @@ def test_all_that_a_command_has_started_ends_with_it(
     assert not any(map(lives, found))
 
 
+def test_interruption_is_not_held_up_by_a_process_that_cannot_be_ended(
+    run: Run, demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_GRACE", 0.1)
+    monkeypatch.setattr(commands, "_end_all", lambda _: None)
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("import time; time.sleep(20)", on_text=interrupt)
+    (left,) = processes(demo.root)
+    left.kill()
+    left.wait()
+
+
 def test_process_that_outlives_a_killed_demo_is_waited_for(demo: Demo, run: Run) -> None:
     code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
     run(code)
