@@ -93,7 +93,12 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
     number, few = number_of(demo.dataset), "" if demo.device == "cuda" else " -npfp 2 -np 2"
     which, device = f"-d {number} -c {demo.configuration}", f"-device {demo.device}"
     plan = f"nnUNetv2_plan_and_preprocess {which} --verify_dataset_integrity --no_pbar{few}".split()
-    of_plan = (demo.preprocessed, demo.variables["nnUNet_results"], demo.root / "predictions", report.path(demo))
+    of_plan = (
+        demo.preprocessed,
+        demo.variables["nnUNet_results"],
+        demo.root / "predictions",
+        report.path(demo),
+    )
     trainings, predictions = [], []
     for trainer in demo.trainers:
         name, title, fold = demo.scheduled(trainer), f"train {trainer}", demo.model(trainer) / "fold_0"

@@ -189,8 +189,18 @@ WHOLE = [
 ]
 
 
+# Differ from another trainer of their network by a width, a norm or a branch left out.
+VARIANTS = ("FasterFusionFast", "HalfWidthBN", "ImplicitLite", "InvertibleNoVAE", "PartiallyInvertibleNoVAE")
+
+
 @pytest.mark.parametrize(("dtype", "configuration", "backend"), [*FAST, *WHOLE])
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.removeprefix("nnUNetTrainer") in VARIANTS else [])
+        for name in TRAINERS
+    ],
+)
 def test_compiled_training_in_mixed_precision_is_the_uncompiled_one(
     name: str,
     dtype: torch.dtype,
