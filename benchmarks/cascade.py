@@ -3,7 +3,7 @@
 The phantom: a thick winding tube (class 1), and thin tubes of one brightness and radius that wind along it. The one 13
 voxels from its axis is class 2 (about 0.1 % of the voxels); three at twice the distance are background. At the centre
 of a patch of default nnU-Net (16) a thin tube looks like any other; the context of stage 1 (24 and 28) shows what
-is beside it.
+is next to it.
 
 Default nnU-Net at the small and at the large patch, stage 1, and stage 2 with post- and pre-concatenation are trained
 under one schedule by nnU-Net's own commands, in two folds, so that every case is validated by models that have not seen

@@ -1,4 +1,4 @@
-"""Parameters and training memory of both stages of meU-net's cascade beside default nnU-Net, without a GPU.
+"""Parameters and training memory of both stages of meU-net's cascade compared with default nnU-Net, without a GPU.
 
 Default network (32-64-128-256-320-320), P = 128, kP = 224, batch 2; peak of a training step without the weights.
 

@@ -1,4 +1,4 @@
-"""Time of FasterFusion blocks and networks in prediction, beside plain ones and half width, in one run.
+"""Time of FasterFusion blocks and networks in prediction, compared with plain ones and half width.
 
 python benchmarks/faster_fusion.py --output docs/benchmarks/2026-11-21-faster-fusion [--device cpu|cuda] [--patch 128]
 
@@ -87,7 +87,7 @@ def networks(patch: int, dtype: torch.dtype, device: str) -> dict[str, tuple[nn.
 def blocks(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str
 ) -> dict[str, tuple[nn.Module, str]]:
-    """A plain convolution of nnU-Net, the block as trained, and its forms; "paper" pools behind the block."""
+    """A plain convolution of nnU-Net, the block as trained, and its forms; "paper" pools after the block."""
     inputs, outputs, _, stride = sizes
 
     def block(downsample: Any = "stride") -> FasterFusionBlock:

@@ -1,4 +1,4 @@
-"""Size, operations, memory and time of the Implicit U-Net beside default nnU-Net, in one run.
+"""Size, operations, memory and time of the Implicit U-Net compared with default nnU-Net, in one run.
 
 python benchmarks/implicit.py --output docs/benchmarks/2026-11-21-implicit [--device cpu|cuda] [--repeats 3]
 
@@ -156,10 +156,10 @@ def prediction_times(device: str, patch: tuple[int, ...], repeats: int) -> list[
 def decoder_times(
     device: str, patch: tuple[int, ...], n_points: int, repeats: int, training: bool
 ) -> list[dict[str, Any]]:
-    """The decoder alone, on given maps: split against concatenation.
+    """Times of the decoder on given maps: split against concatenation.
 
     Args:
-        training: forward and backward with dropout, and not prediction.
+        training: Whether forward and backward with dropout are timed, and not prediction.
     """
     strides = [(2**i,) * 3 for i in range(5)]
     channels = [32, 64, 128, 256, 320]
@@ -208,10 +208,10 @@ def main() -> None:
         where = f"{size}, {n_points:,} points (seconds)"
         sections |= {
             f"Training step, batch 2, {where}": step_times(options.device, patch, n_points, options.repeats),
-            f"Decoder alone, forward and backward, batch 2, {where}": decoder_times(
+            f"Only the decoder, forward and backward, batch 2, {where}": decoder_times(
                 options.device, patch, n_points, 3 * options.repeats, training=True
             ),
-            f"Decoder alone, prediction of a tenth of {size}, batch 2 (seconds)": decoder_times(
+            f"Only the decoder, prediction of a tenth of {size}, batch 2 (seconds)": decoder_times(
                 options.device, patch, prod(patch) // 10, options.repeats, training=False
             ),
             f"Prediction of a patch of {size} (seconds)": prediction_times(

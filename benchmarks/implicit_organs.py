@@ -1,10 +1,10 @@
-"""Sparse beside dense prediction where many organs fill the image: does looking sparsely still pay?
+"""Sparse compared with dense prediction where many organs fill the image: does looking sparsely still pay?
 
 python benchmarks/implicit_organs.py --output docs/benchmarks/DATE-implicit [--steps 600]
 
 Trains a small Implicit U-Net on phantoms of 13 ellipsoids with grey levels of their own, half of them with organs
 apart, half with organs that touch, then predicts unseen ones of both kinds sparsely and densely, and times a U-Net of
-the same encoder widths beside them. Process time of one thread, so the ratios hold on a busy machine.
+the same encoder widths for comparison. Process time of one thread, so the ratios hold on a busy machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sparse beside dense prediction of a trained Implicit U-Net on real scans.
+"""Sparse compared with dense prediction of a trained Implicit U-Net on real scans.
 
 python benchmarks/implicit_real.py -m MODEL_FOLDER -i IMAGES -ref LABELS --output FOLDER [-chk checkpoint_final.pth]
 

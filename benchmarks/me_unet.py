@@ -1,4 +1,4 @@
-"""meU-net beside U-Nets of its small and its large patch: memory, time, and a volume of micro-CT size predicted.
+"""meU-net compared with U-Nets of its small and its large patch: memory, time, and a volume of micro-CT size predicted.
 
 python benchmarks/me_unet.py --output docs/benchmarks/DATE-me-unet [--parts memory time volume]
 
@@ -85,7 +85,7 @@ def memory() -> list[Row]:
         for name, build in networks(FEATURES).items():
             small, large = (measure_step(default, 1, [n] * 3).peak for n in (standard, size))
             row = memory_row(name, build, size, standard, None, small, large)
-            rows.append({**row, "network": f"{name}, beside default nnU-Net"})
+            rows.append({**row, "network": f"{name}, compared with default nnU-Net"})
     return rows
 
 

@@ -1,9 +1,9 @@
-"""Patch, batch and memory that every planner chooses for synthetic data sets and several GPUs, beside default nnU-Net.
+"""Patch, batch and memory that every planner chooses for synthetic data sets and GPUs, compared with default nnU-Net.
 
 Each plan's step is counted again, sample by sample, and must lie under the target, and within 10 % of it unless
 image or data set are the limit. No GPU and no images are needed.
 
-usage: python benchmarks/planners.py -o docs/benchmarks/2026-11-21-planners    # the whole grid
+usage: python benchmarks/planners.py -o docs/benchmarks/2026-11-21-planners    # the full grid
        python benchmarks/planners.py --table                                   # the table of docs/how-to/plan-memory.md
        python benchmarks/planners.py --random 40                               # random data sets, planners and GPUs
 """
@@ -37,11 +37,11 @@ class Fingerprint:
     """A data set of equal images.
 
     Args:
-        title: for tables.
-        spacing: mm.
-        shape: voxels.
-        channels, classes: of images, and of labels with background.
-        cases: number of images.
+        title: Name in tables.
+        spacing: Millimetres per axis.
+        shape: Voxels per axis.
+        channels, classes: Numbers of channels, and of labels with background.
+        cases: Number of images.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Memory, time and accuracy of inversion of the reversible U-Net beside default nnU-Net, in one run.
+"""Memory, time and accuracy of inversion of the reversible U-Net compared with default nnU-Net.
 
 python benchmarks/reversible.py --output docs/benchmarks [--device cpu|cuda]
 
@@ -137,7 +137,7 @@ def stack(n: int, exact: bool = False, reversible: bool = True) -> ReversibleSeq
 
 
 def stack_table() -> list[dict[str, Any]]:
-    """Engine alone: bytes at 1x32x48^3, and the largest error of inversion and relative error of gradients."""
+    """Only the engine: bytes at 1x32x48^3, and the largest error of inversion and relative error of gradients."""
     rows = []
     for n in (1, 4, 16, 64):
         ours = measure_step(lambda n=n: stack(n), 32, (48,) * 3, 1)
@@ -225,7 +225,7 @@ held: alive after the forward pass; peak: of forward and backward, gradients of 
 
 {markdown(times)}
 
-## The engine alone, blocks of 32 channels (MiB at 48^3; errors at 12^3 in float32, against plain autograd)
+## Only the engine, blocks of 32 channels (MiB at 48^3; errors at 12^3 in float32, against plain autograd)
 
 {markdown(stacks)}
 """

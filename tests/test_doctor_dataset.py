@@ -221,7 +221,7 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         lambda f: (f / "imagesTr/v1.0_0001.nii.gz").unlink(),
         "failure",
         "v1.0",
-        "has 1 channels in v1.0_0000.nii.gz",
+        "has 1 channel in v1.0_0000.nii.gz",
     ),
     "missing label": (lambda f: (f / LABEL).unlink(), "failure", "v1.0", "v1.0.nii.gz is missing"),
     "label alone": (

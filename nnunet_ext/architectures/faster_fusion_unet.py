@@ -63,8 +63,8 @@ class FasterFusionUNet(nn.Module):
         divisor: One of so many input channels meets the kernel; one number, or one per resolution, finest first.
         downsample: "stride", or "maxpool" after the block, as in the paper.
         batch_norm: Batch norm in place of the plans' norm also outside the blocks, so that prediction needs no norm.
-        decoder_split: Where the channels that meet the kernel come from in the first block of a decoder stage: "up"
-            from what is upsampled, as in the paper, or "both", half of them from the skip.
+        decoder_split: Source of the channels that meet the kernel in the first block of a decoder stage: "up",
+            what is upsampled, as in the paper, or "both", half of them from the skip.
         form: Build the fused network itself, as `fuse` returns it: "hybrid", "t" or "dense".
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);

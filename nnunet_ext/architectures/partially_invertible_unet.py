@@ -109,7 +109,7 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
         input_channels: Channels of the image, and of the previous stage in a cascade.
         num_classes: Channels of the logits.
         deep_supervision: Return a list of logits, largest first.
-        blocks_per_stage, reversible, exact, preactivation: As in `ReversibleUNet`.
+        blocks_per_stage, reversible, exact, preactivation: Options of `ReversibleUNet`.
         vae: Reconstruct the image from the bottleneck in training.
         image_channels: Channels that are reconstructed, the first ones; None: all.
 

@@ -1,4 +1,4 @@
-"""Post-concatenation U-Net: a U-Net whose decoder alone sees a prior segmentation; stage 2 of meU-net's cascade.
+"""Post-concatenation U-Net: a U-Net in which only the decoder sees a prior; stage 2 of meU-net's cascade.
 
 Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-resolution Volumetric MicroCT Images"
 (MIDL). Different from the paper: encoder and decoder are nnU-Net's own, plain or ResEnc, and the prior joins in 2D too.
@@ -26,7 +26,7 @@ Resampling = Literal["nearest", "max"]
 
 
 class PostConcatUNet(nn.Module):
-    """Post-concatenation U-Net (Wang et al. 2022): the decoder sees a prior segmentation, the encoder the image alone.
+    """Post-concatenation U-Net (Wang et al. 2022): the decoder sees a prior segmentation, the encoder only the image.
 
     The input is what nnU-Net's cascade gives, image and one-hot prior. Every level s of the decoder computes
 
@@ -39,7 +39,7 @@ class PostConcatUNet(nn.Module):
         input_channels: Channels of image and prior.
         num_classes: Channels of the logits.
         deep_supervision: Return a list of logits, largest first.
-        prior_channels: How many of `input_channels`, the last ones, are the prior.
+        prior_channels: Number of channels of the prior, the last of `input_channels`.
         fusion: "post", or "pre" for the ablation: the ordinary network, whose encoder sees image and prior.
         prior_resampling: "nearest", the voxel that nnU-Net's deep supervision takes, or "max", which keeps thin
             structures.
@@ -110,7 +110,7 @@ class PostConcatUNet(nn.Module):
         Weights on the prior, the last inputs of a convolution, are zero.
 
         Args:
-            weights: State_dict of a network from the same plans, of the image alone.
+            weights: State_dict of a network from the same plans that sees only the image.
         """
         widened = dict(weights)
         for key, own in self.state_dict().items():
@@ -141,7 +141,7 @@ class PriorDecoder(UNetDecoder):
     """nnU-Net's decoder with a prior next to the skip of every level.
 
     Args:
-        encoder: nnU-Net's, of the image.
+        encoder: Encoder of the image, nnU-Net's own.
         num_classes: Channels of the logits.
         n_conv_per_stage: Convolutions per stage.
         deep_supervision: Return a list of logits, largest first.
@@ -185,7 +185,7 @@ class PriorDecoder(UNetDecoder):
         """Return logits."""
         *finer, bottleneck = skips
         priors = [self._at_level(prior, strides) for strides in self.level_strides]
-        # nnU-Net's decoder puts the skip behind what comes from below, so the prior is last.
+        # nnU-Net's decoder puts the skip after what comes from below, so the prior is last.
         joined = [torch.cat((s, p.to(s.dtype)), dim=1) for s, p in zip(finer, priors, strict=True)]
         return super().forward([*joined, bottleneck])
 

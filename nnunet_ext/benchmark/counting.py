@@ -140,7 +140,7 @@ def at_depth(setting: Setting, depth: int, key: str) -> Setting:
     Args:
         setting: Holds the plans.
         depth: Reversible or residual blocks per stage, each of two convolutions, or pairs of plain ones.
-        key: What `depth_key` says.
+        key: Argument of the plans that `depth_key` names.
     """
     configuration = setting.configuration_manager.configuration  # nnU-Net's own copy
     configuration.pop("inherits_from", None)
@@ -163,8 +163,8 @@ def measure_depth(
     Args:
         setting: Holds the plans.
         trainer: Name.
-        depth, key: As for `at_depth`.
-        autocast_dtype: As for `measure_step`.
+        depth, key: Arguments of `at_depth`.
+        autocast_dtype: Argument of `measure_step`.
     """
     build: Callable[[], nn.Module] = at_depth(setting, depth, key).training_builder(trainer)
     patch, batch = setting.patch_size, setting.batch_size

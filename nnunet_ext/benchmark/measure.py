@@ -170,7 +170,7 @@ def interleave(
     Args:
         subjects: (trainer, quantity) -> subject, in the order of their turns.
         repeats: Rounds that count.
-        machine: Where they run.
+        machine: Device that they run on.
         on_round: Called with the key before each turn.
         clock: Seconds.
     """

@@ -112,7 +112,7 @@ class DepthPoint:
         network: Class of the network.
         depth: Reversible blocks per stage, or pairs of convolutions per stage of default nnU-Net.
         parameters: Number of weights.
-        held_bytes, peak_bytes: As in `Method`.
+        held_bytes, peak_bytes: Figures of `Method`.
     """
 
     trainer: str

@@ -22,7 +22,7 @@ class BenchmarkRequest:
 
     Args:
         setting: Plans, data set and configuration.
-        machine: Where, and in which precision.
+        machine: Device and precision.
         trainers: Names in addition to the baseline; None: all that are registered and usable.
         repeats: Timed rounds; 0: no times.
         time_patch: Voxels per axis for the times; None: the plans' patch.

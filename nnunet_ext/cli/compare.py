@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m", nargs="+", type=Path, default=[], metavar="FOLDER", help="folders TRAINER__PLANS__CONFIGURATION"
     )
     runs.add_argument("--results", type=Path, metavar="FOLDER", help="instead of nnUNet_results")
-    cases = parser.add_argument_group("held-out cases (besides the runs, or alone)")
+    cases = parser.add_argument_group("held-out cases (in addition to the runs, or instead of them)")
     cases.add_argument(
         "-pred",
         nargs="+",

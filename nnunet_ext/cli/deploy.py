@@ -1,4 +1,4 @@
-"""Make a trained model small and fast to ship: fused, batch norms folded, weights alone, in a precision of your choice.
+"""Make a trained model small and fast to ship: fused, batch norms folded, only weights, in a precision of your choice.
 
 Writes a folder that nnUNetv2_predict_from_modelfolder runs wherever this package is installed. The fused network is
 compared with the trained one before anything is written.
@@ -95,5 +95,5 @@ def _lines(fold: str, result: Shipped) -> Iterable[str]:
 def _difference(found: Difference) -> str:
     return (
         f"image {found.image}: logits differ by up to {found.absolute:.1e} ({found.relative:.1e} of the largest), "
-        f"{found.voxels} of {found.total:,} voxels change their label"
+        f"the label changes in {found.voxels:,} of {found.total:,} voxels"
     )

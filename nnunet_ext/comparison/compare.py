@@ -34,7 +34,7 @@ class ComparisonRequest:
         baseline: Label of the run that the others are compared with.
         margin: Loss of Dice that does not matter, in Dice points (1 point = 0.01).
         tolerance: Tolerance of NSD in mm; None: no surface distances.
-        places: Where references and images of validation cases lie.
+        places: Folders of references and images of validation cases.
         benchmark: Content of `nnunet-ext benchmark`'s JSON.
         processes: Number of processes that read segmentations.
         trusted: Build whatever code the runs' plans name.

@@ -14,6 +14,7 @@ from nnunet_ext.comparison.cost import Cost
 from nnunet_ext.comparison.style import WIDTH, RunStyle, page, png, run_styles, tidy
 from nnunet_ext.comparison.training import Training
 from nnunet_ext.escaping import drawn
+from nnunet_ext.printable import counted
 
 _PER_ROW = 6  # structures in a row of box plots
 _WRAP = 18  # characters of a line below a box plot
@@ -121,7 +122,7 @@ def paired_cases(evaluation: Evaluation) -> bytes:
                 xlabel=f"Dice, {drawn(baseline, evaluation.labels)}",
                 ylabel=f"Dice, {drawn(label, evaluation.labels)}",
             )
-            axis.set_title(f"better in {found.better}, worse in {found.worse} of {found.n} cases")
+            axis.set_title(f"better in {found.better}, worse in {found.worse} of {counted(found.n, 'case')}")
             tidy(axis)
         for axis in list(axes)[len(others) :]:
             axis.set_visible(False)
@@ -147,7 +148,10 @@ def ranks(evaluation: Evaluation) -> bytes:
             left += share
         axis.set_yticks(range(len(table)), [drawn(label, table.index) for label in table.index])
         axis.invert_yaxis()
-        axis.set(xlim=(0, 1), xlabel=f"share of {total} cases in which a run takes this rank by mean Dice")
+        axis.set(
+            xlim=(0, 1),
+            xlabel=f"share of {counted(total, 'case')} in which a run takes this rank by mean Dice",
+        )
         axis.spines[["top", "right"]].set_visible(False)
         return png(figure)
 

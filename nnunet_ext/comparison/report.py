@@ -58,7 +58,7 @@ class Section:
 def write(
     comparison: Comparison, folder: Path, command: str = "", on_status: Status = lambda _: None
 ) -> Path:
-    """Write the report, which replaces an earlier one as a whole. The same input gives the same bytes.
+    """Write the report, which replaces all of an earlier one. The same input gives the same bytes.
 
     Args:
         comparison: What was found.
@@ -195,7 +195,7 @@ def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str
 
 
 def _metric(evaluation: Evaluation, metric: str, margin: float, prefix: str) -> list[Table | Figure | None]:
-    """Tables and figures of one metric; of IoU, which follows from Dice, the means alone."""
+    """Tables and figures of one metric; of IoU, which follows from Dice, only the means."""
     means = tables.accuracy(evaluation, metric)
     if metric == "IoU":
         return [means]

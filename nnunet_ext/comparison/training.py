@@ -12,6 +12,7 @@ from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 from nnunet_ext.nnunet.checkpoints import read_checkpoint
+from nnunet_ext.printable import counted
 
 FINAL = "checkpoint_final.pth"
 _CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -115,7 +116,7 @@ def _doubts(run: Run, folder: Path, fold: str, curves: Curves | None, planned: i
     doubts = []
     if curves is not None and planned is not None and len(curves.dice) < planned:
         doubts.append(
-            f"{run.label}, fold {fold}: unfinished, {len(curves.dice)} of {planned} epochs are logged."
+            f"{run.label}, fold {fold}: unfinished, {len(curves.dice)} of {counted(planned, 'epoch')} logged."
         )
     if not (folder / FINAL).is_file() and curves is not None:
         doubts.append(

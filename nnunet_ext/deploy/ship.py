@@ -42,7 +42,7 @@ class DeployOptions:
         dtype: A key of `DTYPES`.
         form: Form of fused FasterFusion blocks.
         onnx: Also write ONNX files.
-        images: Folder of real images to check with; None: random ones alone.
+        images: Folder of real images to check with; None: only random ones.
     """
 
     dtype: str = "float32"

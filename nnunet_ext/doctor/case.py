@@ -165,7 +165,7 @@ def _about_channels(case: Case, images: Sequence[_Volume], rules: Rules) -> Iter
     if count != rules.channels:
         yield failure(
             case.name,
-            f"has {count} channels in {', '.join(image.path.name for image in images)}, dataset.json has "
+            f"has {counted(count, 'channel')} in {', '.join(image.path.name for image in images)}, dataset.json has "
             f"{rules.channels} channel_names",
             "add or remove files, or correct channel_names",
         )

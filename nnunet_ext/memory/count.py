@@ -36,8 +36,8 @@ class TrainingMemory:
         parameters: Weights and buffers of the network.
         gradients: Gradients of the weights.
         optimizer: State of the optimiser.
-        activations: Alive after the forward pass besides: images, labels, what is kept for backward, loss. Of
-            several passes the largest.
+        activations: Images, labels, what is kept for backward and loss, alive after the forward pass in addition to
+            the above. Of several passes the largest.
         peak: The most that tensors need at any time of a step, all of the above included where alive.
         workspace: Copies of input and output of the largest convolution, which cuDNN makes in the layout of its
             tensor cores.
@@ -137,7 +137,7 @@ def count_memory(setting: Setting, trainer: str, batch_size: int) -> TrainingMem
     """Count the memory of a training at this batch size, whatever the plans say.
 
     Args:
-        setting, trainer: As for `training_memory`.
+        setting, trainer: Arguments of `training_memory`.
         batch_size: Patches per step.
     """
     setting.check_code()

@@ -1,4 +1,4 @@
-"""What a network alone needs, counted at full size without a GPU: bytes of step and prediction, weights, operations.
+"""What a network needs, counted at full size without a GPU: bytes of step and prediction, weights, operations.
 
 Losses and optimisers of trainers are not in these figures; `nnunet_ext.memory.count` has them.
 """
@@ -103,7 +103,7 @@ def measure_inference(
     """Measure the peak bytes of the forward pass of one patch in eval mode, without allocating; no parameters.
 
     Args:
-        build, input_channels, patch_size, autocast_dtype: As for `measure_step`.
+        build, input_channels, patch_size, autocast_dtype: Arguments of `measure_step`.
     """
     with FakeTensorMode(), torch.inference_mode():
         network = with_assumed_share(build().eval())

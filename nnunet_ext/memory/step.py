@@ -131,7 +131,7 @@ class TrainerStep:
         return torch.randint(values, shape, dtype=dtype, device=self._device)
 
     def _loss(self, outputs: Any, targets: dict[tuple[int, ...], Tensor]) -> Tensor:
-        """The trainer's own loss, also of one level alone."""
+        """The trainer's own loss, also of only one level."""
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         several = isinstance(logits, (list, tuple))
         self._trainer.enable_deep_supervision = several

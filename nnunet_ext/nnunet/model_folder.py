@@ -18,7 +18,7 @@ class ModelFolder:
     """A trained model.
 
     Args:
-        folder: Where it lies.
+        folder: Folder of the training.
         plans, dataset: Content of its plans.json and dataset.json.
     """
 
@@ -36,7 +36,7 @@ class ModelFolder:
             cure: What to do when it can't be used, as its end.
 
         Raises:
-            UsageError: there is no such folder, or its files are not whole.
+            UsageError: there is no such folder, or its files are not complete.
         """
         if not folder.is_dir():
             raise UsageError(f"{rule} an existing folder, got {folder}: {cure}.")

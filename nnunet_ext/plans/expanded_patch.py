@@ -20,7 +20,7 @@ class ExpandedPatchPlanner(MemoryPlanner):
 
     Attributes:
         k: Size of kP over that of P, one number for all axes.
-        expanded_share: Memory of the expanded pass over that of a whole pass of the same patch, in 2D and 3D, about
+        expanded_share: Memory of the expanded pass over that of a full pass of the same patch, in 2D and 3D, about
             (docs/methods/me_unet.md); it only steers the search.
     """
 

@@ -77,7 +77,7 @@ class Preprocessed:
     """Preprocessed data of a configuration.
 
     Args:
-        folder: Where they lie, or will lie.
+        folder: Folder that they lie in, or will.
         plans: Holding the configuration.
         configuration: Its name.
     """

@@ -107,7 +107,7 @@ class ImplicitTrainerMixin(HostTrainer):
         """Do nothing: there is no deep supervision."""
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Train as nnU-Net does, on points of the patches: network and loss get these alone."""
+        """Train as nnU-Net does, on points of the patches: network and loss get only these."""
         target = batch["target"].to(self.device, non_blocking=True)
         manager = self.label_manager
         points = self.sampler(target, manager.ignore_label, manager.has_regions)

@@ -1,4 +1,4 @@
-"""meU-net's training step: a large patch for the coarse levels, its centre for the whole network.
+"""meU-net's training step: a large patch for the coarse levels, its centre for the full network.
 
 Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-resolution Volumetric MicroCT Images"
 (MIDL). Different from the paper: the two losses go backward one after the other, so that the peak is the larger of
@@ -35,14 +35,14 @@ class MeUNetTrainerMixin(HostTrainer):
     The plans' patch is the expanded patch kP; loading, augmentation and prediction are nnU-Net's own. One step:
 
         1. kP: ``w L(level-2 logits)``, gradient for levels 2 and coarser, backward
-        2. P, the centre of kP: ``(1 - w) L(logits)``, the whole network, nnU-Net's loss, backward
+        2. P, the centre of kP: ``(1 - w) L(logits)``, the full network, nnU-Net's loss, backward
         3. one clip, one step of the optimiser
 
     Attributes:
         k: Size of kP over that of P, one number or one per axis, where the plans do not say it.
         expanded_weight: Weight w of the expanded pass.
         expanded_deep_supervision: Whether the expanded patch supervises all levels from the second on, with
-            nnU-Net's weights, and not the second alone.
+            nnU-Net's weights, and not only the second.
         softmax_weighted: Weight rare classes up in the cross-entropy of all passes, see `SoftmaxWeightedCrossEntropy`.
     """
 
@@ -140,7 +140,7 @@ class MeUNetTrainerMixin(HostTrainer):
         return loss.detach()
 
     def standard_loss(self, output: Any, target: Tensor) -> Tensor:
-        """nnU-Net's loss of the whole network, `target` at full resolution."""
+        """nnU-Net's loss of the full network, `target` at full resolution."""
         if not isinstance(output, (list, tuple)):
             return self.loss(output, target)
         return self.loss(output, [downsample_labels(target, s) for s in self._level_strides()])
@@ -173,7 +173,7 @@ class MeUNetTrainerMixin(HostTrainer):
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Validate at kP sample by sample: a whole batch could need more memory than the training step."""
+        """Validate at kP sample by sample: a full batch could need more memory than the training step."""
         # Under DDP ranks may hold different numbers of samples, and would wait for each other in the Dice loss.
         if not self.is_expanded or self.is_ddp:
             return super().validation_step(batch)
@@ -191,7 +191,7 @@ def plan_standard_patch(configuration: ConfigurationManager, default_k: float | 
 
     Args:
         configuration: Its ``me_unet`` holds k, and `MeUNetPlanner` writes ``standard_patch_size``.
-        default_k: Where the configuration has no k.
+        default_k: Size of kP over that of P where the configuration has none.
 
     Raises:
         ValueError: k, the patch or the stages do not fit, or k and the noted standard patch contradict each other.

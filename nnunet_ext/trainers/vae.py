@@ -19,10 +19,10 @@ else:
 class VAELoss(nn.Module):
     """``L = L_segmentation + w_L2 * L2 + w_KL * KL`` (Yamazaki et al. 2021), L2 and KL as means.
 
-    Where the network gives no reconstruction, as in validation, the segmentation's loss alone.
+    Where the network gives no reconstruction, as in validation, only the segmentation's loss.
 
     Args:
-        segmentation: nnU-Net's loss.
+        segmentation: Loss of nnU-Net.
         l2_weight, kl_weight: Weights of the two terms.
     """
 

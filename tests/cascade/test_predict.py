@@ -205,7 +205,7 @@ def test_stages_with_other_labels_are_refused(
     [
         (
             lambda: Path("in/two_0001.nii.gz").unlink(),
-            "two: has 1 channels in two_0000.nii.gz, dataset.json has 2",
+            "two: has 1 channel in two_0000.nii.gz, dataset.json has 2",
         ),
         (
             lambda: write_scan(Path("in/one_0002.nii.gz")),

@@ -158,7 +158,7 @@ def test_different_epochs_machines_and_batches_are_warned_of(make_run: MakeRun) 
     warnings = "\n".join(run(a, b).warnings)
     assert "differ in batch size: nnUNetTrainer: 2; nnUNetTrainerB: 4." in warnings
     assert "differ in GPU or PyTorch" in warnings
-    assert "nnUNetTrainerB, fold 0: unfinished, 3 of 9 epochs are logged." in warnings
+    assert "nnUNetTrainerB, fold 0: unfinished, 3 of 9 epochs logged." in warnings
 
 
 def test_validation_by_another_checkpoint_is_warned_of(make_run: MakeRun) -> None:

@@ -35,7 +35,7 @@ class PlanArguments:
         n_stages: Number of resolutions.
         features_per_stage: Channels of each, finest first.
         conv_op: Convolution, 2D or 3D.
-        kernel_sizes, strides: Per stage and axis; the stride leads into the stage.
+        kernel_sizes, strides: Voxels per stage and axis; the stride leads into the stage.
         n_conv_per_stage: Blocks per encoder stage, from default plans.
         n_blocks_per_stage: Residual blocks per encoder stage, from ResEnc plans; one of both is given.
         n_conv_per_stage_decoder: Blocks per decoder stage, coarsest first.
@@ -78,7 +78,7 @@ class PlanArguments:
         """Channels of each stage.
 
         Raises:
-            ValueError: a list of another length, numbers that are not whole or below 1.
+            ValueError: a list of another length, numbers that are no integers or below 1.
         """
         values = per_stage_list("features_per_stage", self.features_per_stage, self.n_stages)
         return check_whole("features_per_stage", values)

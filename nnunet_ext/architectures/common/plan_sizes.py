@@ -43,7 +43,7 @@ def check_whole(name: str, values: Sequence[Any]) -> list[int]:
     """Sizes as numbers that PyTorch takes.
 
     Raises:
-        ValueError: one is not whole, or below 1.
+        ValueError: one is no integer, or below 1.
     """
     if not all(isinstance(v, Integral) and int(v) >= 1 for v in values):
         raise ValueError(f"{name} must be whole numbers of at least 1, got {list(values)}.")
@@ -71,8 +71,8 @@ def check_norm(norm_op: type[nn.Module] | None) -> None:
     """
     if norm_op is nn.GroupNorm:
         raise ValueError(
-            "nnU-Net builds a norm from its number of channels alone, got GroupNorm, which needs num_groups of 1 or "
-            "more first: use instance or batch norm, or a subclass of GroupNorm that takes channels alone."
+            "nnU-Net builds a norm only from its number of channels, got GroupNorm, which needs num_groups of 1 or "
+            "more first: use instance or batch norm, or a subclass of GroupNorm that takes only channels."
         )
 
 

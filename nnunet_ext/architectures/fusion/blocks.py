@@ -41,8 +41,8 @@ class Geometry:
         conv_op: Convolution of the wanted dimension.
         input_channels: Channels of the input, C_i.
         output_channels: Channels of the output, C_o.
-        kernel_size: Odd, per axis.
-        stride: Per axis.
+        kernel_size: Kernel per axis, odd.
+        stride: Stride per axis.
         divisor: One of so many input channels meets the kernel, the others are mixed pointwise.
         inputs: Number of equal parts that the input is a concatenation of; the kernel meets the first channels of each.
         downsample: "stride", or "maxpool" after the block.
@@ -170,7 +170,7 @@ class FasterFusionBlock(_Block):
         geometry: Sizes.
         conv_bias: Whether A, B and P have biases.
         norm_op_kwargs: Eps and momentum of the batch norm; other entries belong to other norms.
-        dropout: Behind the projection; None: none.
+        dropout: Dropout after the projection; None: none.
         nonlin: None: none.
 
     Shape: (B, C_i, *spatial) -> (B, C_o, *spatial / stride)

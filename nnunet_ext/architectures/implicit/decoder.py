@@ -28,7 +28,7 @@ _LEVELS = 2**16  # of a random number of 16 bits
 
 
 class _ReLUDropout(torch.autograd.Function):
-    """``y = m max(x, 0) / (1 - p)`` with a random mask m; ``dx = dy (y > 0) / (1 - p)`` needs y alone."""
+    """``y = m max(x, 0) / (1 - p)`` with a random mask m; ``dx = dy (y > 0) / (1 - p)`` needs only y."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
@@ -159,7 +159,7 @@ class Maps:
     Args:
         fine: Feature maps that are looked up as they are.
         product: Sum of products of the others with the weights, on the finest grid among them.
-        tables: Per axis (size, 2 octaves): encoding.
+        tables: Encoding per axis, (size, 2 octaves).
         weights: Effective weights of all layers.
         fine_weight, bias: Those of the product with looked-up features and encoding; None where nothing is split.
     """

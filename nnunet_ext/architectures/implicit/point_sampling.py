@@ -120,7 +120,7 @@ class PointSampler:
         """Draw points, those at boundaries first; uniform ones in their place where a patch has no boundary.
 
         Args:
-            target, ignore_label, regions: As of `valid_voxels`.
+            target, ignore_label, regions: Arguments of `valid_voxels`.
             generator: Generator on the device of the target; None: torch's own, which `torch.manual_seed` seeds.
 
         Shape: (B, C, *patch) -> (B, K, dims), int64.

@@ -62,7 +62,7 @@ class Squeeze(nn.Module):
 
     Args:
         channels: Channels of x.
-        stride: Per axis.
+        stride: Factor per axis.
         mixing: Whether Q is learned; without it forward only moves numbers.
 
     Shape: (B, channels, *spatial) -> (B, channels * prod(stride), *spatial / stride).

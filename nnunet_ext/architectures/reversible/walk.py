@@ -93,7 +93,7 @@ class Walk:
 
         Args:
             steps: Steps of the chain.
-            state: At the end of the chain.
+            state: State at the end of the chain.
             taps: Gradients of what the taps gave out.
             seen: What each evaluation of the forward pass saw, in their order.
         """
@@ -128,9 +128,9 @@ class Walk:
         Nothing is changed in place: the tensors of `state` may be views of what the caller holds.
 
         Args:
-            module: f or g, the last that the forward pass evaluated of those not yet undone.
+            module: Function f or g, the last that the forward pass evaluated of those not yet undone.
             finish: What the coupling does with its result.
-            state: Where the walk stands; the streams have changed their roles afterwards.
+            state: State of the walk; the streams have changed their roles afterwards.
             ends_step: Whether the step is undone then.
         """
         # Whether anything before needs the gradient of `given`.
