@@ -28,6 +28,8 @@ import SimpleITK as sitk
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from nnunet_ext.escaping import markdown_table
+from nnunet_ext.nnunet.patch_plans import narrow
+from nnunet_ext.nnunet.source import Source
 
 NAME, NUMBER = "Dataset950_CascadePhantom", "950"
 PLANS, PRE_PLANS, LARGE_PLANS = (f"nnUNetMeCascadePlans{suffix}" for suffix in ("", "Pre", "Large"))
@@ -108,14 +110,10 @@ def write_plans(folder: Path) -> None:
     """A small network and patch in the planner's plans; copies for pre-concatenation and the large patch; two folds."""
     plans = json.loads((folder / f"{PLANS}.json").read_text())
     configurations = plans["configurations"]
+    small = narrow(Source(patch=(PATCH,) * 3).setting(), FEATURES).configuration_manager
     for name in ("3d_fullres", "3d_me_context", "3d_post_concat"):
         configurations[name]["architecture"]["arch_kwargs"].update(
-            n_stages=len(FEATURES),
-            features_per_stage=FEATURES,
-            kernel_sizes=[[3, 3, 3]] * len(FEATURES),
-            strides=[[1, 1, 1]] + [[2, 2, 2]] * (len(FEATURES) - 1),
-            n_conv_per_stage=[2] * len(FEATURES),
-            n_conv_per_stage_decoder=[2] * (len(FEATURES) - 1),
+            small.configuration["architecture"]["arch_kwargs"]
         )
     host = configurations["3d_fullres"]
     options = configurations["3d_post_concat"]["architecture"]["arch_kwargs"]

@@ -10,51 +10,36 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnunet_ext.architectures.me_unet import DualMeUNet
-from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
+from nnunet_ext.api import create
 from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import measure_step
 from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
 
 P, CONTEXT, LABELS = 128, 224, (1, 2, 14)
-NETWORK: dict[str, Any] = {
-    "n_stages": 6,
-    "features_per_stage": [32, 64, 128, 256, 320, 320],
-    "conv_op": nn.Conv3d,
-    "kernel_sizes": [[3, 3, 3]] * 6,
-    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
-    "n_conv_per_stage": [2] * 6,
-    "n_conv_per_stage_decoder": [2] * 5,
-    "conv_bias": True,
-    "norm_op": nn.InstanceNorm3d,
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "nonlin": nn.LeakyReLU,
-    "nonlin_kwargs": {"inplace": True},
-    "deep_supervision": True,
-}
+create_at_p = partial(create, input_channels=1, patch_size=[P] * 3, deep_supervision=True)
 PLAN: Any = SimpleNamespace(
     patch_size=[CONTEXT] * 3,
-    pool_op_kernel_sizes=NETWORK["strides"],
+    pool_op_kernel_sizes=[[1, 1, 1]] + [[2, 2, 2]] * 5,
     configuration={"me_unet": {"k": CONTEXT / P}},
     previous_stage_name=None,
 )
 
 
 def default(labels: int) -> nn.Module:
-    return PlainConvUNet(input_channels=1, num_classes=labels + 1, **NETWORK)
+    return create_at_p("PlainConvUNet", num_classes=labels + 1)
 
 
 def stage_one(labels: int) -> nn.Module:
-    return nnUNetTrainerMeCascade.training_form(DualMeUNet(1, labels + 1, **NETWORK), PLAN)
+    return nnUNetTrainerMeCascade.training_form(create_at_p("DualMeUNet", num_classes=labels + 1), PLAN)
 
 
 def one_branch(labels: int) -> nn.Module:
@@ -62,7 +47,8 @@ def one_branch(labels: int) -> nn.Module:
 
 
 def stage_two(labels: int, fusion: Any = "post") -> nn.Module:
-    return PostConcatUNet(1 + labels, labels + 1, prior_channels=labels, fusion=fusion, **NETWORK)
+    options = {"input_channels": 1 + labels, "prior_channels": labels, "fusion": fusion}
+    return create_at_p("PostConcatUNet", num_classes=labels + 1, **options)
 
 
 def parameters(build: Callable[[], nn.Module]) -> int:

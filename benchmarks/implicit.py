@@ -23,8 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from reversible import BASELINE, add_ratios, arguments, markdown
+from reversible import BASELINE, add_ratios, builder, markdown
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,14 +36,8 @@ from nnunet_ext.memory.tracker import GIB
 PATCH, POINTS = (128, 128, 128), 30_000
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2)
 Build = Callable[[], nn.Module]
-
-
-def implicit(**options: Any) -> Build:
-    return lambda: ImplicitUNet(**arguments(), **options)
-
-
-def baseline() -> nn.Module:
-    return PlainConvUNet(**arguments())
+baseline = builder("PlainConvUNet")
+implicit = partial(builder, "ImplicitUNet")
 
 
 def variants(n_points: int = POINTS) -> dict[str, Build]:

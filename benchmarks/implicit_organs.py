@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from implicit_real import mean_dice, missed_objects
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from reversible import markdown
 from torch import Tensor, nn
 
+from nnunet_ext.api import create
 from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 
@@ -46,25 +46,8 @@ def phantom(kind: str, random: np.random.Generator) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(image).float()[None, None], torch.from_numpy(labels)[None, None]
 
 
-def arguments() -> dict[str, Any]:
-    n = len(FEATURES)
-    return {
-        "input_channels": 1,
-        "num_classes": ORGANS + 1,
-        "n_stages": n,
-        "features_per_stage": FEATURES,
-        "conv_op": nn.Conv3d,
-        "kernel_sizes": [[3, 3, 3]] * n,
-        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n - 1),
-        "n_conv_per_stage": [2] * n,
-        "n_conv_per_stage_decoder": [2] * (n - 1),
-        "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d,
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True},
-        "deep_supervision": False,
-    }
+def create_small(name: str, **options: Any) -> nn.Module:
+    return create(name, 1, ORGANS + 1, [SIZE] * 3, features_per_stage=FEATURES, **options)
 
 
 def train(network: ImplicitUNet, steps: int, random: np.random.Generator) -> None:
@@ -132,10 +115,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    network = ImplicitUNet(**arguments(), decoder_width=options.width, n_points=3750)
+    network = create_small("ImplicitUNet", decoder_width=options.width, n_points=3750)
     train(network, options.steps, np.random.default_rng(0))
     network.eval()
-    default = PlainConvUNet(**arguments()).eval()
+    default = create_small("PlainConvUNet").eval()
     unseen = np.random.default_rng(1)
     rows = []
     for kind in RADII:

@@ -14,75 +14,71 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from faster_fusion import arguments
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunet_ext.api import create
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
-from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import measure_step, surrogate_loss
 from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.nnunet.patch_plans import narrow
+from nnunet_ext.nnunet.source import Source
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
 from nnunet_ext.trainers.passes import TwoPasses
 
-FEATURES, P = [32, 64, 128, 256, 320, 320], 128
+P, SMALL_P = 128, 32
 KS = (1.0, 1.25, 1.5, 1.75, 2.0)
 VOLUME, VOLUME_PATCH = (1072, 470, 470), (240, 240, 240)
 Row = dict[str, Any]
 
 
-def arguments(features: list[int], resenc: bool = False, convs: int = 2) -> dict[str, Any]:
-    """What nnU-Net plans for an isotropic 3D data set."""
-    n = len(features)
-    depth = {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6][:n]} if resenc else {"n_conv_per_stage": [convs] * n}
-    return {
+def networks(patch: int) -> dict[str, Callable[[], nn.Module]]:
+    """Builders by name, with what nnU-Net plans for such a patch of an isotropic 3D data set."""
+    options: Any = {
         "input_channels": 1,
         "num_classes": 3,
-        "n_stages": n,
-        "features_per_stage": features,
-        "conv_op": nn.Conv3d,
-        "kernel_sizes": [[3, 3, 3]] * n,
-        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n - 1),
-        **depth,
-        "n_conv_per_stage_decoder": [1 if resenc else convs] * (n - 1),
-        "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d,
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True},
+        "patch_size": [patch] * 3,
         "deep_supervision": True,
     }
-
-
-def networks(features: list[int]) -> dict[str, Callable[[], nn.Module]]:
     return {
-        "default nnU-Net": lambda: PlainConvUNet(**arguments(features)),
-        "ResEnc": lambda: ResidualEncoderUNet(**arguments(features, resenc=True)),
-        "ReversibleUNet": lambda: ReversibleUNet(**arguments(features)),
+        "default nnU-Net": partial(create, "PlainConvUNet", **options),
+        "ResEnc": partial(residual_encoder_unet, patch),
+        "ReversibleUNet": partial(create, "ReversibleUNet", **options),
     }
+
+
+def residual_encoder_unet(patch: int) -> nn.Module:
+    options = arguments(patch)
+    del options["n_conv_per_stage"]
+    n = options["n_stages"]
+    depth = {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6][:n], "n_conv_per_stage_decoder": [1] * (n - 1)}
+    return ResidualEncoderUNet(**{**options, **depth, "deep_supervision": True})
 
 
 def memory() -> list[Row]:
     """Peak of a step against k; P fixed, so kP grows. Then both savings at the same large patch."""
     rows = []
-    for name, build in networks(FEATURES).items():
+    for name, build in networks(P).items():
         for dtype in (None, torch.bfloat16):
             small = measure_step(build, 1, [P] * 3, 2, dtype).peak
             for k in KS:
                 size = int(k * P)
                 large = measure_step(build, 1, [size] * 3, 2, dtype).peak
                 rows.append(memory_row(name, build, size, P, dtype, small, large))
-    default = networks(FEATURES)["default nnU-Net"]
+    default = networks(P)["default nnU-Net"]
     for size, standard in ((192, 128), (256, 160)):
-        for name, build in networks(FEATURES).items():
+        for name, build in networks(P).items():
             small, large = (measure_step(default, 1, [n] * 3).peak for n in (standard, size))
             row = memory_row(name, build, size, standard, None, small, large)
             rows.append({**row, "network": f"{name}, compared with default nnU-Net"})
@@ -117,10 +113,10 @@ def memory_row(
 
 def step_seconds(repeats: int, names: list[str], ks: list[float]) -> list[Row]:
     """CPU time of forward and backward passes, four stages, batch 2."""
-    features, p = FEATURES[:4], 32
+    p = SMALL_P
     rows = []
     for name in names:
-        network = networks(features)[name]().train()
+        network = networks(p)[name]().train()
         expanded = ExpandedPass(network)
         for k in ks:
             data = torch.randn(2, 1, *[int(k * p)] * 3)
@@ -194,39 +190,22 @@ def rss() -> float:
 
 def volume_plans() -> dict[str, Any]:
     """Plans of a small network: four stages, one convolution in each."""
-    options = {**arguments([4, 8, 16, 32], convs=1)}
-    for name in ("input_channels", "num_classes", "deep_supervision"):
-        del options[name]
-    types = {"conv_op": "torch.nn.modules.conv.Conv3d", "norm_op": "torch.nn.InstanceNorm3d"}
-    resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
-    configuration = {
-        "data_identifier": "none",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": 2,
-        "patch_size": list(VOLUME_PATCH),
-        "spacing": [1.0, 1.0, 1.0],
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        "architecture": {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-            "arch_kwargs": {**options, **types, "nonlin": "torch.nn.LeakyReLU"},
-            "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
-        },
-        "batch_dice": False,
-        "me_unet": {"k": 1.5, "standard_patch_size": [160, 160, 160]},
-    }
+    setting = narrow(Source(patch=(SMALL_P,) * 3).setting(), [4, 8, 16, 32])
+    configuration = setting.plans["configurations"][setting.configuration]
+    configuration["architecture"]["arch_kwargs"].update(
+        n_conv_per_stage=[1] * 4, n_conv_per_stage_decoder=[1] * 3
+    )
+    configuration.update(
+        data_identifier="none",
+        preprocessor_name="DefaultPreprocessor",
+        patch_size=list(VOLUME_PATCH),
+        me_unet={"k": 1.5, "standard_patch_size": [160, 160, 160]},
+    )
+    resampling = {"order": 1, "order_z": 0, "force_separate_z": None}
     for kind in ("data", "seg", "probabilities"):
         configuration[f"resampling_fn_{kind}"] = "resample_data_or_seg_to_shape"
         configuration[f"resampling_fn_{kind}_kwargs"] = {**resampling, "is_seg": kind == "seg"}
-    return {
-        "dataset_name": "Dataset000_Volume",
-        "plans_name": "nnUNetMePlans",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "configurations": {"3d_fullres": configuration},
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": {}},
-    }
+    return {**setting.plans, "foreground_intensity_properties_per_channel": {"0": {}}}
 
 
 def markdown(rows: list[Row]) -> str:
@@ -243,7 +222,7 @@ def main() -> None:
         "--parts", nargs="+", default=["memory", "time"], choices=["memory", "time", "volume"]
     )
     parser.add_argument("--repeats", type=int, default=5, help="of each time")
-    parser.add_argument("--networks", nargs="+", default=list(networks(FEATURES)), help="that are timed")
+    parser.add_argument("--networks", nargs="+", default=list(networks(P)), help="that are timed")
     parser.add_argument("--ks", nargs="+", type=float, default=list(KS[1:]), help="that are timed")
     options = parser.parse_args()
     torch.manual_seed(0)

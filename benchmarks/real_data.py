@@ -24,6 +24,7 @@ from reversible import add_ratios, markdown, train_step
 
 from nnunet_ext.memory.network import measure_step
 from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.setting import Setting
 
 
@@ -54,8 +55,8 @@ def dice_row(
 def setting_of(model: Path) -> tuple[str, Setting]:
     """The trainer of a result folder, and what its network is built from."""
     trainer, _, configuration = model.name.split("__")
-    plans, dataset = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
-    return trainer, Setting(plans, dataset, configuration)
+    found = ModelFolder.read(model, "--models needs", "name a result folder of nnU-Net")
+    return trainer, Setting(found.plans, found.dataset, configuration)
 
 
 def cost_rows(models: list[Path], repeats: int) -> list[dict[str, Any]]:
@@ -95,10 +96,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
 
-    dataset = json.loads((options.models[0] / "dataset.json").read_text())
-    labels = {name: label for name, label in dataset["labels"].items() if label != 0}
+    _, setting = setting_of(options.models[0])
+    labels = {name: label for name, label in setting.dataset["labels"].items() if label != 0}
     dice = [
-        dice_row(model, predictions, options.references, labels, dataset["file_ending"])
+        dice_row(model, predictions, options.references, labels, setting.dataset["file_ending"])
         for model, predictions in zip(options.models, options.predictions, strict=True)
     ]
     cost = cost_rows(options.models, options.repeats)

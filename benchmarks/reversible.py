@@ -14,54 +14,34 @@ import platform
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
+from nnunet_ext.api import create
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling
 from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
-from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import measure_step
 from nnunet_ext.memory.tracker import GIB
 
-FEATURES = [32, 64, 128, 256, 320, 320]
 PATCH, BATCH, CLASSES = (128, 128, 128), 2, 3
 BASELINE = "default nnU-Net"
 
 
-def arguments() -> dict[str, Any]:
-    """What nnU-Net plans for an isotropic 3D data set at 8 GB."""
-    n = len(FEATURES)
-    return {
-        "input_channels": 1,
-        "num_classes": CLASSES,
-        "n_stages": n,
-        "features_per_stage": FEATURES,
-        "conv_op": nn.Conv3d,
-        "kernel_sizes": [[3, 3, 3]] * n,
-        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (n - 1),
-        "n_conv_per_stage": [2] * n,
-        "n_conv_per_stage_decoder": [2] * (n - 1),
-        "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d,
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True},
-        "deep_supervision": True,
-    }
+def builder(name: str, **options: Any) -> Callable[[], nn.Module]:
+    """Builder of a network with what nnU-Net plans for an isotropic 3D data set at 8 GB."""
+    return partial(create, name, 1, CLASSES, PATCH, deep_supervision=True, **options)
 
 
 def networks() -> dict[str, Callable[[], nn.Module]]:
-    def reversible(**options: Any) -> Callable[[], nn.Module]:
-        return lambda: ReversibleUNet(**arguments(), **options)
-
+    reversible = partial(builder, "ReversibleUNet")
     return {
-        BASELINE: lambda: PlainConvUNet(**arguments()),
+        BASELINE: builder("PlainConvUNet"),
         "ReversibleUNet": reversible(),
         "ReversibleUNet, exact": reversible(exact=True),
         "ReversibleUNet, 8 blocks per stage": reversible(blocks_per_stage=8),
