@@ -91,7 +91,14 @@ def blocks(
     inputs, outputs, _, stride = sizes
 
     def block(downsample: Any = "stride") -> FasterFusionBlock:
-        geometry = Geometry(nn.Conv3d, inputs, outputs, 3, stride, downsample=downsample)
+        geometry = Geometry(
+            conv_op=nn.Conv3d,
+            input_channels=inputs,
+            output_channels=outputs,
+            kernel_size=3,
+            stride=stride,
+            downsample=downsample,
+        )
         return FasterFusionBlock(geometry, nonlin=nn.LeakyReLU(inplace=True)).eval()
 
     norm = nn.InstanceNorm3d(outputs, affine=True)

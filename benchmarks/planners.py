@@ -32,7 +32,7 @@ DEFAULT = "ExperimentPlanner"
 TABLE_BEGIN, TABLE_END = "<!-- planners:begin -->", "<!-- planners:end -->"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fingerprint:
     """A data set of equal images.
 
@@ -53,17 +53,23 @@ class Fingerprint:
 
 
 FINGERPRINTS = {
-    "ct": Fingerprint("isotropic CT", (1.0, 1.0, 1.0), (400, 400, 400)),
-    "mri": Fingerprint("anisotropic MRI", (5.0, 0.8, 0.8), (40, 512, 512), 1, 4),
-    "tiny": Fingerprint("tiny", (1.0, 1.0, 1.0), (36, 50, 35), cases=260),
-    "microct": Fingerprint("micro-CT", (0.01, 0.01, 0.01), (1072, 470, 470), 1, 3, 20),
-    "2d": Fingerprint("2D", (1.0, 1.0), (512, 512), 3, 2, 2000),
-    "4 channels": Fingerprint("4 channels", (1.0, 1.0, 1.0), (140, 170, 137), 4, 4, 400),
+    "ct": Fingerprint(title="isotropic CT", spacing=(1.0, 1.0, 1.0), shape=(400, 400, 400)),
+    "mri": Fingerprint(
+        title="anisotropic MRI", spacing=(5.0, 0.8, 0.8), shape=(40, 512, 512), channels=1, classes=4
+    ),
+    "tiny": Fingerprint(title="tiny", spacing=(1.0, 1.0, 1.0), shape=(36, 50, 35), cases=260),
+    "microct": Fingerprint(
+        title="micro-CT", spacing=(0.01, 0.01, 0.01), shape=(1072, 470, 470), channels=1, classes=3, cases=20
+    ),
+    "2d": Fingerprint(title="2D", spacing=(1.0, 1.0), shape=(512, 512), channels=3, classes=2, cases=2000),
+    "4 channels": Fingerprint(
+        title="4 channels", spacing=(1.0, 1.0, 1.0), shape=(140, 170, 137), channels=4, classes=4, cases=400
+    ),
 }
 IN_TABLE = ("ct", "mri", "4 channels")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One plan; GB are 2**30 bytes."""
 
@@ -149,16 +155,16 @@ def grid_row(planner: str, key: str, number: int, target: float) -> Row:
     noted = plan["memory"]
     standard = plan.get("me_unet", {}).get("standard_patch_size")
     return Row(
-        planner,
-        key,
-        target,
-        tuple(plan["patch_size"]),
-        plan["batch_size"],
-        noted["expected_GB"],
-        round(counted, 3),
-        noted["limit"],
-        tuple(standard) if standard else None,
-        round(seconds, 1),
+        planner=planner,
+        fingerprint=key,
+        target=target,
+        patch=tuple(plan["patch_size"]),
+        batch=plan["batch_size"],
+        expected=noted["expected_GB"],
+        counted=round(counted, 3),
+        limit=noted["limit"],
+        standard_patch=tuple(standard) if standard else None,
+        seconds=round(seconds, 1),
     )
 
 
@@ -173,7 +179,18 @@ def default_row(planner: Any, key: str, target: float) -> Row:
     plan = default_choice(planner, list(fingerprint.spacing), list(map(float, fingerprint.shape)), voxels)
     counted = round(training_memory(planner.setting_of(plan), "nnUNetTrainer").total / GIB, 3)
     patch, batch = tuple(plan["patch_size"]), int(plan["batch_size"])
-    return Row(DEFAULT, key, target, patch, batch, counted, counted, "", None, 0.0)
+    return Row(
+        planner=DEFAULT,
+        fingerprint=key,
+        target=target,
+        patch=patch,
+        batch=batch,
+        expected=counted,
+        counted=counted,
+        limit="",
+        standard_patch=None,
+        seconds=0.0,
+    )
 
 
 def grid(planners: Sequence[str], keys: Sequence[str], targets: Sequence[float]) -> Iterator[Row]:
@@ -202,7 +219,12 @@ def random_rows(planners: Sequence[str], count: int, seed: int) -> Iterator[Row]
             channels, classes = chosen.choice((1, 1, 2, 4)), chosen.choice((2, 3, 5, 16, 60))
             key = f"{'x'.join(map(str, shape))}, {thick:.1f} mm, {channels} channels, {classes} classes"
             FINGERPRINTS[key] = Fingerprint(
-                key, spacing, shape, channels, classes, chosen.choice((20, 100, 1000))
+                title=key,
+                spacing=spacing,
+                shape=shape,
+                channels=channels,
+                classes=classes,
+                cases=chosen.choice((20, 100, 1000)),
             )
             write_dataset(folder, number, FINGERPRINTS[key])
             target = chosen.choice((4.0, 6.0, 8.0, 11.0, 16.0, 24.0, 40.0, 80.0))

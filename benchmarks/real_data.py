@@ -56,7 +56,7 @@ def setting_of(model: Path) -> tuple[str, Setting]:
     """The trainer of a result folder, and what its network is built from."""
     trainer, _, configuration = model.name.split("__")
     found = ModelFolder.read(model, "--models needs", "name a result folder of nnU-Net")
-    return trainer, Setting(found.plans, found.dataset, configuration)
+    return trainer, Setting(plans=found.plans, dataset=found.dataset, configuration=configuration)
 
 
 def cost_rows(models: list[Path], repeats: int) -> list[dict[str, Any]]:

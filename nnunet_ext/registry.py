@@ -48,7 +48,7 @@ class UnknownNameError(LookupError):
     """The registry does not hold the name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """One registered name.
 
@@ -72,7 +72,7 @@ class Entry:
         return self.value.partition(":")[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """A shorter training, asked for by a suffix of the trainer's name.
 
@@ -96,10 +96,10 @@ def parse_schedule(name: str) -> Schedule | None:
         return None
     epochs, iterations = match["epochs"], match["iters"]
     return Schedule(
-        match["base"],
-        int(epochs) if epochs else None,
-        int(iterations) if iterations else None,
-        match["no_mirroring"] is not None,
+        base=match["base"],
+        epochs=int(epochs) if epochs else None,
+        iterations=int(iterations) if iterations else None,
+        no_mirroring=match["no_mirroring"] is not None,
     )
 
 
@@ -142,7 +142,13 @@ def entries(kind: str) -> list[Entry]:
     for name, value, origin in sorted(points):
         holders.setdefault(name, []).append(f"{origin} ({value})")
     return [
-        Entry(kind, name, value, origin, _refusal(kind, name, holders[name]))
+        Entry(
+            kind=kind,
+            name=name,
+            value=value,
+            distribution=origin,
+            refused=_refusal(kind, name, holders[name]),
+        )
         for name, value, origin in sorted(points)
     ]
 

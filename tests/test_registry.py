@@ -47,12 +47,30 @@ def entry(name: str, kind: str = "trainers") -> Entry:
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [
-        ("nnUNetTrainer_5epochs", Schedule("nnUNetTrainer", 5, None, False)),
-        ("nnUNetTrainerX_50iters", Schedule("nnUNetTrainerX", None, 50, False)),
-        ("nnUNetTrainerX_NoMirroring", Schedule("nnUNetTrainerX", None, None, True)),
-        ("nnUNetTrainerX_20epochs_50iters", Schedule("nnUNetTrainerX", 20, 50, False)),
-        ("nnUNetTrainerX_20epochs_50iters_NoMirroring", Schedule("nnUNetTrainerX", 20, 50, True)),
-        ("nnUNetTrainer_X_1epochs_NoMirroring", Schedule("nnUNetTrainer_X", 1, None, True)),
+        (
+            "nnUNetTrainer_5epochs",
+            Schedule(base="nnUNetTrainer", epochs=5, iterations=None, no_mirroring=False),
+        ),
+        (
+            "nnUNetTrainerX_50iters",
+            Schedule(base="nnUNetTrainerX", epochs=None, iterations=50, no_mirroring=False),
+        ),
+        (
+            "nnUNetTrainerX_NoMirroring",
+            Schedule(base="nnUNetTrainerX", epochs=None, iterations=None, no_mirroring=True),
+        ),
+        (
+            "nnUNetTrainerX_20epochs_50iters",
+            Schedule(base="nnUNetTrainerX", epochs=20, iterations=50, no_mirroring=False),
+        ),
+        (
+            "nnUNetTrainerX_20epochs_50iters_NoMirroring",
+            Schedule(base="nnUNetTrainerX", epochs=20, iterations=50, no_mirroring=True),
+        ),
+        (
+            "nnUNetTrainer_X_1epochs_NoMirroring",
+            Schedule(base="nnUNetTrainer_X", epochs=1, iterations=None, no_mirroring=True),
+        ),
     ],
 )
 def test_suffix_is_parsed_as_a_schedule(name: str, schedule: Schedule) -> None:
@@ -103,7 +121,7 @@ def test_registered_class_is_resolved(install: Install) -> None:
     assert registry.resolve("trainers", "nnUNetTrainerAcme").__module__ == "acme"
     assert "nnUNetTrainerAcme" in registry.names("trainers")
     assert entry("nnUNetTrainerAcme") == Entry(
-        "trainers", "nnUNetTrainerAcme", "acme:nnUNetTrainerAcme", "acme 1.0"
+        kind="trainers", name="nnUNetTrainerAcme", value="acme:nnUNetTrainerAcme", distribution="acme 1.0"
     )
 
 
@@ -422,6 +440,6 @@ def test_source_that_is_too_deep_for_python_has_no_summary(install: Install, sou
 @pytest.mark.parametrize("value", ["no_such_module:X", "sys:X", "acme:X", "acme.no.such:X"])
 def test_summary_is_empty_where_there_is_no_source(install: Install, value: str) -> None:
     install("acme", "syntax error", trainers=[])
-    broken = Entry("trainers", "X", value, "acme 1.0")
+    broken = Entry(kind="trainers", name="X", value=value, distribution="acme 1.0")
     assert registry.summary(broken) == ""
     assert ast.dump(registry.source(broken)) == ast.dump(ast.Module([], []))

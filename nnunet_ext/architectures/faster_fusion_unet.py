@@ -132,14 +132,14 @@ class FasterFusionUNet(nn.Module):
                 if not (replaceable and wide):
                     continue
                 geometry = Geometry(
-                    type(old.conv),
-                    old.input_channels,
-                    old.output_channels,
-                    old.conv.kernel_size,
-                    old.conv.stride,
-                    divisor,
-                    inputs,
-                    downsample,
+                    conv_op=type(old.conv),
+                    input_channels=old.input_channels,
+                    output_channels=old.output_channels,
+                    kernel_size=old.conv.kernel_size,
+                    stride=old.conv.stride,
+                    divisor=divisor,
+                    inputs=inputs,
+                    downsample=downsample,
                 )
                 block = FasterFusionBlock(
                     geometry,

@@ -136,7 +136,13 @@ class ImplicitUNet(nn.Module):
         self.input_channels, self.num_classes = input_channels, num_classes
         self.n_points, self.sparse, self.smooth = n_points, sparse, smooth
         self.mesh_spacing = _spacing(mesh_spacing, cumulative)
-        self.refinement = Refinement(margin, threshold, second_look, dense_above, chunk_size)
+        self.refinement = Refinement(
+            margin=margin,
+            threshold=threshold,
+            second_look=second_look,
+            dense_above=dense_above,
+            chunk_size=chunk_size,
+        )
         self._assumed_share: float | None = None
         self._refined_cells = self._cells = 0
 

@@ -186,7 +186,7 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         self.reversible, self.exact = reversible, exact
         self.group_elements = group_elements(plan)
         self.exact_range = ExactRange()
-        coupling = CouplingSpec(reversible, exact, preactivation)
+        coupling = CouplingSpec(reversible=reversible, exact=exact, preactivation=preactivation)
         mixing = resampling == "orthogonal"
         self.encoder = Encoder(input_channels, plan, self.stages, coupling, mixing)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, mixing, deep_supervision)
@@ -207,7 +207,13 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         """The bijection from the first feature map to the last."""
         tap = [Tap()] if bottleneck_tap else []
         steps = [*self.encoder.steps(), *tap, *self.decoder.steps()]
-        return Chain(steps, self.exact, self.reversible, self.group_elements, self.exact_range)
+        return Chain(
+            steps=steps,
+            exact=self.exact,
+            reversible=self.reversible,
+            group_elements=self.group_elements,
+            exact_range=self.exact_range,
+        )
 
 
 def _fit(features: list[int], strides: list[list[int]]) -> list[int]:

@@ -140,7 +140,7 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
         self.stages = plan.stages(blocks_per_stage)
         self.input_channels = input_channels
         self.image_channels = input_channels if image_channels is None else image_channels
-        coupling = CouplingSpec(reversible, exact, preactivation)
+        coupling = CouplingSpec(reversible=reversible, exact=exact, preactivation=preactivation)
         self.encoder = Encoder(input_channels, plan, self.stages, coupling)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
         self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None

@@ -115,7 +115,7 @@ class ReversibleUNet(CountedFeatureMaps):
         plan = ReversiblePlan(**plan_arguments)
         self.stages = plan.stages(blocks_per_stage)
         self.input_channels = input_channels
-        coupling = CouplingSpec(reversible, exact, preactivation)
+        coupling = CouplingSpec(reversible=reversible, exact=exact, preactivation=preactivation)
         self.encoder = Encoder(input_channels, plan, self.stages, coupling)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
 

@@ -29,7 +29,7 @@ BLOCKS = "blocks_per_stage"
 STEP = 0.5  # share of the patch between two tiles, nnU-Net's default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Builders:
     """Functions that build a trainer's network.
 
@@ -56,13 +56,14 @@ class Builders:
         """
         build = request.setting.training_builder(trainer)
         return cls(
-            lambda: build().train(), deployed(request.setting.builder(trainer, deep_supervision=False))
+            train=lambda: build().train(),
+            deploy=deployed(request.setting.builder(trainer, deep_supervision=False)),
         )
 
 
 def count(request: BenchmarkRequest, trainer: str) -> Method:
     """Count what can be counted of a method; the first failure is its reason, the rest is still tried."""
-    method = Method(trainer)
+    method = Method(trainer=trainer)
     try:
         builders = Builders.of(request, trainer)
         method = replace(method, **_network(request, builders))
@@ -171,7 +172,14 @@ def measure_depth(
     memory = measure_step(build, setting.input_channels, patch, batch, autocast_dtype)
     with FakeTensorMode():
         network = network_name(build())
-    return DepthPoint(trainer, network, depth, count_parameters(build), memory.held, memory.peak)
+    return DepthPoint(
+        trainer=trainer,
+        network=network,
+        depth=depth,
+        parameters=count_parameters(build),
+        held_bytes=memory.held,
+        peak_bytes=memory.peak,
+    )
 
 
 def tiles_per_case(setting: Setting) -> int | None:

@@ -191,7 +191,7 @@ def interleave(
     return Timed(seconds, errors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GpuStepMemory:
     """Memory of a training step.
 
@@ -223,7 +223,9 @@ def measure_gpu_step(build: Callable[[], nn.Module], shape: Sequence[int], machi
     held = torch.cuda.memory_allocated() - before
     step.finish(outputs)
     machine.synchronize()
-    return GpuStepMemory(held, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    return GpuStepMemory(
+        held=held, peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved()
+    )
 
 
 def measure_gpu_inference(build: Callable[[], nn.Module], shape: Sequence[int], machine: Machine) -> int:

@@ -24,7 +24,7 @@ QUANTITIES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spread:
     """Seconds of several repeats."""
 
@@ -35,10 +35,10 @@ class Spread:
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
         """Summarise at least one measurement."""
-        return cls(median(seconds), min(seconds), max(seconds))
+        return cls(median=median(seconds), min=min(seconds), max=max(seconds))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """Figures of one trainer's network; None where there is none.
 
@@ -103,7 +103,7 @@ def _ratio(method: Method, baseline: Method, key: str) -> float | None:
     return ours / theirs if ours is not None and theirs else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DepthPoint:
     """Memory of a training step of a network of some depth, counted on shapes.
 
@@ -123,7 +123,7 @@ class DepthPoint:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Result of a benchmark; the first method is the baseline.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from nnunet_ext import registry
 from nnunet_ext.benchmark.machine import Machine
@@ -37,6 +37,7 @@ class BenchmarkRequest:
     machine: Machine
     trainers: tuple[str, ...] | None = None
     repeats: int = 5
+    _: KW_ONLY
     time_patch: tuple[int, ...] | None = None
     depths: tuple[int, ...] = ()
     compiled: bool | None = None

@@ -62,7 +62,7 @@ class _Run:
         rounds = request.repeats + 1 if request.repeats else 0
         pieces = 1 + self._machine.is_cuda + (2 + request.times_compiled) * rounds + len(request.depths)
         self._total = len(request.names) * pieces
-        self._methods = {name: Method(name) for name in request.names}
+        self._methods = {name: Method(trainer=name) for name in request.names}
 
     def report(self) -> Report:
         """Count, measure on the GPU, time, then count depths."""

@@ -24,7 +24,7 @@ LOCK = "cascade_predict.lock"
 _FEW = 12  # cases that are read before other processes would have started
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """How to predict; names as in nnUNetv2_predict.
 

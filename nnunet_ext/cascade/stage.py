@@ -52,7 +52,9 @@ class Stage(ModelFolder):
         paths = {fold: model.fold_folder(fold) / checkpoint for fold in folds}
         for path in () if trusted else paths.values():
             trained = read_trained(path, f"{TRAIN}, or copy it again")
-            Setting(model.plans, model.dataset, trained.configuration).builder(trained.trainer)
+            Setting(plans=model.plans, dataset=model.dataset, configuration=trained.configuration).builder(
+                trained.trainer
+            )
         return cls(**vars(model), checkpoints=paths)
 
     def note(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _finding(subject: str, step: Callable[[], str], cure: str, report: Report) -
         frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
         modules = [str(frame.frame.f_globals.get("__name__")) for frame in frames]
         if isinstance(error, NotImplementedError) and detail and not modules[-1].startswith(_HOSTS):
-            return Finding("warning", subject, f"not supported: {detail}")
+            return Finding(level="warning", subject=subject, detail=f"not supported: {detail}")
         theirs = [
             f for f, module in zip(frames, modules, strict=True) if not module.startswith((*_HOSTS, _OWN))
         ]

@@ -104,9 +104,9 @@ def _measure(args: argparse.Namespace) -> Report:
         machine,
         _tuple(args.trainers),
         args.repeats,
-        _tuple(args.time_patch),
-        tuple(args.depth),
-        args.compiled,
+        time_patch=_tuple(args.time_patch),
+        depths=tuple(args.depth),
+        compiled=args.compiled,
     )
     with _progress() as show:
         return run_benchmark(request, show)

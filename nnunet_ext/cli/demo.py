@@ -72,7 +72,14 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ext.demo.settings import Demo
 
     root, raw = (path and Path(os.path.abspath(path)) for path in (args.output, args.raw))
-    demo = Demo(root, raw, tuple(args.trainers), args.schedule, args.configuration, args.device)
+    demo = Demo(
+        root=root,
+        raw=raw,
+        trainers=tuple(args.trainers),
+        schedule=args.schedule,
+        configuration=args.configuration,
+        device=args.device,
+    )
     try:
         with _interrupted_by_signals(), _printer() as say:
             workflow.run(demo, say)

@@ -19,7 +19,7 @@ WORST = 5
 LESS_IS_BETTER = ("HD95",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeanScore:
     """Mean of one metric and structure over the common cases of one run.
 
@@ -39,7 +39,7 @@ class MeanScore:
     invented: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparand:
     """A run's difference to the baseline in one metric and structure.
 
@@ -57,7 +57,7 @@ class Comparand:
     verdict: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Accuracy of all runs over one set of cases.
 
@@ -171,7 +171,7 @@ def _means(
                 "missed": sum(m.missed for m in single),
                 "invented": sum(m.invented for m in single),
             }
-            found += [MeanScore(label, metric, MEAN, **overall), *single]
+            found += [MeanScore(run=label, metric=metric, structure=MEAN, **overall), *single]
     return found
 
 
@@ -179,14 +179,14 @@ def _mean(rows: pd.DataFrame, label: str, metric: str, structure: str) -> MeanSc
     reference, found = rows["TP"] + rows["FN"] > 0, rows["TP"] + rows["FP"] > 0
     values = rows[metric]
     return MeanScore(
-        label,
-        metric,
-        structure,
-        float(values.mean()),
-        float(values.std(ddof=1)),
-        int(values.count()),
-        int((reference & ~found).sum()),
-        int((found & ~reference).sum()),
+        run=label,
+        metric=metric,
+        structure=structure,
+        mean=float(values.mean()),
+        standard_deviation=float(values.std(ddof=1)),
+        n=int(values.count()),
+        missed=int((reference & ~found).sum()),
+        invented=int((found & ~reference).sum()),
     )
 
 
@@ -208,7 +208,11 @@ def _comparands(
             adjusted = holm([d.p for d in differences])
             for (label, structure), d, p in zip(pairs, differences, adjusted, strict=True):
                 judged = verdict(d, margin) if metric == "Dice" else ""
-                found.append(Comparand(label, metric, structure, d, p, judged))
+                found.append(
+                    Comparand(
+                        run=label, metric=metric, structure=structure, difference=d, p_holm=p, verdict=judged
+                    )
+                )
     return found
 
 

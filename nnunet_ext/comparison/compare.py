@@ -22,7 +22,7 @@ from nnunet_ext.errors import UsageError
 Status = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComparisonRequest:
     """What to compare.
 
@@ -138,7 +138,15 @@ def _with_surface(
                 f"--surface needs every segmentation and its reference, {missing} is missing: copy it, name the "
                 "references' folder by --references, or leave out --surface."
             )
-        jobs.append(Job(case, prediction, reference, run.dataset, request.tolerance))
+        jobs.append(
+            Job(
+                case=case,
+                prediction=prediction,
+                reference=reference,
+                dataset=run.dataset,
+                tolerance=request.tolerance,
+            )
+        )
     found = pd.DataFrame(score(jobs, request.processes, on_progress))
     return scores.merge(found[["case", "structure", "NSD", "HD95"]], on=["case", "structure"], how="left")
 
@@ -154,11 +162,11 @@ def _held_out(request: ComparisonRequest, on_status: Status) -> tuple[pd.DataFra
         warnings += checks.of_predictions(label, predicted, referenced, folder)
         jobs = [
             Job(
-                case,
-                folder / f"{case}{ending}",
-                request.references / f"{case}{ending}",
-                request.dataset,
-                request.tolerance,
+                case=case,
+                prediction=folder / f"{case}{ending}",
+                reference=request.references / f"{case}{ending}",
+                dataset=request.dataset,
+                tolerance=request.tolerance,
             )
             for case in sorted(predicted & referenced)
         ]

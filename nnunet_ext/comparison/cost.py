@@ -13,7 +13,7 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """Cost of one run; None where not known.
 
@@ -103,7 +103,9 @@ def count(run: Run, trusted: bool = False) -> dict[str, int]:
     from nnunet_ext.nnunet.setting import Setting
 
     try:
-        setting = Setting(run.plans, run.dataset, run.configuration, trusted)
+        setting = Setting(
+            plans=run.plans, dataset=run.dataset, configuration=run.configuration, trusted=trusted
+        )
         size = measure_size(setting.builder(run.trainer, False), setting.input_channels, setting.patch_size)
         step = measure_step(
             setting.training_builder(run.trainer),

@@ -41,7 +41,7 @@ class Scan:
     is_ct: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plane:
     """A slice: `axis` is cut at `index`; the vertical axis of the picture is `vertical`."""
 
@@ -67,7 +67,11 @@ def focus(truth: NDArray[Any]) -> tuple[int, int, int]:
 def overlay(scan: Scan) -> bytes:
     """PNG with the columns image, reference, predictions and the rows z plane and (of a volume) y plane."""
     z, y, _ = focus(scan.truth)
-    planes = [_Plane(0, z, 1), _Plane(1, y, 0)] if scan.truth.shape[0] > 1 else [_Plane(0, z, 1)]
+    planes = (
+        [_Plane(axis=0, index=z, vertical=1), _Plane(axis=1, index=y, vertical=0)]
+        if scan.truth.shape[0] > 1
+        else [_Plane(axis=0, index=z, vertical=1)]
+    )
     columns: list[tuple[str, NDArray[Any] | None]] = [("Image", None), ("Reference", scan.truth)]
     columns += scan.predictions.items()
     names = {title.partition("\n")[0] for title in scan.predictions}

@@ -14,7 +14,7 @@ _REFERENCES = ("labelsTr", "labelsTs")
 _IMAGES = ("imagesTr", "imagesTs")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Places:
     """Folders to search in.
 

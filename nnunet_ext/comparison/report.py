@@ -27,7 +27,7 @@ _DIGESTS = "figures_sha256"
 _CSS_PIXELS = 0.62  # per pixel of a PNG
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Figure:
     """A figure: its file's name without ending, its caption, its PNG."""
 
@@ -172,20 +172,26 @@ def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str
     if len(evaluation.labels) > 1:
         above = "Mean Dice of each case: above the line the run is better than the baseline."
         items += [
-            Figure(f"{prefix}-paired", above, figures.paired_cases(evaluation)),
-            Figure(f"{prefix}-ranks", "Ranks of the runs over the cases.", figures.ranks(evaluation)),
+            Figure(name=f"{prefix}-paired", caption=above, png=figures.paired_cases(evaluation)),
+            Figure(
+                name=f"{prefix}-ranks",
+                caption="Ranks of the runs over the cases.",
+                png=figures.ranks(evaluation),
+            ),
             tables.ranks(evaluation),
         ]
     items += [
         tables.absences(evaluation),
-        Figure(f"{prefix}-cost", "Mean Dice against cost; upper left is better.", cost) if cost else None,
+        Figure(name=f"{prefix}-cost", caption="Mean Dice against cost; upper left is better.", png=cost)
+        if cost
+        else None,
         tables.worst(evaluation),
     ]
     scans, found = worst_cases.scans(comparison, evaluation)
     warnings += found
     caption = "the worst case of a run, in slices through its smallest structure."
     items += [
-        Figure(f"{prefix}-worst-{place}", f"{s.name}, {caption}", overlay.overlay(s))
+        Figure(name=f"{prefix}-worst-{place}", caption=f"{s.name}, {caption}", png=overlay.overlay(s))
         for place, s in enumerate(scans, start=1)
     ]
     cases, structures = counted(len(evaluation.cases), "case"), ", ".join(evaluation.structures)
@@ -203,7 +209,9 @@ def _metric(evaluation: Evaluation, metric: str, margin: float, prefix: str) -> 
         f"{metric} of {counted(len(evaluation.cases), 'case')}: quartiles, median, whiskers of at most 1.5 times their "
         "distance, every case a point."
     )
-    drawn = Figure(f"{prefix}-{metric.lower()}", boxes, figures.box_plots(evaluation, metric))
+    drawn = Figure(
+        name=f"{prefix}-{metric.lower()}", caption=boxes, png=figures.box_plots(evaluation, metric)
+    )
     if len(evaluation.labels) == 1:
         return [means, drawn]
     forest = "Mean difference of Dice to the baseline with its 95 % interval; grey: the margin."
@@ -211,7 +219,7 @@ def _metric(evaluation: Evaluation, metric: str, margin: float, prefix: str) -> 
         means,
         drawn,
         tables.differences(evaluation, metric, margin),
-        Figure(f"{prefix}-differences", forest, figures.differences(evaluation, margin))
+        Figure(name=f"{prefix}-differences", caption=forest, png=figures.differences(evaluation, margin))
         if metric == "Dice"
         else None,
     ]
@@ -222,7 +230,7 @@ def _cost(comparison: Comparison) -> Section:
     caption = "Learning curves as nnU-Net logs them: mean of the folds, thin lines single folds."
     items = [
         tables.cost(comparison.costs),
-        Figure("learning-curves", caption, curves) if curves else None,
+        Figure(name="learning-curves", caption=caption, png=curves) if curves else None,
         tables.plans(comparison),
     ]
     return Section("Cost and training", (), tuple(item for item in items if item is not None))

@@ -26,7 +26,7 @@ from nnunet_ext.whole import check_whole
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One prediction to score.
 

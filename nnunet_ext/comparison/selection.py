@@ -13,7 +13,7 @@ from nnunet_ext.comparison.compare import ComparisonRequest
 from nnunet_ext.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """Names and folders, as the options of `nnunet-ext compare` hold them.
 
@@ -89,10 +89,10 @@ def request(selection: Selection) -> ComparisonRequest:
         margin=selection.margin,
         tolerance=selection.tolerance,
         places=places.Places(
-            _variable("nnUNet_raw"),
-            _variable("nnUNet_preprocessed"),
-            selection.validation_references,
-            selection.images,
+            raw=_variable("nnUNet_raw"),
+            preprocessed=_variable("nnUNet_preprocessed"),
+            references=selection.validation_references,
+            images=selection.images,
         ),
         benchmark=cost.read_benchmark(selection.benchmark, selection.output),
         processes=selection.processes or int(default_num_processes),

@@ -25,7 +25,7 @@ CONFIDENCE = 0.95
 Verdict = Literal["superior", "non-inferior", "inferior", "inconclusive"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedDifference:
     """Mean difference of a run to the baseline over the cases that both have a value for.
 
@@ -51,10 +51,24 @@ def difference(run: pd.Series[float], baseline: pd.Series[float]) -> PairedDiffe
     d = (run - baseline).dropna().sort_index().to_numpy(dtype=float)
     if len(d) < 2:
         mean = float(d.mean()) if len(d) else np.nan
-        return PairedDifference(len(d), mean, np.nan, np.nan, np.nan, int((d > 0).sum()), int((d < 0).sum()))
+        return PairedDifference(
+            n=len(d),
+            mean=mean,
+            low=np.nan,
+            high=np.nan,
+            p=np.nan,
+            better=int((d > 0).sum()),
+            worse=int((d < 0).sum()),
+        )
     low, high = interval(d)
     return PairedDifference(
-        len(d), float(d.mean()), low, high, signed_rank(d), int((d > 0).sum()), int((d < 0).sum())
+        n=len(d),
+        mean=float(d.mean()),
+        low=low,
+        high=high,
+        p=signed_rank(d),
+        better=int((d > 0).sum()),
+        worse=int((d < 0).sum()),
     )
 
 

@@ -31,7 +31,7 @@ _HATCHES = ("", "////", "....", "xxxx", "----", "\\\\\\\\")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunStyle:
     """Look of one run in all figures."""
 
@@ -46,7 +46,10 @@ def run_styles(labels: Sequence[str]) -> dict[str, RunStyle]:
     n = len(_COLOURS)
     return {
         label: RunStyle(
-            _COLOURS[i % n], _MARKERS[(i + i // n) % n], _HATCHES[(i + i // n) % n], _LINES[i % n]
+            colour=_COLOURS[i % n],
+            marker=_MARKERS[(i + i // n) % n],
+            hatch=_HATCHES[(i + i // n) % n],
+            line=_LINES[i % n],
         )
         for i, label in enumerate(labels)
     }

@@ -18,7 +18,7 @@ FINAL = "checkpoint_final.pth"
 _CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curves:
     """What one training logged, one value per epoch; `dice` is of nnU-Net's random validation patches."""
 
@@ -102,10 +102,10 @@ def read_curves(folder: Path) -> Curves:
         log = read_checkpoint(path, cure)["logging"]
         times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
         return Curves(
-            tuple(map(float, log["train_losses"])),
-            tuple(map(float, log["val_losses"])),
-            tuple(map(float, log["mean_fg_dice"])),
-            tuple(float(end - start) for start, end in times),
+            training_loss=tuple(map(float, log["train_losses"])),
+            validation_loss=tuple(map(float, log["val_losses"])),
+            dice=tuple(map(float, log["mean_fg_dice"])),
+            seconds=tuple(float(end - start) for start, end in times),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is not a complete checkpoint of nnU-Net ({error}): {cure}.") from error

@@ -24,7 +24,7 @@ N_UNSEEN = 2
 _MIN_TRAINING = 5  # nnU-Net makes five folds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RawDataset:
     """What `--raw` names, as far as the demo uses it.
 
@@ -73,8 +73,15 @@ def read_raw(folder: Path) -> RawDataset:
             f"{folder} has {len(cases)}: add some."
         )
     if test:
-        return RawDataset(folder, description, tuple(cases), tuple(test[:N_UNSEEN]))
-    return RawDataset(folder, description, tuple(cases[:-N_UNSEEN]), tuple(cases[-N_UNSEEN:]))
+        return RawDataset(
+            folder=folder, description=description, training=tuple(cases), unseen=tuple(test[:N_UNSEEN])
+        )
+    return RawDataset(
+        folder=folder,
+        description=description,
+        training=tuple(cases[:-N_UNSEEN]),
+        unseen=tuple(cases[-N_UNSEEN:]),
+    )
 
 
 def check(raw: RawDataset, on_progress: Callable[[int, int], None]) -> None:

@@ -29,7 +29,7 @@ Vector = tuple[float, float, float]
 Field = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PhantomSpec:
     """What a phantom data set holds.
 

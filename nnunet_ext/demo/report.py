@@ -54,7 +54,7 @@ def write(demo: Demo, commands: Sequence[Sequence[str]], on_status: Callable[[st
     unseen = Selection(
         folders=models, folds=["0"], predictions=predictions, references=demo.data / "labelsTs", processes=1
     )
-    places = Places(demo.variables["nnUNet_raw"], demo.variables["nnUNet_preprocessed"])
+    places = Places(raw=demo.variables["nnUNet_raw"], preprocessed=demo.variables["nnUNet_preprocessed"])
     found = compare.compare(replace(request(unseen), places=places), on_status)
     words = ["nnunet-ext", "compare", "-m", *models, "-f", "0", "-pred", *predictions]
     words += ["-ref", demo.data / "labelsTs", "-o", demo.root]

@@ -13,7 +13,7 @@ PLANS = "nnUNetPlans"
 AGAIN = "delete it and call again"  # what to do with a file of the demo that can't be read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """What the user asks for.
 

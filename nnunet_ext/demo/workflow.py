@@ -33,7 +33,7 @@ Status = Callable[[str], None]
 Say = Callable[[str, bool], None]  # takes a line, and whether it stays or the next one replaces it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoStep:
     """One step.
 
@@ -105,22 +105,52 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
         removed = (fold / "validation", demo.predictions(trainer), report.path(demo))
         command = f"nnUNetv2_train {number} {demo.configuration} 0 -tr {name} {device}".split()
         is_done = partial(_are_whole, [fold / _CHECKPOINT, fold / "validation" / "summary.json"])
-        trainings += [DemoStep(f"train_{name}", title, removed, is_done, command, fold)]
+        trainings += [
+            DemoStep(
+                name=f"train_{name}", title=title, removed=removed, is_done=is_done, make=command, fold=fold
+            )
+        ]
     for trainer in demo.trainers:
         name, title, output = demo.scheduled(trainer), f"predict with {trainer}", demo.predictions(trainer)
         options = f"{which} -f 0 -tr {name} -chk {_CHECKPOINT} -npp 1 -nps 1 --disable_progress_bar {device}"
         command = ["nnUNetv2_predict", "-i", str(demo.data / "imagesTs"), "-o", str(output), *options.split()]
         is_done = partial(dataset.are_predicted, demo, output)
-        predictions += [DemoStep(f"predict_{name}", title, (output, report.path(demo)), is_done, command)]
+        predictions += [
+            DemoStep(
+                name=f"predict_{name}",
+                title=title,
+                removed=(output, report.path(demo)),
+                is_done=is_done,
+                make=command,
+            )
+        ]
     title = "generate the phantom" if raw is None else f"check and link {raw.folder.name}"
     ran = [plan, *(step.make for step in (*trainings, *predictions) if isinstance(step.make, list))]
     make, write = partial(_make_data, demo, raw), partial(report.write, demo, ran)
     return [
-        DemoStep("data", title, (demo.data, *of_plan), (demo.data / "dataset.json").is_file, make),
-        DemoStep("plan", "plan and preprocess", of_plan, partial(_is_planned, demo), plan),
+        DemoStep(
+            name="data",
+            title=title,
+            removed=(demo.data, *of_plan),
+            is_done=(demo.data / "dataset.json").is_file,
+            make=make,
+        ),
+        DemoStep(
+            name="plan",
+            title="plan and preprocess",
+            removed=of_plan,
+            is_done=partial(_is_planned, demo),
+            make=plan,
+        ),
         *trainings,
         *predictions,
-        DemoStep("report", "write the report", (report.path(demo),), partial(report.is_of, demo), write),
+        DemoStep(
+            name="report",
+            title="write the report",
+            removed=(report.path(demo),),
+            is_done=partial(report.is_of, demo),
+            make=write,
+        ),
     ]
 
 

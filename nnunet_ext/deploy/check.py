@@ -17,7 +17,7 @@ _COARSEST = 3
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """How far two predictions are apart.
 
@@ -43,11 +43,11 @@ class Difference:
         labels = [logits > 0 if regions else logits.argmax(1, keepdim=True) for logits in (before, after)]
         differs = (labels[0] != labels[1]).any(1)
         return cls(
-            image,
-            absolute,
-            absolute / max(float(before.abs().max()), 1e-12),
-            int(differs.sum()),
-            differs.numel(),
+            image=image,
+            absolute=absolute,
+            relative=absolute / max(float(before.abs().max()), 1e-12),
+            voxels=int(differs.sum()),
+            total=differs.numel(),
         )
 
 

@@ -51,7 +51,7 @@ class DeployOptions:
     images: Path | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shipped:
     """One fold, before and after.
 
@@ -169,12 +169,12 @@ class _Fold:
         torch.save(self._checkpoint(deployed), content)
         path.write_bytes(content.getvalue())  # torch.save itself reports a full disk as RuntimeError
         return Shipped(
-            _count(trained),
-            _count(network),
-            self._model.checkpoints[self._fold].stat().st_size,
-            path.stat().st_size,
-            self._compare(trained, deployed),
-            exported,
+            parameters_before=_count(trained),
+            parameters=_count(network),
+            bytes_before=self._model.checkpoints[self._fold].stat().st_size,
+            bytes=path.stat().st_size,
+            differences=self._compare(trained, deployed),
+            onnx_differences=exported,
         )
 
     def _trained(self) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Literal
 Level = Literal["ok", "warning", "failure"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """What one check found.
 
@@ -27,17 +27,17 @@ class Finding:
 
 def ok(subject: str, detail: str) -> Finding:
     """Return a finding that needs no cure."""
-    return Finding("ok", subject, detail)
+    return Finding(level="ok", subject=subject, detail=detail)
 
 
 def warning(subject: str, detail: str, cure: str) -> Finding:
     """Return a finding that may be meant."""
-    return Finding("warning", subject, detail, cure)
+    return Finding(level="warning", subject=subject, detail=detail, cure=cure)
 
 
 def failure(subject: str, detail: str, cure: str) -> Finding:
     """Return a finding that has to be cured."""
-    return Finding("failure", subject, detail, cure)
+    return Finding(level="failure", subject=subject, detail=detail, cure=cure)
 
 
 def one_line(error: BaseException) -> str:

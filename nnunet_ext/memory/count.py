@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -28,7 +28,7 @@ CONTEXT_BYTES = GIB // 2  # CUDA context, cuDNN and cuBLAS
 FRAGMENTED_SHARE = 0.05  # of the peak: what PyTorch's allocator reserves beyond it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
     """Bytes of a training.
 
@@ -62,9 +62,8 @@ class TrainingMemory:
 
     def extended(self, other: TrainingMemory, steps: float) -> TrainingMemory:
         """On the line through this and another one, `steps` times their distance from this."""
-        return TrainingMemory(
-            *(round(a + steps * (b - a)) for a, b in zip(astuple(self), astuple(other), strict=True))
-        )
+        here, there = asdict(self), asdict(other)
+        return TrainingMemory(**{n: round(a + steps * (there[n] - a)) for n, a in here.items()})
 
     def as_dict(self) -> dict[str, int]:
         """All figures, for JSON."""
@@ -152,7 +151,9 @@ def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_s
 
     content = json.loads(plans)
     content["configurations"][configuration]["batch_size"] = batch_size
-    setting = Setting(content, json.loads(dataset), configuration, trusted=True)  # checked before
+    setting = Setting(
+        plans=content, dataset=json.loads(dataset), configuration=configuration, trusted=True
+    )  # checked before
     with torch.device("cpu"), FakeTensorMode(), CudaAutocast(), _StepTracker() as tracker:
         step = TrainerStep(setting, trainer)
         parameters = tracker.current
@@ -163,5 +164,10 @@ def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_s
             activations = max(activations, tracker.current - always)
         gradients = sum(_bytes(p) for p in step.parameters if p.requires_grad)
         return TrainingMemory(
-            parameters, gradients, always - parameters, activations, tracker.peak, tracker.largest_convolution
+            parameters=parameters,
+            gradients=gradients,
+            optimizer=always - parameters,
+            activations=activations,
+            peak=tracker.peak,
+            workspace=tracker.largest_convolution,
         )

@@ -19,7 +19,7 @@ from nnunet_ext.protocols import only_predicts
 COMMON_SIZES = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GB of GPUs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a real step took of a GPU.
 
@@ -179,4 +179,8 @@ def _measured(setting: Setting, trainer: str) -> Measured:
         torch.cuda.synchronize()
         free, size = torch.cuda.mem_get_info()
         outside = size - free - torch.cuda.memory_reserved()
-        return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), outside)
+        return Measured(
+            allocated=torch.cuda.max_memory_allocated(),
+            reserved=torch.cuda.max_memory_reserved(),
+            outside=outside,
+        )

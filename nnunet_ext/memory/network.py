@@ -22,7 +22,7 @@ from nnunet_ext.protocols import DrawsInputs, RefinesAsAsked
 ASSUMED_SHARE = 0.1  # of a patch that sparse prediction refines; shapes and random weights can't tell
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepMemory:
     """Memory of one training step without parameters, gradients and optimiser.
 
@@ -64,7 +64,7 @@ def measure_step(
             loss = surrogate_loss(outputs)
             del outputs
             loss.backward()
-            return StepMemory(held, tracker.peak, parameters)
+            return StepMemory(held=held, peak=tracker.peak, parameters=parameters)
 
 
 def training_outputs(network: nn.Module, x: Tensor) -> Any:
@@ -116,7 +116,7 @@ def measure_inference(
             return tracker.peak
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Size:
     """Size of a network.
 
@@ -143,7 +143,7 @@ def measure_size(build: Callable[[], nn.Module], input_channels: int, patch_size
         parameters = sum(p.numel() for p in network.parameters())
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, input_channels, *patch_size))
-        return Size(parameters, counter.get_total_flops() // 2)
+        return Size(parameters=parameters, macs=counter.get_total_flops() // 2)
 
 
 def count_parameters(build: Callable[[], nn.Module]) -> int:

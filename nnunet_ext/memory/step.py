@@ -27,7 +27,7 @@ class _WithoutFolders(nnUNetTrainer):
     def __init__(
         self, plans: dict[str, Any], configuration: str, fold: int, dataset_json: dict[str, Any], device: Any
     ) -> None:
-        setting = Setting(plans, dataset_json, configuration)
+        setting = Setting(plans=plans, dataset=dataset_json, configuration=configuration)
         self.device, self.is_ddp, self.local_rank, self.fold = device, False, 0, fold
         self.plans_manager, self.configuration_manager = setting.plans_manager, setting.configuration_manager
         self.configuration_name, self.dataset_json = configuration, dataset_json

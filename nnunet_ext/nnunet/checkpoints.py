@@ -11,7 +11,7 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.files import check_regular
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trained:
     """What a checkpoint says of the model that it belongs to.
 
@@ -49,10 +49,10 @@ def read_trained(path: Path, cure: str) -> Trained:
             f"something else there: {cure}."
         )
     return Trained(
-        checkpoint["trainer_name"],
-        checkpoint["init_args"]["configuration"],
-        checkpoint["network_weights"],
-        None if axes is None else tuple(axes),
+        trainer=checkpoint["trainer_name"],
+        configuration=checkpoint["init_args"]["configuration"],
+        weights=checkpoint["network_weights"],
+        mirroring_axes=None if axes is None else tuple(axes),
     )
 
 

@@ -52,7 +52,7 @@ def setting_of_patch(
             configuration: _configuration(patch_size, spacing or [1.0] * dim, len(dataset["channel_names"]))
         },
     }
-    return Setting(plans, dataset, configuration)
+    return Setting(plans=plans, dataset=dataset, configuration=configuration)
 
 
 def narrow(setting: Setting, features: Sequence[int]) -> Setting:

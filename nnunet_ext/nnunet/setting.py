@@ -16,7 +16,7 @@ from nnunet_ext.nnunet.trust import check_host_names, check_network
 from nnunet_ext.protocols import HasTrainingForm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """One configuration of nnU-Net's plans for one data set.
 

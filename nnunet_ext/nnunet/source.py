@@ -22,7 +22,7 @@ PREPROCESSED = "nnUNet_preprocessed"
 _PLAN = "give files that nnU-Net wrote, or plan the data set again"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """What the user names; one of `dataset`, `plans_file` and `patch`.
 
@@ -92,7 +92,12 @@ class Source:
         plans = read_plans(path, _PLAN)
         configurations = plans["configurations"]
         only = next(iter(configurations)) if len(configurations) == 1 else DEFAULT_CONFIGURATION
-        setting = Setting(plans, self._dataset_json(dataset_json), self.configuration or only, self.trusted)
+        setting = Setting(
+            plans=plans,
+            dataset=self._dataset_json(dataset_json),
+            configuration=self.configuration or only,
+            trusted=self.trusted,
+        )
         try:
             setting.check_code()
             for name in ("patch_size", "batch_size", "strides", "input_channels", "num_classes"):

@@ -219,7 +219,9 @@ class MemoryPlanner(ExperimentPlanner):
             "label_manager": "LabelManager",
             "configurations": {"planned": configuration},
         }
-        return Setting(plans, self.dataset_json, "planned", trusted=True)  # the planner's own network
+        return Setting(
+            plans=plans, dataset=self.dataset_json, configuration="planned", trusted=True
+        )  # the planner's own network
 
     def _fitted(
         self, plan: dict[str, Any], asked: tuple[Any, Any, float], draft: bool = False
@@ -233,11 +235,11 @@ class MemoryPlanner(ExperimentPlanner):
             )
         dim, target = len(plan["patch_size"]), round(self.UNet_vram_target_GB * GIB)
         search = MemorySearch(
-            target,
-            self.UNet_min_batch_size,
-            _VOXELS_PER_GB[dim] * self.UNet_vram_target_GB,
-            self._measured,
-            self._known.setdefault((dim, "previous_stage" in plan), {}),
+            target=target,
+            least=self.UNet_min_batch_size,
+            guess=_VOXELS_PER_GB[dim] * self.UNet_vram_target_GB,
+            measure=self._measured,
+            known=self._known.setdefault((dim, "previous_stage" in plan), {}),
         )
         if draft and search.known:
             ordered = sorted(candidates, key=lambda c: c.worth, reverse=True)
@@ -275,8 +277,8 @@ class MemoryPlanner(ExperimentPlanner):
             allowed = round(n_voxels * self.max_dataset_covered / prod(patch))
             decisive = self.decisive_patch(planned)
             candidate = Candidate(
-                planned,
-                key,
+                plan=planned,
+                key=key,
                 worth=prod(decisive) / sqrt(distortion),
                 voxels=self.memory_voxels(planned),
                 weights=_weights(arguments),

@@ -20,7 +20,7 @@ GRADIENTS_AT_PEAK = 0.5  # share of the gradients that is there when the activat
 MOST_MEASUREMENTS = 16  # after the first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A patch with its topology.
 
@@ -62,7 +62,7 @@ class Choice:
         return self.memory.total - _fixed(self.memory)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MemorySearch:
     """The search of one configuration; `known` may hold measurements of others with the same network.
 

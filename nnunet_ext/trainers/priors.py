@@ -19,7 +19,7 @@ _ENDINGS = (".b2nd", ".npz", ".npy")
 _NAMED = 5  # cases that a message names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FirstStage:
     """The stage that makes the priors.
 

@@ -20,7 +20,7 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.tracker import GIB
 
 BASELINE = Method(
-    "nnUNetTrainer",
+    trainer="nnUNetTrainer",
     network="PlainConvUNet",
     parameters=31_200_000,
     parameters_deployed=31_200_000,
@@ -28,15 +28,22 @@ BASELINE = Method(
     held_bytes=int(6.72 * GIB),
     peak_bytes=int(8.68 * GIB),
     inference_peak_bytes=int(1.65 * GIB),
-    step_seconds=Spread(2.0, 1.5, 2.5),
-    patch_seconds=Spread(0.5, 0.4, 0.6),
+    step_seconds=Spread(median=2.0, min=1.5, max=2.5),
+    patch_seconds=Spread(median=0.5, min=0.4, max=0.6),
     case_seconds=4.0,
     case_seconds_mirrored=32.0,
 )
 OURS = replace(BASELINE, trainer="nnUNetTrainerAcme", network="Acme", held_bytes=int(1.4 * GIB))
-LOST = Method("nnUNetTrainerLost", status="failed", reason="No 3D. Use 2d")
+LOST = Method(trainer="nnUNetTrainerLost", status="failed", reason="No 3D. Use 2d")
 POINTS = tuple(
-    DepthPoint(name, "Net", depth, 10**6 * depth, depth * size, depth * size + GIB)
+    DepthPoint(
+        trainer=name,
+        network="Net",
+        depth=depth,
+        parameters=10**6 * depth,
+        held_bytes=depth * size,
+        peak_bytes=depth * size + GIB,
+    )
     for name, size in (("nnUNetTrainer", 4 * GIB), ("nnUNetTrainerAcme", GIB))
     for depth in (1, 2, 4)
 )

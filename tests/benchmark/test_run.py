@@ -312,7 +312,11 @@ def test_depth_of_residual_plans_is_in_blocks(setting: Setting, machine: Machine
         "network_class_name": name,
         "arch_kwargs": arguments,
     }
-    residual = Setting({**setting.plans, "configurations": {"r": configuration}}, setting.dataset, "r")
+    residual = Setting(
+        plans={**setting.plans, "configurations": {"r": configuration}},
+        dataset=setting.dataset,
+        configuration="r",
+    )
     points = runner.run(BenchmarkRequest(residual, machine, (OURS,), repeats=0, depths=(1, 2))).depth
     assert [(p.network, p.depth) for p in points] == [
         ("ResidualEncoderUNet", 1),
@@ -398,6 +402,6 @@ def test_method_that_does_not_fit_on_the_gpu_keeps_its_counted_memory(setting: S
 
 
 def test_first_reason_stays() -> None:
-    method = Method("x").stopped("out of memory", "first").stopped("failed", "second")
+    method = Method(trainer="x").stopped("out of memory", "first").stopped("failed", "second")
     assert (method.status, method.reason) == ("out of memory", "first")
-    assert replace(method, status="ok", reason="") == Method("x")
+    assert replace(method, status="ok", reason="") == Method(trainer="x")

@@ -103,8 +103,21 @@ def test_arguments_reach_the_workflow_and_defaults_are_found(monkeypatch: pytest
     cli.main(["demo"])
     both, root = ("nnUNetTrainer", "nnUNetTrainerReversible"), Path.cwd() / "demo-output"
     assert given == [
-        Demo(Path("/o"), Path("/r"), ("A", "B"), "s", "2d", "mps"),
-        Demo(root, None, both, "9epochs_20iters_NoMirroring", "3d_fullres"),
+        Demo(
+            root=Path("/o"),
+            raw=Path("/r"),
+            trainers=("A", "B"),
+            schedule="s",
+            configuration="2d",
+            device="mps",
+        ),
+        Demo(
+            root=root,
+            raw=None,
+            trainers=both,
+            schedule="9epochs_20iters_NoMirroring",
+            configuration="3d_fullres",
+        ),
     ]
     for trainer in both:
         trainer_class(given[1].scheduled(trainer))

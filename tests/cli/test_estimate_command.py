@@ -35,16 +35,27 @@ def test_parts_add_up_and_gpus_are_named(planned_dataset: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(("size", "verdict"), [(24, "This GPU has it"), (8, "This GPU does not have it")])
 def test_says_whether_this_gpu_has_it(size: int, verdict: str) -> None:
-    memory = TrainingMemory(0, 0, 0, 0, 10 * GIB, 0)
+    memory = TrainingMemory(parameters=0, gradients=0, optimizer=0, activations=0, peak=10 * GIB, workspace=0)
     found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", size * GIB))
     text = "\n".join(found.lines())
     assert verdict in text
     assert found.enough == 11
-    assert Estimate(tiny(), "nnUNetTrainer", TrainingMemory(0, 0, 0, 0, 999 * GIB, 0)).enough is None
+    assert (
+        Estimate(
+            tiny(),
+            "nnUNetTrainer",
+            TrainingMemory(
+                parameters=0, gradients=0, optimizer=0, activations=0, peak=999 * GIB, workspace=0
+            ),
+        ).enough
+        is None
+    )
 
 
 def test_measured_memory_stands_beside_what_it_can_be_compared_with() -> None:
-    memory = TrainingMemory(0, 0, 0, 0, peak=10 * GIB, workspace=2 * GIB)  # 13 GB expected with the allowance
+    memory = TrainingMemory(
+        parameters=0, gradients=0, optimizer=0, activations=0, peak=10 * GIB, workspace=2 * GIB
+    )  # 13 GB expected with the allowance
     measured = Measured(allocated=15 * GIB, reserved=16 * GIB, outside=4 * GIB)
     found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", 24 * GIB), measured)
     text = "\n".join(found.lines())

@@ -313,7 +313,9 @@ def pixels(png: bytes) -> np.ndarray:
 @pytest.mark.parametrize("epochs", [1, 6])
 def test_learning_curves_render(n: int, epochs: int) -> None:
     values = tuple(np.linspace(0.1, 0.9, epochs))
-    curves = Curves(values, values, (float("nan"), *values[1:]), values)
+    curves = Curves(
+        training_loss=values, validation_loss=values, dice=(float("nan"), *values[1:]), seconds=values
+    )
     trainings = {f"run {i}": Training({"0": curves, "1": curves}, {}, {}, None, ()) for i in range(n)}
     picture = figures.learning_curves(trainings)
     assert picture is not None

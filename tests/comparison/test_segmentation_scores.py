@@ -27,7 +27,7 @@ def write(path: Path, labels: np.ndarray, spacing: tuple[float, ...] = (1.0, 1.0
 
 
 def job(prediction: Path, reference: Path, dataset: dict[str, Any] = DATASET) -> Job:
-    return Job("case", prediction, reference, dataset, 1.0)
+    return Job(case="case", prediction=prediction, reference=reference, dataset=dataset, tolerance=1.0)
 
 
 @pytest.mark.parametrize(("spacing", "shift_mm"), [((1.0, 1.0, 1.0), 3.0), ((2.5, 1.0, 1.0), 7.5)])

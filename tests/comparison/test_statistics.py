@@ -114,7 +114,12 @@ def test_holm_never_exceeds_one_and_leaves_out_what_is_not_defined() -> None:
     ],
 )
 def test_verdict_compares_the_whole_interval_with_the_margin(low: float, high: float, expected: str) -> None:
-    assert verdict(PairedDifference(10, (low + high) / 2, low, high, 0.5, 5, 5), 0.01) == expected
+    assert (
+        verdict(
+            PairedDifference(n=10, mean=(low + high) / 2, low=low, high=high, p=0.5, better=5, worse=5), 0.01
+        )
+        == expected
+    )
 
 
 def test_ranks_count_cases_and_ties_share_the_better_rank() -> None:

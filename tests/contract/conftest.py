@@ -155,7 +155,9 @@ def memory_by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def step_memory(self: MemoryPlanner, plan: dict[str, Any]) -> TrainingMemory:
         size = round(2000 * plan["batch_size"] * self.memory_voxels(plan))
-        return TrainingMemory(0, 0, 0, size, size, 0)
+        return TrainingMemory(
+            parameters=0, gradients=0, optimizer=0, activations=size, peak=size, workspace=0
+        )
 
     monkeypatch.setattr(MemoryPlanner, "step_memory", step_memory)
 

@@ -291,7 +291,14 @@ def test_missing_folds_are_named_with_their_commands(stage_two: Any) -> None:
 
 def test_cases_that_no_fold_validates_are_named(tmp_path: Path) -> None:
     splits = [["a"], ["b"]]
-    stage = FirstStage("nnUNetv2_train D C", "-p P", tmp_path, "C", tmp_path, splits)
+    stage = FirstStage(
+        command="nnUNetv2_train D C",
+        options="-p P",
+        model=tmp_path,
+        configuration="C",
+        priors=tmp_path,
+        splits=splits,
+    )
     with pytest.raises(ValueError, match="3 of 3 have none") as error:
         stage.check([SimpleNamespace(identifiers=["a", "z", "y"])], [1])
     assert (

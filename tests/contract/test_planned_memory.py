@@ -92,7 +92,12 @@ def test_planning_prints_what_the_plans_hold_and_default_beside_it(
     assert printed.count("    default: patch ") == 3
     content = json.loads((workspace / "raw" / f"Dataset{dataset}_planned" / "dataset.json").read_text())
     for name, entry in configurations.items():
-        total = training_memory(Setting(plans, content, name), "nnUNetTrainerFasterFusionBN").total / GIB
+        total = (
+            training_memory(
+                Setting(plans=plans, dataset=content, configuration=name), "nnUNetTrainerFasterFusionBN"
+            ).total
+            / GIB
+        )
         assert 7.2 <= total <= 8
         if "memory" in entry:
             assert entry["memory"]["expected_GB"] == pytest.approx(total, rel=0.05)

@@ -34,7 +34,14 @@ print("started")
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Demo:
-    return Demo(tmp_path / "demo", None, ("nnUNetTrainer",), "3epochs", "3d_fullres", "cpu")
+    return Demo(
+        root=tmp_path / "demo",
+        raw=None,
+        trainers=("nnUNetTrainer",),
+        schedule="3epochs",
+        configuration="3d_fullres",
+        device="cpu",
+    )
 
 
 @pytest.fixture

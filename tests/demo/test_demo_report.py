@@ -22,7 +22,14 @@ TRAINERS = ("nnUNetTrainer", "nnUNetTrainerReversible")
 def written(tmp_path_factory: pytest.TempPathFactory, nnunet: FakeNnunet) -> tuple[Path, list[str]]:
     """Folder of a demo, and what it says."""
     folder = tmp_path_factory.mktemp("report")
-    demo = Demo(folder, None, TRAINERS, "3epochs_2iters", "3d_fullres", "cpu")
+    demo = Demo(
+        root=folder,
+        raw=None,
+        trainers=TRAINERS,
+        schedule="3epochs_2iters",
+        configuration="3d_fullres",
+        device="cpu",
+    )
     lines: list[str] = []
     workflow.run(demo, lambda line, _: lines.append(line))
     return folder, lines

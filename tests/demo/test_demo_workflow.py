@@ -40,7 +40,14 @@ def write_report(demo: Demo, *_: Any) -> None:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Demo:
-    return Demo(tmp_path / "demo", None, ("nnUNetTrainer",), "3epochs_2iters", "3d_fullres", "cpu")
+    return Demo(
+        root=tmp_path / "demo",
+        raw=None,
+        trainers=("nnUNetTrainer",),
+        schedule="3epochs_2iters",
+        configuration="3d_fullres",
+        device="cpu",
+    )
 
 
 @pytest.fixture

@@ -126,7 +126,12 @@ def test_cases_whose_names_begin_alike_are_kept_apart(tmp_path: Path) -> None:
     raw = read_raw(folder)
     target = tmp_path / "own" / "Dataset004_X"
     cases = {case.name: case for case in (*raw.training, *raw.unseen)}
-    link(dataset.RawDataset(folder, DESCRIPTION, (cases["a"],), (cases["a_0001"],)), target)
+    link(
+        dataset.RawDataset(
+            folder=folder, description=DESCRIPTION, training=(cases["a"],), unseen=(cases["a_0001"],)
+        ),
+        target,
+    )
     assert listing(target) == {
         "imagesTr": ["a_0000.nii.gz", "a_0001.nii.gz"],
         "labelsTr": ["a.nii.gz"],

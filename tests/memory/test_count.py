@@ -26,7 +26,9 @@ VOXELS = 2 * 16**3  # of a batch of the tiny setting
 
 
 def with_labels(setting: Setting, **labels: Any) -> Setting:
-    return Setting(setting.plans, {**setting.dataset, **labels}, setting.configuration)
+    return Setting(
+        plans=setting.plans, dataset={**setting.dataset, **labels}, configuration=setting.configuration
+    )
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -114,10 +116,15 @@ def test_many_samples_are_counted_from_few(trainer: str) -> None:
 
 
 def test_a_line_goes_through_both_counts() -> None:
-    a, b = TrainingMemory(1, 1, 1, 10, 20, 3), TrainingMemory(1, 1, 1, 14, 30, 5)
+    a, b = (
+        TrainingMemory(parameters=1, gradients=1, optimizer=1, activations=10, peak=20, workspace=3),
+        TrainingMemory(parameters=1, gradients=1, optimizer=1, activations=14, peak=30, workspace=5),
+    )
     assert a.extended(b, 0) == a
     assert a.extended(b, 1) == b
-    assert a.extended(b, 2.5) == TrainingMemory(1, 1, 1, 20, 45, 8)
+    assert a.extended(b, 2.5) == TrainingMemory(
+        parameters=1, gradients=1, optimizer=1, activations=20, peak=45, workspace=8
+    )
 
 
 def test_dtypes_are_those_of_cuda() -> None:

@@ -35,19 +35,19 @@ def test_cascade_reads_the_previous_stages_classes_too() -> None:
     planned = Source(patch=(16, 16, 16), channels=2, classes=4).setting()
     configuration = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     plans = {**planned.plans, "configurations": {**planned.plans["configurations"], "cascade": configuration}}
-    assert Setting(plans, planned.dataset, "cascade").input_channels == 2 + 3
+    assert Setting(plans=plans, dataset=planned.dataset, configuration="cascade").input_channels == 2 + 3
 
 
 def test_regions_and_ignore_label_have_no_background_head() -> None:
     planned = Source(patch=(16, 16, 16)).setting()
     labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
     dataset = {**planned.dataset, "labels": labels, "regions_class_order": [1, 2]}
-    assert Setting(planned.plans, dataset, "3d_fullres").num_classes == 2
+    assert Setting(plans=planned.plans, dataset=dataset, configuration="3d_fullres").num_classes == 2
 
 
 def test_unknown_configuration_names_the_known_ones(setting: Setting) -> None:
     with pytest.raises(UsageError, match="have the configurations 3d_fullres, got 3d_lowres: choose one"):
-        Setting(setting.plans, setting.dataset, "3d_lowres")
+        Setting(plans=setting.plans, dataset=setting.dataset, configuration="3d_lowres")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,15 @@ Formula = Callable[[int, int], float]  # voxels of the patch, batch -> bytes
 def candidates(image: int = 400, most: int = 10**6) -> list[Candidate]:
     shapes = patch_shapes((1.0,) * 3, (float(image),) * 3)
     return [
-        Candidate({}, str(s), prod(s) / d**0.5, prod(s), 1.0, min(s) >= image, most)
+        Candidate(
+            plan={},
+            key=str(s),
+            worth=prod(s) / d**0.5,
+            voxels=prod(s),
+            weights=1.0,
+            covers_image=min(s) >= image,
+            most=most,
+        )
         for s, d in shapes.items()
     ]
 
@@ -33,10 +41,21 @@ def search(target: float, formula: Formula, known: dict | None = None) -> tuple[
     def measure(candidate: Candidate, batch: int) -> TrainingMemory:
         counted.append(batch)
         weights = GIB // 10
-        return TrainingMemory(weights, weights, weights, 0, round(formula(candidate.voxels, batch)), 0)
+        return TrainingMemory(
+            parameters=weights,
+            gradients=weights,
+            optimizer=weights,
+            activations=0,
+            peak=round(formula(candidate.voxels, batch)),
+            workspace=0,
+        )
 
     return MemorySearch(
-        round(target * GIB), 2, 2 * 128**3, measure, known if known is not None else {}
+        target=round(target * GIB),
+        least=2,
+        guess=2 * 128**3,
+        measure=measure,
+        known=known if known is not None else {},
     ), counted
 
 
@@ -137,7 +156,9 @@ def test_the_search_gives_up_after_seventeen_measurements() -> None:
 
 
 TARGET = 10 * GIB
-HALF = TrainingMemory(10**8, 10**8, 10**8, 0, 0, 0)  # of a network of one unit of weights
+HALF = TrainingMemory(
+    parameters=10**8, gradients=10**8, optimizer=10**8, activations=0, peak=0, workspace=0
+)  # of a network of one unit of weights
 
 
 def predicted(measured: float, *others: tuple[float, float]) -> str | None:
@@ -150,11 +171,15 @@ def predicted(measured: float, *others: tuple[float, float]) -> str | None:
     total = measured * TARGET
     peak = round((total - CONTEXT_BYTES) / (1 + FRAGMENTED_SHARE))
     zero, *rest = (
-        Candidate({}, str(i), -i, 1e6 * voxels, weights, False, 1)
+        Candidate(
+            plan={}, key=str(i), worth=-i, voxels=1e6 * voxels, weights=weights, covers_image=False, most=1
+        )
         for i, (voxels, weights) in enumerate([(1.0, 1.0), *others])
     )
     known = {("0", 1): Choice(zero, 1, replace(HALF, peak=peak))}
-    found = MemorySearch(TARGET, 1, 1e6, lambda candidate, batch: HALF, known).predicted([*rest, zero])
+    found = MemorySearch(
+        target=TARGET, least=1, guess=1e6, measure=lambda candidate, batch: HALF, known=known
+    ).predicted([*rest, zero])
     return found[0].key if found else None
 
 
@@ -170,9 +195,11 @@ def test_the_largest_patch_that_fills_nine_tenths_is_preferred_to_a_fuller_one(
     share: float, chosen: str
 ) -> None:
     fuller = 1.05
-    found = MemorySearch(TARGET, 1, 1e6, lambda candidate, batch: HALF)
+    found = MemorySearch(target=TARGET, least=1, guess=1e6, measure=lambda candidate, batch: HALF)
     for i, (voxels, filled) in enumerate([(1.0, share), (fuller, 0.95)]):
-        candidate = Candidate({}, str(i), -i, 1e6 * voxels, 1.0, False, 1)
+        candidate = Candidate(
+            plan={}, key=str(i), worth=-i, voxels=1e6 * voxels, weights=1.0, covers_image=False, most=1
+        )
         peak = round((filled * TARGET - CONTEXT_BYTES) / (1 + FRAGMENTED_SHARE))
         found.known[str(i), 1] = Choice(candidate, 1, replace(HALF, peak=peak))
     choice = found.run([known.candidate for known in found.known.values()])

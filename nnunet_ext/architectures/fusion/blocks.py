@@ -33,7 +33,7 @@ Downsample = Literal["stride", "maxpool"]
 _EXPANSION = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Geometry:
     """Sizes of a block.
 

@@ -137,7 +137,7 @@ def encoded_axis(size: int, frequencies: int, like: Tensor) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], 2).flatten(1).to(like.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Level:
     """A map that points look up.
 
@@ -152,7 +152,7 @@ class Level:
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Maps:
     """What all points of a patch share, see `PointDecoder.prepare`.
 
@@ -240,13 +240,14 @@ class PointDecoder(nn.Module):
         """
         weights = [layer.weight() for layer in self._layers()]
         levels = [
-            Level(f.flatten(2), tuple(f.shape[2:]), s) for f, s in zip(features, self.strides, strict=True)
+            Level(values=f.flatten(2), size=tuple(f.shape[2:]), stride=s)
+            for f, s in zip(features, self.strides, strict=True)
         ]
         used = [octaves(n, self.frequencies) for n in patch]
         encodings = [encoded_axis(n, k, weights[0]) for n, k in zip(patch, used, strict=True)]
         if not self.split:
             padded = [F.pad(e, (0, self.encoded - e.shape[1])) for e in encodings]
-            return Maps(levels, None, padded, weights)
+            return Maps(fine=levels, product=None, tables=padded, weights=weights)
         weight, bias = self._input_product(weights)
         n_fine = self._first_multiplied(levels, n_points)
         per_level = weight[:, : sum(self.channels)].split(self.channels, 1)
@@ -254,7 +255,14 @@ class PointDecoder(nn.Module):
         columns = weight[:, sum(self.channels) :].split(self.encoded, 1) if self.encoded else ()
         parts = [*per_level[:n_fine], *(c[:, : 2 * k] for c, k in zip(columns, used, strict=False))]
         fine_weight = torch.cat(parts, 1) if parts else None
-        return Maps(levels[:n_fine], product, encodings, weights, fine_weight, bias)
+        return Maps(
+            fine=levels[:n_fine],
+            product=product,
+            tables=encodings,
+            weights=weights,
+            fine_weight=fine_weight,
+            bias=bias,
+        )
 
     def decode(self, maps: Maps, points: Tensor) -> Tensor:
         """Return logits at points.
@@ -350,7 +358,7 @@ def _telescope(levels: Sequence[Level], weights: Sequence[Tensor]) -> Level | No
         total = product
     if total is None:
         return None
-    return Level(total.flatten(1, -2), levels[0].size, levels[0].stride)
+    return Level(values=total.flatten(1, -2), size=levels[0].size, stride=levels[0].stride)
 
 
 def nearest(coarse: Tensor, size: Sequence[int], step: Sequence[int], first_axis: int) -> Tensor:

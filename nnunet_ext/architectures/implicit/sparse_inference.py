@@ -24,7 +24,7 @@ Decode = Callable[[Tensor], Tensor]
 _MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Refinement:
     """What is refined, and how.
 
@@ -59,7 +59,7 @@ class Refinement:
         return self.chunk_size or (65536 if device.type == "cuda" else 16384)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mesh:
     """Cells of a patch; the last cell of an axis may be smaller.
 
@@ -75,7 +75,7 @@ class Mesh:
     def fitting(cls, patch: Sequence[int], spacing: Sequence[int]) -> Mesh:
         """Take `spacing`, smaller where an axis would have fewer than eight cells."""
         fitted = tuple(min(s, max(1, n // 8)) for n, s in zip(patch, spacing, strict=True))
-        return cls(tuple(patch), fitted)
+        return cls(patch=tuple(patch), spacing=fitted)
 
     @property
     def size(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from nnunet_ext.architectures.reversible.walk import State, Walk
 
 
 # PyTorch before 2.12 takes the hash of a chain while it compiles, before there are fields: not one over the fields.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Chain:
     """Steps on a feature map, run so that training keeps the output only, and what taps give out.
 

@@ -59,4 +59,10 @@ class ReversibleSequence(nn.Module):
 
     def _chain(self) -> Chain:
         steps: list[Any] = list(self.couplings)
-        return Chain(steps, self.exact, self.reversible, self.group_elements, self.exact_range)
+        return Chain(
+            steps=steps,
+            exact=self.exact,
+            reversible=self.reversible,
+            group_elements=self.group_elements,
+            exact_range=self.exact_range,
+        )

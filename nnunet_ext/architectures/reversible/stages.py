@@ -104,11 +104,14 @@ class ReversiblePlan(PlanArguments):
                     f"use {max(2, channels - 1)} or {channels + 1} in features_per_stage {features}."
                 )
         # The coarsest stage has no decoder.
-        specs = zip(features, kernels, steps, encoder, [*decoder[::-1], 0], strict=True)
-        return [StageSpec(*values) for values in specs]
+        stages = zip(features, kernels, steps, encoder, [*decoder[::-1], 0], strict=True)
+        return [
+            StageSpec(channels=n, kernel_size=kernel, stride=stride, encoder_blocks=down, decoder_blocks=up)
+            for n, kernel, stride, down, up in stages
+        ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """One resolution: channels, kernel, stride that leads into it, couplings in encoder and decoder."""
 
@@ -119,7 +122,7 @@ class StageSpec:
     decoder_blocks: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CouplingSpec:
     """How the couplings of all stages are built; options of the reversible networks."""
 

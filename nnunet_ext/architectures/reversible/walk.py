@@ -20,7 +20,7 @@ from nnunet_ext.architectures.reversible.recomputation import (
 from nnunet_ext.architectures.reversible.steps import Halves, Step, halves_of, join, part
 
 
-@dataclass
+@dataclass(kw_only=True)
 class State:
     """Where the walk back stands: ``result = other + module(given)``, and the gradients of both.
 
@@ -37,7 +37,8 @@ class State:
     @classmethod
     def at(cls, y: Tensor, d_y: Tensor) -> State:
         """Start at the last feature map and its gradient."""
-        return cls(*halves_of(y), *halves_of(d_y), [])
+        (given, result), (d_given, d_result) = halves_of(y), halves_of(d_y)
+        return cls(given=given, result=result, d_given=d_given, d_result=d_result, skips=[])
 
     def swap(self) -> None:
         """The two streams change their roles."""

@@ -126,7 +126,7 @@ def test_the_hybrid_form_is_never_larger_than_the_trained_one(case: str) -> None
 
 def test_activations_keep_their_size_through_ten_blocks() -> None:
     torch.manual_seed(0)
-    g = Geometry(nn.Conv3d, 32, 32, 3, 1)
+    g = Geometry(conv_op=nn.Conv3d, input_channels=32, output_channels=32, kernel_size=3, stride=1)
     x = torch.randn(2, 32, 12, 12, 12)
     from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
 

@@ -183,14 +183,14 @@ def test_mesh_points_lie_in_the_middle_of_their_cells() -> None:
 
 
 def test_voxels_of_all_cells_are_the_patch_once() -> None:
-    mesh = Mesh((9, 7, 5), (4, 2, 3))
+    mesh = Mesh(patch=(9, 7, 5), spacing=(4, 2, 3))
     voxels = mesh.voxels(torch.arange(prod(mesh.size)))
     assert len(voxels) == 9 * 7 * 5
     assert len(torch.unique(voxels, dim=0)) == len(voxels)
 
 
 def test_pooling_a_cell_widened_by_a_voxel_sees_its_neighbours() -> None:
-    mesh = Mesh((10, 12), (4, 4))
+    mesh = Mesh(patch=(10, 12), spacing=(4, 4))
     values = torch.zeros(1, 10, 12)
     values[0, 4, 5] = 1  # first row of the second cell
     assert mesh.pooled(values)[0].nonzero().tolist() == [[1, 1]]
