@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -59,6 +58,11 @@ def extra(name: str, fallback: tuple[str, ...]) -> str:
 
 def requirements(installed: Distribution, name: str) -> list[str]:
     """Requirements of the extra `name`, as its metadata has them, without their markers."""
-    lines = [line.partition(";") for line in installed.requires or []]
-    marker = re.compile(rf"""\bextra\s*==\s*(['"]){re.escape(name)}\1""")
-    return [requirement.strip() for requirement, _, condition in lines if marker.search(condition)]
+    from packaging.requirements import Requirement
+
+    wanted = []
+    for requirement in map(Requirement, installed.requires or []):
+        marker, requirement.marker = requirement.marker, None
+        if marker and marker.evaluate({"extra": name}) and not marker.evaluate({"extra": ""}):
+            wanted.append(str(requirement))
+    return wanted

@@ -303,7 +303,9 @@ def test_check_that_fails_is_a_row_after_what_it_found() -> None:
         ("3.0.0", "nnunetv2<3,>=2.7", False),
         ("2.5.0", "torch>=2.5", True),
         ("2.5.1+cu121", "torch>=2.5", True),
+        ("2.5.0a0+e000abc", "torch>=2.5", True),
         ("2.4.1", "torch>=2.5", False),
+        ("2.8.0", "nnunetv2>=2.7,!=2.8.0", False),
         ("0.4.0", "dynamic-network-architectures<0.5,>=0.4.1", False),
         ("1.0", "anything", True),
     ],
@@ -323,6 +325,15 @@ def test_old_version_and_missing_distribution_are_failures(monkeypatch: pytest.M
     assert about(findings, "torch").cure.startswith('pip install "torch>=2.5')
     assert about(findings, "dynamic-network-architectures").detail == "isn't installed"
     assert {finding.subject for finding in failures(findings)} == {"torch", "dynamic-network-architectures"}
+
+
+def test_checks_that_lack_packaging_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("packaging", "packaging.requirements", "packaging.utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for subject, check in (("versions", environment.versions), ("collision", environment.collisions)):
+        (found,) = probe.guarded(subject, check)
+        assert (found.level, found.subject) == ("failure", subject)
+        assert "packaging" in found.detail
 
 
 def test_leftover_folder_of_nnunet_is_a_failure_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

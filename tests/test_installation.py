@@ -63,9 +63,11 @@ def test_extra_is_its_own_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
         "onnx>=1.17; extra == 'onnx'",
         'onnxruntime>=1.20 ; extra == "onnx"',
         "x; extra=='on'",
+        "y; python_version < '3' and extra == 'onnx'",
+        "z; 'onnx' == extra",
     ]
     install_from(monkeypatch, None, requires)
-    assert installation.extra("onnx", ("fallback",)) == "pip install 'onnx>=1.17' 'onnxruntime>=1.20'"
+    assert installation.extra("onnx", ("fallback",)) == "pip install 'onnx>=1.17' 'onnxruntime>=1.20' z"
 
 
 def test_copy_without_metadata_names_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

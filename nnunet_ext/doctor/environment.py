@@ -25,13 +25,17 @@ FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": T
 
 def versions() -> Iterator[Finding]:
     """Python and the distributions that decide, compared with what this package asks for."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
     yield ok("python", f"{platform.python_version()} ({sys.executable})")
     try:
         yield ok(DISTRIBUTION, version(DISTRIBUTION))
-        wanted = {_normal(line): line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line}
+        lines = {line: Requirement(line) for line in requires(DISTRIBUTION) or []}
     except PackageNotFoundError:
         yield failure(DISTRIBUTION, "is on the path, but not installed: it has no entry points", reinstall())
-        wanted = {}
+        lines = {}
+    wanted: dict[str, str] = {canonicalize_name(r.name): line for line, r in lines.items() if not r.marker}
     for name in REPORTED:
         try:
             found = version(name)
@@ -57,28 +61,11 @@ def metadata() -> Iterator[Finding]:
 
 
 def satisfies(found: str, requirement: str) -> bool:
-    """Tell whether a version lies within the ``>=`` and ``<`` bounds of a requirement."""
-    number = _number(found)
-    for operator, bound in re.findall(r"(>=|<)\s*([\d.]+)", requirement):
-        limit = _number(bound)
-        if (number < limit) if operator == ">=" else (number >= limit):
-            return False
-    return True
+    """Tell whether a version lies within the bounds of a requirement; a prerelease counts as its release."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
 
-
-def _number(text: str) -> tuple[int, ...]:
-    """Return the release of a version: "2.5.0rc1+cu121" is (2, 5), without the zeros at its end."""
-    release = re.match(r"\d+(?:\.\d+)*", text)
-    numbers = [int(part) for part in release[0].split(".")] if release else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
-
-
-def _normal(text: str) -> str:
-    """Return the normalised name of a distribution at the start of `text`."""
-    name = re.match(r"[\w.-]+", text)
-    return re.sub(r"[-_.]+", "-", name[0]).lower() if name else ""
+    return Requirement(requirement).specifier.contains(Version(found).base_version)
 
 
 def torch_cure(error: BaseException) -> str:
@@ -128,10 +115,13 @@ def lookup_cure(distribution: str) -> str:
 
 def collisions() -> Iterator[Finding]:
     """Find other distributions that install our top-level modules, and second copies on the path."""
+    from packaging.utils import canonicalize_name
+
     others = {
         _label(distribution)
         for distribution in distributions()
-        if _installs_our_modules(distribution) and _normal(_label(distribution).split()[0]) != DISTRIBUTION
+        if _installs_our_modules(distribution)
+        and canonicalize_name(_label(distribution).split()[0]) != DISTRIBUTION
     }
     for other in sorted(others):
         yield failure(

@@ -8,6 +8,7 @@ writes to a log whose path is printed.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -200,12 +202,9 @@ def pins(path: Path) -> dict[str, str]:
 def bounds() -> dict[str, str]:
     """Name of each dependency of pyproject.toml, those of the extra `onnx` too -> its lower bound."""
     text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    lists = (
-        re.search(r"^dependencies = \[(.*?)\]", text, re.DOTALL | re.MULTILINE),
-        re.search(r"^onnx = (.*)", text, re.M),
-    )
-    found = [pair for part in lists if part for pair in re.findall(r'"([\w.-]+)>=([\d.]+)', part[1])]
-    return {name.lower(): bound for name, bound in found}
+    lists = re.findall(r"^(?:dependencies|onnx) = (\[.*?\])$", text, re.DOTALL | re.MULTILINE)
+    found = [Requirement(line) for part in lists for line in ast.literal_eval(part)]
+    return {r.name.lower(): next(s.version for s in r.specifier if s.operator == ">=") for r in found}
 
 
 def test_lowest_versions_are_the_bounds_of_the_metadata() -> None:
