@@ -20,6 +20,7 @@ import traceback
 from dataclasses import asdict
 
 import _nnunet_ext_hook
+from nnunet_ext.cli.terminal import counts, row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     said = sys.stderr if args.verbose else io.StringIO()
     with workspace(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         from nnunet_ext.check.trainer import SUBJECT_WIDTH, check
-        from nnunet_ext.cli.doctor import counts, row
 
         _nnunet_ext_hook.install()  # the trainer is on trial, not the installation, which is the doctor's
         for finding in check(args.name, traceback.print_exception):

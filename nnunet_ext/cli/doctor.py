@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from nnunet_ext import doctor
+from nnunet_ext.cli.terminal import counts, row
 from nnunet_ext.doctor.finding import Finding
 from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import counted, printable
@@ -66,17 +67,3 @@ def text(findings: Sequence[Finding]) -> str:
     """All findings, then the count."""
     width = max(len(finding.subject) for finding in findings)
     return "\n".join([*(row(finding, width) for finding in findings), "", counts(findings)])
-
-
-def row(finding: Finding, width: int) -> str:
-    """One line for a finding, its cure below it; the subject fills `width` characters."""
-    level = finding.level.upper() if finding.level == "failure" else finding.level
-    lines = [f"{level:<7}  {finding.subject:<{width}}  {finding.detail}"]
-    lines += [f"{'':<7}  {'':<{width}}  -> {finding.cure}"] if finding.cure else []
-    return "\n".join(map(printable, lines))
-
-
-def counts(findings: Sequence[Finding]) -> str:
-    """How many are failures and warnings."""
-    found = {level: sum(finding.level == level for finding in findings) for level in ("failure", "warning")}
-    return f"failures: {found['failure']}, warnings: {found['warning']}"
