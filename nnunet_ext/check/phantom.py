@@ -12,11 +12,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch as replaced
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_ext.files import whole_folder
 from nnunet_ext.nnunet.patch_plans import narrow, setting_of_patch
 from nnunet_ext.nnunet.setting import Setting
 
@@ -81,37 +81,44 @@ CASES = (
 def workspace() -> Iterator[Path]:
     """A temporary folder as nnU-Net's three folders; before nnU-Net 2.8 entered before nnU-Net is imported."""
     folder = Path(tempfile.mkdtemp(prefix="nnunet_ext-check-"))
-    folders = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
+    own = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
+    own |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "false"}
+    before = {name: os.environ.get(name) for name in own}
     try:
-        with replaced.dict(os.environ, folders, nnUNet_n_proc_DA="0", nnUNet_compile="false"):
-            yield folder
+        os.environ.update(own)
+        yield folder
     finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(case: DataKind) -> str:
-    """Write what `nnUNetv2_train` reads, one case to train on and one to validate; return the data set's name."""
+    """Write what `nnUNetv2_train` reads, one case to train on and one to validate; return the data set's name.
+
+    Raises:
+        UsageError: it can't be written.
+    """
     from nnunetv2.paths import nnUNet_preprocessed
 
-    number = 900 + CASES.index(case) if case in CASES else 899
-    folder = Path(str(nnUNet_preprocessed), f"Dataset{number}_Check")
-    if folder.is_dir():
-        return folder.name
-    setting = case.setting
-    plans = deepcopy(dict(setting.plans)) | {"dataset_name": folder.name, "plans_name": PLANS}
+    name, setting = f"Dataset900_{case.title.replace(' ', '_')}", case.setting
+    plans = deepcopy(dict(setting.plans)) | {"dataset_name": name, "plans_name": PLANS}
     plans["configurations"][setting.configuration] |= {"data_identifier": "data", "batch_size": BATCH_SIZE}
-    (folder / "data").mkdir(parents=True)
     contents = {
         "dataset": case.dataset,
         "dataset_fingerprint": {},
         PLANS: plans,
         "splits_final": [{"train": ["first"], "val": ["second"]}],
     }
-    for name, content in contents.items():
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    for seed, name in enumerate(("first", "second")):
-        _write_case(folder / "data" / name, case, setting.label_manager, np.random.default_rng(seed))
-    return folder.name
+    with whole_folder(Path(str(nnUNet_preprocessed), name), replace=True) as folder:
+        (folder / "data").mkdir()
+        for file, content in contents.items():
+            (folder / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
+        for seed, sample in enumerate(("first", "second")):
+            _write_case(folder / "data" / sample, case, setting.label_manager, np.random.default_rng(seed))
+    return name
 
 
 def _write_case(path: Path, case: DataKind, labels: Any, random: np.random.Generator) -> None:
@@ -130,6 +137,6 @@ def _write_case(path: Path, case: DataKind, labels: Any, random: np.random.Gener
         segmentation[..., ::3] = _IGNORE
         wanted.append((-1, *labels.all_labels))
     locations = {key: np.argwhere(np.isin(segmentation, key)) for key in wanted}
-    properties = {"spacing": [1.0, 1.0, 1.0], "class_locations": locations}
+    properties = {"spacing": [1.0] * (3 - len(case.spacing)) + [*case.spacing], "class_locations": locations}
     whole = (image.shape, image.shape, segmentation.shape, segmentation.shape)  # chunks and blocks of both
     nnUNetDatasetBlosc2.save_case(image.astype(np.float32), segmentation, properties, str(path), *whole)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,25 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from nnunet_ext.check.phantom import PLANS, DataKind
+from nnunet_ext.check.phantom import PLANS, DataKind, write
+from nnunet_ext.errors import UsageError
+from nnunet_ext.printable import counted
 
 CPU = torch.device("cpu")
 CHECKPOINT = "checkpoint_final.pth"
 _NAMED = 3  # weights that a row names
+_REBUILD = (
+    "let build_network_architecture return the network as it is trained: prediction calls neither __init__ nor "
+    "initialize of the trainer"
+)
+_RESTORE = "let load_checkpoint call nnU-Net's own"
+_SEE = "see the traceback: repeat the command with --verbose"
+_IGNORE = (
+    "give the loss self.label_manager.ignore_label as nnUNetTrainer._build_loss does, or raise NotImplementedError "
+    "with a sentence where self.label_manager.has_ignore_label"
+)
 
 
 class ContractError(Exception):
@@ -38,14 +51,14 @@ class Trial:
     Args:
         name: Name of the trainer, as after ``-tr``.
         case: Kind of data set.
-        dataset: Name of the data set.
+        dataset: Name of the data set, from the first step on.
         trainer: From the first step on.
         losses: What the training and the validation step returned.
     """
 
     name: str
     case: DataKind
-    dataset: str
+    dataset: str = ""
     trainer: Any = None
     losses: dict[str, Any] = field(default_factory=dict)
 
@@ -66,10 +79,14 @@ class Trial:
 
 def build(run: Trial) -> str:
     """nnU-Net's own search and the network of the plans."""
+    try:
+        run.dataset = write(run.case)
+    except UsageError as error:
+        raise ContractError(str(error), "name a folder with free space by TMPDIR") from error
     run.trainer = run.new_trainer()
     run.trainer.initialize()
     network = run.trainer.network
-    return f"{type(network).__name__}, {sum(p.numel() for p in network.parameters())} weights"
+    return f"{type(network).__name__}, {counted(sum(p.numel() for p in network.parameters()), 'weight')}"
 
 
 def output(run: Trial) -> str:
@@ -91,7 +108,8 @@ def output(run: Trial) -> str:
             "return logits of the patch's size while decoder.deep_supervision is False, or override "
             "set_deep_supervision_enabled",
         )
-    return f"logits of shape {wanted}" + ("" if scales is None else f", {len(scales)} levels in training")
+    levels = "" if scales is None else f", {counted(len(scales), 'level')} in training"
+    return f"logits of shape {wanted}{levels}"
 
 
 def _check_levels(run: Trial, outputs: Any, scales: list[list[float]]) -> None:
@@ -137,7 +155,7 @@ def training_step(run: Trial) -> str:
         raise ContractError(
             "no weight changes", "see whether the optimizer has the network's parameters and a learning rate"
         )
-    return f"loss {loss:.3f}, all {len(gradients)} weights have finite gradients"
+    return f"loss {loss:.3f}, the gradients of {counted(len(gradients), 'weight tensor')} are finite"
 
 
 def _supervise_all_levels(loss: Any) -> None:
@@ -179,29 +197,29 @@ def _check_finite(what: str, value: float) -> None:
 
 def validation_step(run: Trial) -> str:
     """Loss and counts of one patch; voxels with the ignore label must not matter."""
-    trainer = run.trainer
+    trainer, ignored = run.trainer, ""
     trainer.on_validation_epoch_start()
     batch = _first(next(trainer.dataloader_val))
     with torch.no_grad():
         result = trainer.validation_step(deepcopy(batch))
         if run.case.ignore:
-            _check_ignored(run, batch, result)
+            ignored = _check_ignored(run, batch, result)
     loss = float(np.mean(result["loss"]))
     _check_finite("loss", loss)
     trainer.on_train_epoch_end([run.losses["train"]])
     trainer.on_validation_epoch_end([result])
-    return f"loss {loss:.3f}" + (", the same whatever the ignored voxels hold" if run.case.ignore else "")
+    return f"loss {loss:.3f}{ignored}"
 
 
 def _first(batch: Any) -> dict[str, Any]:
-    """A batch of the first sample alone."""
+    """A batch of only the first sample."""
     target = batch["target"]
     first = [level[:1] for level in target] if isinstance(target, list) else target[:1]
     return {"data": batch["data"][:1], "target": first}
 
 
-def _check_ignored(run: Trial, batch: dict[str, Any], result: dict[str, Any]) -> None:
-    """Change the logits of ignored voxels: neither loss nor counts may change."""
+def _check_ignored(run: Trial, batch: dict[str, Any], result: dict[str, Any]) -> str:
+    """Change the logits of ignored voxels: neither loss nor counts may change; return what that has shown."""
     trainer, manager = run.trainer, run.trainer.label_manager
     target = batch["target"]
     levels = target if isinstance(target, list) else [target]
@@ -209,38 +227,41 @@ def _check_ignored(run: Trial, batch: dict[str, Any], result: dict[str, Any]) ->
     masks = [level[:, -1:] > 0 if manager.has_regions else level == manager.ignore_label for level in levels]
     of_size = {tuple(mask.shape[2:]): mask for mask in masks}
 
-    def disturb(_: nn.Module, __: Any, outputs: Any) -> Any:
-        if isinstance(outputs, (list, tuple)):
-            return type(outputs)(disturb(_, __, entry) for entry in outputs)
-        mask = of_size.get(tuple(outputs.shape[2:])) if isinstance(outputs, Tensor) else None
-        return outputs if mask is None else outputs + 3 * torch.randn_like(outputs) * mask
+    disturbed = 0
 
-    with trainer.network.register_forward_hook(disturb):
+    def disturb(output: Any) -> Any:
+        nonlocal disturbed
+        mask = of_size.get(tuple(output.shape[2:])) if isinstance(output, Tensor) else None
+        if mask is None:
+            return output
+        disturbed += int(mask.sum())
+        return output + 3 * torch.randn_like(output) * mask
+
+    with trainer.network.register_forward_hook(lambda _, __, outputs: tree_map(disturb, outputs)):
         other = trainer.validation_step(deepcopy(batch))
     for key, value in result.items():
         if not np.allclose(value, other[key], rtol=1e-4, atol=1e-5):
             raise ContractError(
                 f"{key} depends on voxels with the ignore label ({np.round(value, 4)} and {np.round(other[key], 4)} "
                 "for the same other voxels)",
-                IGNORE,
+                _IGNORE,
             )
+    if not disturbed:
+        return "; ignored voxels not checked: no call of self.network in the validation step returns logits of them"
+    return ", the same whatever the ignored voxels hold"
 
 
 def checkpoint(run: Trial) -> str:
-    """A trainer made anew that loads the checkpoint is the same."""
+    """A new trainer that loads the checkpoint is the same."""
     trainer, path = run.trainer, str(Path(run.trainer.output_folder, CHECKPOINT))
     trainer.save_checkpoint(path)
     resumed = run.new_trainer()
     resumed.load_checkpoint(path)
     mine, theirs = trainer.network.state_dict(), resumed.network.state_dict()
-    if changed := [key for key in mine if not torch.equal(mine[key], theirs[key])]:
-        raise ContractError(
-            f"loading does not restore {_named(changed)}", "let load_checkpoint call nnU-Net's own"
-        )
+    if changed := [key for key in mine if not _is_same(mine[key], theirs.get(key))]:
+        raise ContractError(f"loading does not restore {_named(changed)}", _RESTORE)
     if not _is_same(trainer.optimizer.state_dict(), resumed.optimizer.state_dict()):
-        raise ContractError(
-            "loading does not restore the optimizer's state", "let load_checkpoint call nnU-Net's own"
-        )
+        raise ContractError("loading does not restore the optimizer's state", _RESTORE)
     image = run.image()[None]
     wanted, again, found = (_logits(of, image) for of in (trainer, trainer, resumed))
     if not _is_close(wanted, again):
@@ -250,7 +271,7 @@ def checkpoint(run: Trial) -> str:
     if not _is_close(wanted, found):
         raise ContractError(
             f"the loaded network predicts differently, by up to {float((wanted - found).abs().max()):.2g}",
-            "keep all that a prediction depends on in parameters or buffers: a checkpoint holds the state_dict alone",
+            "keep all that a prediction depends on in parameters or buffers: a checkpoint holds only the state_dict",
         )
     return "weights, optimizer and prediction are the same after loading"
 
@@ -272,18 +293,20 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_is_same, one, other))
-    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+    return np.array_equal(one, other)
 
 
 def prediction(run: Trial) -> str:
     """nnU-Net's predictor, from the model folder, on an image larger than the patch."""
     trainer = run.trainer
-    longest, *others = run.case.patch
-    size = (longest + longest // 3, *others)
+    first, *others = run.case.patch
+    size = (first + first // 3, *others)
     image = run.image(*((2, *size) if len(size) == 2 else size))
     options = {
         "use_mirroring": False,
@@ -320,26 +343,36 @@ def prediction(run: Trial) -> str:
     return f"{'x'.join(map(str, size))} voxels, finite, the same as from the trained network"
 
 
-_REBUILD = (
-    "let build_network_architecture alone give the network that a checkpoint loads into: prediction calls neither "
-    "__init__ nor initialize of the trainer"
-)
-IGNORE = (
-    "give the loss self.label_manager.ignore_label as nnUNetTrainer._build_loss does, or raise NotImplementedError "
-    "with a sentence where self.label_manager.has_ignore_label"
-)
-SEE = "see the traceback: repeat the command with --verbose"
-# Title, step, cure of an error that it raises, whether the next step makes sense after a failure.
-STEPS: tuple[tuple[str, Callable[[Trial], str], str, bool], ...] = (
-    ("build", build, "keep the parameters of nnUNetTrainer's methods; " + SEE, False),
-    ("output", output, "take a batch (B, C, *patch) in forward; " + SEE, False),
-    (
+class Step(NamedTuple):
+    """One step.
+
+    Args:
+        title: Title for people.
+        run: Does it and returns what it found right; raises `ContractError` for what is wrong.
+        cure: Cure of any other error that it raises.
+        goes_on: Whether the next step makes sense after a failure.
+        cure_of_ignore: Cure where the data set has the ignore label, if it is another one.
+    """
+
+    title: str
+    run: Callable[[Trial], str]
+    cure: str
+    goes_on: bool = False
+    cure_of_ignore: str = ""
+
+
+STEPS = (
+    Step("build", build, f"keep the parameters of nnUNetTrainer's methods; {_SEE}"),
+    Step("output", output, f"take a batch (B, C, *patch) in forward; {_SEE}"),
+    Step(
         "training step",
         training_step,
-        "run nnUNetTrainer's train_step and loss on the outputs; " + SEE,
-        False,
+        f"run nnUNetTrainer's train_step and loss on the outputs; {_SEE}",
+        cure_of_ignore=f"{_IGNORE}; {_SEE}",
     ),
-    ("validation step", validation_step, SEE, True),
-    ("checkpoint", checkpoint, "let save_checkpoint and load_checkpoint call nnU-Net's own; " + SEE, True),
-    ("prediction", prediction, _REBUILD, True),
+    Step("validation step", validation_step, _SEE, goes_on=True, cure_of_ignore=f"{_IGNORE}; {_SEE}"),
+    Step(
+        "checkpoint", checkpoint, f"let save_checkpoint call nnU-Net's own, {_RESTORE}; {_SEE}", goes_on=True
+    ),
+    Step("prediction", prediction, _REBUILD, goes_on=True),
 )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunet_ext import cli
-from nnunet_ext.check.phantom import CASES, DataKind, workspace
+from nnunet_ext.check.phantom import CASES, DataKind, workspace, write
 from nnunet_ext.check.steps import STEPS
 from nnunet_ext.check.trainer import check, check_case
 from nnunet_ext.doctor.finding import Finding
@@ -18,6 +23,7 @@ BY_TITLE = {case.title: case for case in CASES}
 PLAIN = BY_TITLE["3d"]
 
 HEAD = """
+import numpy as np
 import torch
 from torch import nn
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -48,6 +54,17 @@ class Counting(nn.Module):
     def forward(self, x):
         self.steps += self.training
         return x + self.steps
+
+class Noting(nn.Module):
+    # Notes the number of training steps in what is no tensor, and does not take it from a checkpoint.
+    steps = 0
+    def forward(self, x):
+        self.steps += self.training
+        return x
+    def get_extra_state(self):
+        return {"steps": np.array([self.steps])}
+    def set_extra_state(self, state):
+        pass
 
 class Broken(nn.Module):
     # The gradient is no number.
@@ -141,6 +158,23 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
         "loading does not restore encoder.",
         "nnU-Net's own",
     ),
+    "loads no state that is no tensor": (
+        "build_network_architecture = changed(lambda network: then(network, Noting()))",
+        "3d",
+        "checkpoint",
+        "loading does not restore then._extra_state",
+        "nnU-Net's own",
+    ),
+    "lacks a part after loading": (
+        "build_network_architecture = changed(with_module('spare', lambda: nn.BatchNorm1d(2, affine=False)))\n"
+        "    def load_checkpoint(self, path):\n"
+        "        super().load_checkpoint(path)\n"
+        "        del self.network.spare",
+        "3d",
+        "checkpoint",
+        "loading does not restore spare.running_mean",
+        "nnU-Net's own",
+    ),
     "predicts at random": (
         "build_network_architecture = on_output(lambda o: [x + torch.rand_like(x) for x in o]"
         " if isinstance(o, list) else o + torch.rand_like(o))",
@@ -157,14 +191,14 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
         "3d",
         "prediction",
         "Unexpected key(s) in state_dict",
-        "build_network_architecture alone",
+        "let build_network_architecture return",
     ),
     "changes the network after it is built": (
         "def initialize(self):\n        super().initialize()\n        then(self.network, nn.Softplus())",
         "3d",
         "prediction",
         "predicts differently from the network that was trained",
-        "build_network_architecture alone",
+        "let build_network_architecture return",
     ),
     "takes the ignore label for a class": (
         "def _build_loss(self):\n"
@@ -255,6 +289,29 @@ def test_what_a_sentence_refuses_is_a_warning_with_the_sentence(install: Install
     assert {row.level for row in check_case("nnUNetTrainerAcme", PLAIN)} == {"ok"}
 
 
+@pytest.mark.parametrize(
+    ("title", "network", "words"),
+    [
+        ("ignore label", "network.forward", "; ignored voxels not checked: no call of self.network"),
+        ("regions and ignore label", "network", ", the same whatever the ignored voxels hold"),
+    ],
+)
+def test_ignored_voxels_are_said_not_to_matter_only_where_their_logits_were_changed(
+    title: str, network: str, words: str, install: Install
+) -> None:
+    body = (
+        "def validation_step(self, batch):\n"
+        "        network = self.network\n"
+        f"        self.network = lambda x: {network}(x)\n"
+        "        result = super().validation_step(batch)\n"
+        "        self.network = network\n"
+        "        return result"
+    )
+    (row,) = [row for row in findings(install, body, BY_TITLE[title]) if "validation" in row.subject]
+    assert row.level == "ok"
+    assert words in row.detail
+
+
 def test_steps_after_a_failure_run_where_they_can(install: Install) -> None:
     rows = findings(install, "def load_checkpoint(self, path):\n        self.initialize()")
     assert [row.level for row in rows] == ["ok"] * 4 + ["failure", "ok"]
@@ -266,6 +323,36 @@ def test_a_package_that_cannot_be_imported_is_one_row(source: str, install: Inst
     (row,) = check("nnUNetTrainerAcme")
     assert row.level == "failure"
     assert "acme:nnUNetTrainerAcme" in row.detail
+
+
+def test_data_are_those_of_the_case_also_where_another_has_its_title() -> None:
+    for case in (DataKind(title="mine"), DataKind(title="mine", channels=2, spacing=(3.0, 1.0, 2.0))):
+        folder = Path(str(nnUNet_preprocessed), write(case))
+        assert json.loads((folder / "dataset.json").read_text()) == case.dataset
+        assert pickle.loads((folder / "data" / "first.pkl").read_bytes())["spacing"] == [*case.spacing]
+
+
+def test_data_that_cannot_be_written_are_a_row_and_no_half_of_them_is_used(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_ext.check.phantom._write_case", full_disk)
+        (row,) = findings(install, "pass", replace(PLAIN, title="full"))
+    assert (row.level, row.subject) == ("failure", "full: build")
+    assert "No space left on device" in row.detail
+    assert "TMPDIR" in row.cure
+    assert {row.level for row in check_case("nnUNetTrainerAcme", replace(PLAIN, title="full"))} == {"ok"}
+
+
+def test_environment_is_as_before_after_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_compile")
+    before = dict(os.environ)
+    with workspace() as folder:
+        assert str(folder / "raw") in os.environ.values()
+    assert dict(os.environ) == before
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
