@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from nnunet_ext.comparison import cost
 from nnunet_ext.comparison.run_folders import Run
+from tests.settings import tiny
 
 DATASET = {
     "name": "Dataset007_Toy",
@@ -23,32 +24,10 @@ DATASET = {
     "labels": {"background": 0, "organ": 1, "lesion": 2},
     "file_ending": ".nii.gz",
 }
-CONFIGURATION = {
-    "data_identifier": "data",
-    "patch_size": [16, 16, 16],
-    "batch_size": 2,
-    "spacing": [1.0, 1.0, 1.0],
-    "architecture": {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": 2,
-            "features_per_stage": [4, 8],
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
-            "strides": [[1, 1, 1], [2, 2, 2]],
-            "n_conv_per_stage": [1, 1],
-            "n_conv_per_stage_decoder": [1],
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    },
-}
+CONFIGURATION = tiny((8, 8, 8)).configuration_manager.configuration  # two stages
+CONFIGURATION |= {"data_identifier": "data", "patch_size": [16, 16, 16]}
+# so few that a test counts the weights by hand
+CONFIGURATION["architecture"]["arch_kwargs"] |= {"n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1]}
 Counts = tuple[int, int, int]  # TP, FP, FN
 
 

@@ -71,10 +71,6 @@ def test_trains_an_epoch_and_resumes(name: str, dataset: Callable[[str], int]) -
     resumed = trainer_of(name, identifier, continue_training=True)
     maybe_load_checkpoint(resumed, continue_training=True, validation_only=False)
     assert resumed.current_epoch == 1
-    for mine, theirs in zip(
-        resumed.network.state_dict().values(), trainer.network.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 def test_the_predictor_averages_folds_also_where_it_moves_the_network(

@@ -10,32 +10,17 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.trainers.from_plans import build_from_plans
+from tests.settings import tiny
 
 
 def configuration(network: type, **changes: Any) -> ConfigurationManager:
     """A 2D configuration as nnU-Net's planners write it."""
-    arguments = {
-        "n_stages": 2,
-        "features_per_stage": [4, 8],
-        "conv_op": "torch.nn.modules.conv.Conv2d",
-        "kernel_sizes": [[3, 3], [3, 3]],
-        "strides": [[1, 1], [2, 2]],
-        "n_conv_per_stage_decoder": [1],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-        **changes,
-    }
-    architecture = {
-        "network_class_name": f"{network.__module__}.{network.__name__}",
-        "arch_kwargs": arguments,
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-    return ConfigurationManager({"patch_size": [16, 16], "architecture": architecture})
+    planned = tiny((8, 8)).configuration_manager.configuration  # two stages
+    architecture = planned["architecture"]
+    architecture["network_class_name"] = f"{network.__module__}.{network.__name__}"
+    del architecture["arch_kwargs"]["n_conv_per_stage"]
+    architecture["arch_kwargs"].update(changes)
+    return ConfigurationManager(planned)
 
 
 @pytest.mark.parametrize(
