@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_ext.benchmark.records import DepthPoint, Method, Report
 from nnunet_ext.benchmark.table import shape
 from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.style import page
 
 # Quantity -> title of its panel.
 PANELS = {
@@ -24,24 +25,11 @@ _HATCHES = ("", "///", "...", "\\\\\\", "xx", "ooo", "--", "++")
 _MARKERS, _LINES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":")
 # Okabe and Ito (2008), safe for colour-blind readers; hatches, markers and lines serve greyscale prints.
 _COLOURS = ("#999999", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
-_STYLE: dict[str, Any] = {
-    "text.parse_math": False,  # names may hold "$"
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7.5,
-    "axes.linewidth": 0.6,
-    "hatch.linewidth": 0.5,
-}
+_WIDTH = 7.2  # inches
 
 
 def ratio_bars(report: Report) -> bytes:
     """PNG with a panel per quantity and a bar per method: its ratio to the baseline."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     panels = {
         key: title
         for key, title in PANELS.items()
@@ -50,8 +38,7 @@ def ratio_bars(report: Report) -> bytes:
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = max(1, math.ceil(len(panels) / columns))
     height = rows * (0.7 + 0.24 * len(report.methods)) + 0.4
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
+    with page(height, _WIDTH) as figure:
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
             _draw_bars(axis, report.methods, key)
@@ -83,14 +70,10 @@ def _draw_bars(axis: Any, methods: tuple[Method, ...], key: str) -> None:
 
 def depth_curves(report: Report) -> bytes:
     """PNG of the memory held and of the peak against depth, one line per trainer."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     curves: dict[str, list[DepthPoint]] = {}
     for point in report.depth:
         curves.setdefault(point.trainer, []).append(point)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    with page(3.0, _WIDTH) as figure:
         held, peak = figure.subplots(1, 2, sharey=True)
         _draw_curves(held, curves, "held_bytes")
         _draw_curves(peak, curves, "peak_bytes")

@@ -11,10 +11,10 @@ import numpy as np
 
 from nnunet_ext.comparison.accuracy import MEAN, Evaluation, Structure
 from nnunet_ext.comparison.cost import Cost
-from nnunet_ext.comparison.style import WIDTH, RunStyle, page, png, run_styles, tidy
 from nnunet_ext.comparison.training import Training
 from nnunet_ext.escaping import drawn
 from nnunet_ext.printable import counted
+from nnunet_ext.style import WIDTH, RunStyle, page, png, run_styles, tidy
 
 _PER_ROW = 6  # structures in a row of box plots
 _WRAP = 18  # characters of a line below a box plot

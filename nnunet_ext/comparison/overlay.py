@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_cdt
 
-from nnunet_ext.comparison.style import page, png
 from nnunet_ext.escaping import drawn
+from nnunet_ext.style import page, png
 
 # Okabe and Ito (2008), safe for colour-blind readers; the labels' numbers serve greyscale prints.
 LABEL_COLOURS = ("#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#E69F00", "#0072B2")
