@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ class _Good:
         """
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-        plans, dataset = PlansManager(str(stage.folder / "plans.json")), stage.dataset
+        plans, dataset = PlansManager(deepcopy(stage.plans)), stage.dataset
         reader = plans.image_reader_writer_class
         channels = len(dataset.get("channel_names") or dataset.get("modality") or ())
         rules = Rules(reader, channels)

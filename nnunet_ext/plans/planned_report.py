@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -11,7 +11,11 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunet_ext import registry
 from nnunet_ext.memory.count import TrainingMemory, training_memory
 from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.nnunet.plans import configuration
 from nnunet_ext.plans.memory_search import FILLED, Choice
+
+if TYPE_CHECKING:
+    from nnunet_ext.plans.memory_planner import MemoryPlanner
 
 
 def figures(memory: TrainingMemory) -> dict[str, Any]:
@@ -47,7 +51,9 @@ _REASONS = {
 }
 
 
-def report(planner: Any, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any, Any, float]]) -> str:
+def report(
+    planner: MemoryPlanner, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any, Any, float]]
+) -> str:
     """A text with two lines per configuration."""
     target = planner.UNet_vram_target_GB
     lines = [f"\nPatch and batch for {target:g} GB, counted for {planner.trainer}; and default nnU-Net's:"]
@@ -55,7 +61,7 @@ def report(planner: Any, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any
         if "memory" not in plan:
             continue
         memory = plan["memory"]
-        plan = {**plans["configurations"].get(plan.get("inherits_from"), {}), **plan}
+        plan = configuration(plans, name)
         lines.append(
             f"  {name}: {_sizes(plan)}: {memory['expected_GB']:.2f} GB expected; limit is the {memory['limit']}: "
             f"{_REASONS[memory['limit']]}"
@@ -68,7 +74,9 @@ def report(planner: Any, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any
     return "\n".join(lines)
 
 
-def default_choice(planner: Any, spacing: Any, median_shape: Any, n_voxels: float) -> dict[str, Any]:
+def default_choice(
+    planner: MemoryPlanner, spacing: Any, median_shape: Any, n_voxels: float
+) -> dict[str, Any]:
     """The configuration that nnU-Net's default planner makes of the same data for the same target."""
     default = ExperimentPlanner(planner.dataset_name, planner.UNet_vram_target_GB)
     with torch.device("meta"):  # it builds networks only for their sizes
