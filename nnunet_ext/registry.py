@@ -326,7 +326,7 @@ def _external_folders() -> list[Path]:
     return [Path(folder) for folder in os.environ.get(EXTERNAL_TRAINERS, "").split(os.pathsep) if folder]
 
 
-def source(entry: Entry) -> ast.Module:
+def _source(entry: Entry) -> ast.Module:
     """Syntax tree of the entry's module, read without importing it; empty where that can't be done."""
     top, *rest = entry.module.split(".")
     try:
@@ -344,7 +344,7 @@ def source(entry: Entry) -> ast.Module:
 
 def summary(entry: Entry) -> str:
     """First line of the docstring of the entry's class, read from its source without importing it."""
-    for node in source(entry).body:
+    for node in _source(entry).body:
         if isinstance(node, ast.ClassDef) and node.name == entry.name:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return ""

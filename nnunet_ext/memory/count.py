@@ -1,6 +1,6 @@
 """Memory of a training on an NVIDIA GPU, counted on shapes: what `nnunet-ext estimate` says and the planners plan with.
 
-The step of the trainer runs under PyTorch's fake tensors with the dtypes of CUDA's autocast (`cuda_autocast`), not
+The step of the trainer runs under PyTorch's fake tensors with the dtypes of CUDA's autocast (`memory.autocast`), not
 compiled. What is not a tensor of PyTorch is an allowance.
 """
 
