@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _LONGEST_REASON = 300
 
 
@@ -23,6 +25,17 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line; its type where it says nothing."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
+
+
+def typed_line(error: BaseException) -> str:
+    """Type of an exception and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Names in a sentence: "a, b, c, d, e and 2 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def counted(count: int, noun: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnunet_ext.printable import one_line, printable, printable_lines
+from nnunet_ext.printable import first_few, one_line, printable, printable_lines, typed_line
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,13 @@ def test_lines_of_a_log_stay_lines() -> None:
 
 def test_what_an_error_says_is_one_line_that_steers_no_terminal() -> None:
     assert one_line(ValueError("no\n\tlayer \x1b[2J")) == "no layer \\x1b[2J"
+
+
+def test_the_first_names_stand_for_all() -> None:
+    assert first_few(["a", "b", "c"], 3) == "a, b, c"
+    assert first_few(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+
+
+def test_type_and_first_line_of_an_error() -> None:
+    assert typed_line(ValueError("\none\ntwo")) == "ValueError: one"
+    assert typed_line(ValueError()) == "ValueError"

@@ -11,9 +11,8 @@ from nnunet_ext.comparison.places import Places
 from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.scores import common_cases
 from nnunet_ext.comparison.training import Training
-from nnunet_ext.printable import counted
+from nnunet_ext.printable import counted, first_few
 
-_NAMES = 5  # cases that a sentence names
 FEW_CASES = 10
 _ROUNDING = 1e-3  # of a Dice that was computed from its counts
 
@@ -26,7 +25,7 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
         if surplus:
             warnings.append(
                 f"{label}: left out, because another run lacks them: {len(surplus)} of "
-                f"{counted(own['case'].nunique(), 'case')} ({_list(surplus)})."
+                f"{counted(own['case'].nunique(), 'case')} ({first_few(surplus)})."
             )
     kept = scores[scores["case"].isin(common)]
     folds = kept.groupby("case")["fold"].nunique()
@@ -34,14 +33,14 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
     if moved:
         warnings.append(
             f"In different folds of different runs, whose splits thus differ: {counted(len(moved), 'case')} "
-            f"({_list(moved)})."
+            f"({first_few(moved)})."
         )
     voxels = kept.assign(voxels=kept["TP"] + kept["FN"]).groupby(["case", "structure"])["voxels"].nunique()
     changed = sorted({case for case, _ in voxels.index[voxels > 1]})
     if changed:
         warnings.append(
             f"The references of {counted(len(changed), 'case')} differ between the runs (other numbers of voxels), so "
-            f"their Dice can't be compared; evaluate all runs against one set of references: {_list(changed)}."
+            f"their Dice can't be compared; evaluate all runs against one set of references: {first_few(changed)}."
         )
     if len(common) < FEW_CASES:
         warnings.append(
@@ -61,7 +60,7 @@ def _contradictory(kept: pd.DataFrame) -> list[str]:
     ]
     return [
         f"{label}: the Dice of {counted(len(rows), 'score')} does not follow from its TP, FP and FN, validate again: "
-        f"{_list(sorted(set(rows['case'])))}."
+        f"{first_few(sorted(set(rows['case'])))}."
         for label, rows in odd.groupby("run", sort=False)
     ]
 
@@ -100,7 +99,7 @@ def of_files(run: Run, scores: pd.DataFrame, places: Places) -> list[str]:
         if unscored := sorted(segmented - cases):
             warnings.append(
                 f"{where}: not in summary.json, validate the fold again: {counted(len(unscored), 'segmentation')} "
-                f"({_list(unscored)})."
+                f"({first_few(unscored)})."
             )
         expected = places.validation_cases(str(run.plans.get("dataset_name")), str(fold))
         if expected is None:
@@ -108,12 +107,12 @@ def of_files(run: Run, scores: pd.DataFrame, places: Places) -> list[str]:
         missing, surplus = sorted(set(expected) - cases), sorted(cases - set(expected))
         if missing:
             warnings.append(
-                f"{where}: missing of splits_final.json: {counted(len(missing), 'case')} ({_list(missing)})."
+                f"{where}: missing of splits_final.json: {counted(len(missing), 'case')} ({first_few(missing)})."
             )
         if surplus:
             warnings.append(
                 f"{where}: not held back by splits_final.json, so perhaps trained on: "
-                f"{counted(len(surplus), 'case')} ({_list(surplus)})."
+                f"{counted(len(surplus), 'case')} ({first_few(surplus)})."
             )
     return warnings
 
@@ -151,15 +150,10 @@ def of_predictions(label: str, predicted: set[str], referenced: set[str], folder
     warnings = []
     if missing := sorted(referenced - predicted):
         warnings.append(
-            f"{label}: without a prediction in {folder}: {counted(len(missing), 'reference')} ({_list(missing)})."
+            f"{label}: without a prediction in {folder}: {counted(len(missing), 'reference')} ({first_few(missing)})."
         )
     if surplus := sorted(predicted - referenced):
         warnings.append(
-            f"{label}: without a reference: {counted(len(surplus), 'prediction')} in {folder} ({_list(surplus)})."
+            f"{label}: without a reference: {counted(len(surplus), 'prediction')} in {folder} ({first_few(surplus)})."
         )
     return warnings
-
-
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-    return ", ".join(names[:_NAMES]) + more

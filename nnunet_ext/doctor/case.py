@@ -16,11 +16,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nnunet_ext.doctor.finding import Finding, failure, warning
-from nnunet_ext.printable import counted
+from nnunet_ext.printable import counted, first_few
 from nnunet_ext.whole import check_whole
 
 _APART = 0.01  # voxels between two grids that rounding in headers doesn't explain
-_MOST = 5  # labels that a finding names
 _OVERLAYS = "see with nnUNetv2_plot_overlay_pngs whether they match; where they do, copy the image's header"
 
 
@@ -279,5 +278,4 @@ def _row(numbers: Sequence[float]) -> str:
 
 
 def _some(values: Any) -> str:
-    names = [f"{value:g}" for value in values]
-    return ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
+    return first_few([f"{value:g}" for value in values])

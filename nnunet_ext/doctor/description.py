@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_ext.doctor.finding import Finding, failure, one_line, warning
+from nnunet_ext.doctor.finding import Finding, failure, warning
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.datasets import read_dataset
+from nnunet_ext.printable import typed_line
 
 SUBJECT = "dataset.json"
 _NEEDED = ("channel_names", "labels", "numTraining", "file_ending")
@@ -38,7 +39,7 @@ def describe(path: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
     try:
         findings += _labels(content)
     except Exception as error:  # nnU-Net asserts, and fails over what it does not expect
-        findings.append(failure(SUBJECT, f"nnU-Net refuses labels: {one_line(error)}", "correct labels"))
+        findings.append(failure(SUBJECT, f"nnU-Net refuses labels: {typed_line(error)}", "correct labels"))
         return None, findings
     return content, findings
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distributions, requires, version
 from pathlib import Path
 
-from nnunet_ext.doctor.finding import Finding, failure, ok, one_line, warning
+from nnunet_ext.doctor.finding import Finding, failure, ok, warning
 from nnunet_ext.installation import DISTRIBUTION, reinstall
-from nnunet_ext.printable import counted
+from nnunet_ext.printable import counted, typed_line
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 COMPILE = "nnUNet_compile"
@@ -56,7 +56,7 @@ def metadata() -> Iterator[Finding]:
             _ = distribution.metadata["Name"], list(distribution.entry_points)
         except Exception as error:
             folder = getattr(distribution, "_path", "a distribution")
-            detail = f"{folder} can't be read: {one_line(error)}"
+            detail = f"{folder} can't be read: {typed_line(error)}"
             yield failure("metadata", detail, "repair or uninstall that distribution")
 
 
@@ -194,7 +194,7 @@ def device() -> Iterator[Finding]:
         torch.ones(8, device="cuda").sum().item()
         yield ok("CUDA", f"{torch.version.cuda}, {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
     except Exception as error:
-        yield failure("CUDA", one_line(error), "install a build of torch that fits GPU and driver")
+        yield failure("CUDA", typed_line(error), "install a build of torch that fits GPU and driver")
         return
     yield _compilation()
 
@@ -215,5 +215,5 @@ def _compilation() -> Finding:
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device="cuda"))
     except Exception as error:
-        return failure("torch.compile", one_line(error), cure)
+        return failure("torch.compile", typed_line(error), cure)
     return ok("torch.compile", "compiles on this GPU")

@@ -38,9 +38,3 @@ def warning(subject: str, detail: str, cure: str) -> Finding:
 def failure(subject: str, detail: str, cure: str) -> Finding:
     """Return a finding that has to be cured."""
     return Finding(level="failure", subject=subject, detail=detail, cure=cure)
-
-
-def one_line(error: BaseException) -> str:
-    """Type and first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext.doctor import environment
-from nnunet_ext.doctor.finding import Finding, failure, ok, one_line
+from nnunet_ext.doctor.finding import Finding, failure, ok
 from nnunet_ext.installation import DISTRIBUTION
+from nnunet_ext.printable import typed_line
 
 SCHEDULE = "_3epochs_7iters"  # no class of nnU-Net ends like this
 
@@ -42,7 +43,7 @@ def findings(asked: Path, fatal: Mapping[str, str]) -> Iterator[Finding]:
         importlib.import_module("torch")
     except Exception as error:
         cause = error.__cause__ or error
-        yield failure("torch", f"can't be imported: {one_line(cause)}", environment.torch_cure(error))
+        yield failure("torch", f"can't be imported: {typed_line(cause)}", environment.torch_cure(error))
         return
     host = environment.host()
     if host.level == "ok":
@@ -62,7 +63,7 @@ def guarded(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Fi
     try:
         yield from check()
     except Exception as error:
-        yield failure(subject, f"can't be checked: {one_line(error)}", "repair what the message names")
+        yield failure(subject, f"can't be checked: {typed_line(error)}", "repair what the message names")
 
 
 def lookups(asked: Path, fatal: Mapping[str, str]) -> Iterator[Finding]:
@@ -101,24 +102,22 @@ def look_up(kind: str, name: str) -> tuple[bool, str]:
     try:
         found = SEARCHES[kind](name)
     except BaseException as error:  # modules of others can raise SystemExit or KeyboardInterrupt as well
-        return False, one_line(error)
+        return False, typed_line(error)
     if found is None:
         return False, f"nnU-Net finds no {kind[:-1]} of this name"
     return True, f"found as {found.__module__}.{found.__qualname__}"
 
 
 def _trainer(name: str) -> Any:
-    search = importlib.import_module("nnunetv2.utilities.find_class_by_name").recursive_find_python_class
-    try:  # nnU-Net 2.8 and newer
-        find = importlib.import_module("nnunetv2.utilities.find_objects").recursive_find_trainer_class_by_name
-    except ModuleNotFoundError:
-        folder = os.path.join(_host_folder(), "training", "nnUNetTrainer")
-        found = search(folder, name, "nnunetv2.training.nnUNetTrainer")
-        base = importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
-        if found is not None and not issubclass(found, base):  # the command checks this after its search
-            raise TypeError("the requested trainer must inherit from 'nnUNetTrainer'") from None
-        return found
-    return find(name)
+    from nnunet_ext.nnunet.trainers import search_host
+
+    found = search_host(name)
+    base = importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
+    if found is not None and not issubclass(
+        found, base
+    ):  # before 2.8 the command checks this after its search
+        raise TypeError("the requested trainer must inherit from 'nnUNetTrainer'")
+    return found
 
 
 def _planner(name: str) -> Any:
@@ -152,4 +151,4 @@ def _in_spawned_process(name: str) -> tuple[bool, str]:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             return pool.submit(look_up, "trainers", name).result(timeout=600)
     except Exception as error:
-        return False, one_line(error)
+        return False, typed_line(error)

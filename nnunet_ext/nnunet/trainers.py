@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from nnunet_ext import registry
@@ -19,13 +19,14 @@ def trainer_class(name: str) -> Any:
     Raises:
         UsageError: there is none, or it can't be loaded.
     """
+    found = None
     try:
         return registry.resolve("trainers", name)
     except registry.RegistryError as error:
         raise UsageError(str(error)) from error
     except registry.UnknownNameError:
-        with _without_hints():
-            found = _search_host(name)
+        with _without_hints(), suppress(RuntimeError, AssertionError, TypeError):  # unknown, or no trainer
+            found = search_host(name)
     if not callable(getattr(found, "build_network_architecture", None)):
         cure = registry.cure_for("trainers", name) or "`nnunet-ext list` shows all names."
         raise UsageError(
@@ -46,8 +47,8 @@ def _without_hints() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
-def _search_host(name: str) -> Any:
-    """Search as nnU-Net itself does; None where it finds nothing."""
+def search_host(name: str) -> Any:
+    """Search as nnU-Net itself does; where it finds nothing, 2.8 raises and 2.7 returns None."""
     try:
         module = importlib.import_module("nnunetv2.utilities.find_objects")
     except ModuleNotFoundError:  # before nnU-Net 2.8
@@ -56,11 +57,4 @@ def _search_host(name: str) -> Any:
 
         folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")
         return recursive_find_python_class(folder, name, "nnunetv2.training.nnUNetTrainer")
-    try:
-        return module.recursive_find_trainer_class_by_name(name)
-    except (
-        RuntimeError,
-        AssertionError,
-        TypeError,
-    ):  # unknown, or something else of that name in its modules
-        return None
+    return module.recursive_find_trainer_class_by_name(name)
