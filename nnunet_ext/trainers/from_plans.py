@@ -11,11 +11,11 @@ from torch import nn
 from nnunet_ext.architectures.common.plan_arguments import parameters_of
 
 
-def builds(network_class: type[nn.Module], **options: Any) -> staticmethod[..., nn.Module]:
+def builds(network_class: type[nn.Module] | None, **options: Any) -> staticmethod[..., nn.Module]:
     """Make a trainer's `build_network_architecture`: `network_class` from the plans, for training and prediction.
 
     Args:
-        network_class: Built by `build_from_plans`.
+        network_class: Built by `build_from_plans`; None: the plans' own network.
         options: Options of the network, stronger than those of the plans; a function is called with the configuration.
     """
 
@@ -40,28 +40,35 @@ def builds(network_class: type[nn.Module], **options: Any) -> staticmethod[..., 
 
 
 def build_from_plans(
-    network_class: type[nn.Module],
+    network_class: type[nn.Module] | None,
     configuration_manager: ConfigurationManager,
     num_input_channels: int,
     num_output_channels: int,
     enable_deep_supervision: bool,
     **options: Any,
 ) -> nn.Module:
-    """Build `network_class` with the sizes, strides and options that the configuration holds, and `options`.
+    """Build a network with the sizes, strides and options that the configuration holds, and `options`.
+
+    Args:
+        network_class: Network to build; None: the plans' own.
+        configuration_manager: Plans of the configuration.
+        num_input_channels, num_output_channels: Of images and logits.
+        enable_deep_supervision: Whether it gives logits of all resolutions.
+        options: Arguments that are stronger than those of the plans.
 
     Raises:
         ValueError: the plans belong to a network whose arguments `network_class` does not have.
     """
     arguments: dict[str, Any] = {**configuration_manager.network_arch_init_kwargs, **options}
-    unknown = sorted(set(arguments) - parameters_of(network_class))
-    if unknown:
+    name = configuration_manager.network_arch_class_name
+    if network_class is not None and (unknown := sorted(set(arguments) - parameters_of(network_class))):
         raise ValueError(
-            f"{network_class.__name__} is built from plans of a U-Net, but these plans are for "
-            f"{configuration_manager.network_arch_class_name} and hold {', '.join(unknown)}: use plans of nnU-Net's "
-            "default planner, of its ResEnc planners, or of this network's own planner (-p)."
+            f"{network_class.__name__} is built from plans of a U-Net, but these plans are for {name} and hold "
+            f"{', '.join(unknown)}: use plans of nnU-Net's default planner, of its ResEnc planners, or of this "
+            "network's own planner (-p)."
         )
     return get_network_from_plans(
-        f"{network_class.__module__}.{network_class.__name__}",
+        f"{network_class.__module__}.{network_class.__name__}" if network_class else name,
         arguments,
         configuration_manager.network_arch_init_kwargs_req_import,
         num_input_channels,

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from pydoc import locate
+from typing import Any
 
 from dynamic_network_architectures.building_blocks.helper import get_matching_batchnorm
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_ext.trainers.nnUNetTrainerHalfWidth import build_half_width, nnUNetTrainerHalfWidth
+from nnunet_ext.trainers.from_plans import builds
+from nnunet_ext.trainers.nnUNetTrainerHalfWidth import half_features, nnUNetTrainerHalfWidth
+
+
+def _batch_norm(configuration_manager: ConfigurationManager) -> str:
+    norm = get_matching_batchnorm(locate(configuration_manager.network_arch_init_kwargs["conv_op"]))
+    return f"{norm.__module__}.{norm.__name__}"
+
+
+def _its_options(configuration_manager: ConfigurationManager) -> dict[str, Any]:
+    planned = configuration_manager.network_arch_init_kwargs.get("norm_op_kwargs") or {}
+    return {k: v for k, v in planned.items() if k in ("eps", "momentum", "affine")}
 
 
 class nnUNetTrainerHalfWidthBN(nnUNetTrainerHalfWidth):
     """`nnUNetTrainerHalfWidth` with batch norm, which `nnunet-ext deploy` folds: the fair rival of FasterFusionBN."""
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Build the network of the plans at half width with batch norm, for training and prediction."""
-        norm = get_matching_batchnorm(locate(configuration_manager.network_arch_init_kwargs["conv_op"]))
-        kwargs = configuration_manager.network_arch_init_kwargs.get("norm_op_kwargs") or {}
-        return build_half_width(
-            configuration_manager,
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision,
-            norm_op=f"{norm.__module__}.{norm.__name__}",
-            norm_op_kwargs={k: v for k, v in kwargs.items() if k in ("eps", "momentum", "affine")},
-        )
+    build_network_architecture = builds(
+        None, features_per_stage=half_features, norm_op=_batch_norm, norm_op_kwargs=_its_options
+    )
