@@ -21,6 +21,7 @@ from nnunet_ext.deploy.ship import DeployOptions, Shipped, ship
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.estimate import Estimate
 from nnunet_ext.memory.estimate import estimate as _estimate
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.source import Source
 
 
@@ -101,7 +102,7 @@ def deploy(
     output: str | Path,
     *,
     folds: Sequence[str] | None = None,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = FINAL_CHECKPOINT,
     trusted: bool = False,
     **options: Any,
 ) -> dict[str, Shipped]:

@@ -43,6 +43,20 @@ class SeveralPasses(Protocol):
         """Yield what has a backward pass of its own, in turn, with its input, for a batch x, (B, C, *patch)."""
 
 
+class WrapsNetwork(Protocol):
+    """A training step that is called by its network's name; found by the attribute, which may be a submodule."""
+
+    trained_network: nn.Module
+
+
+@runtime_checkable
+class CompilesParts(Protocol):
+    """What passes run, where it is not compiled as a whole."""
+
+    def compile_levels(self, **options: Any) -> None:
+        """Compile the parts, with options of `torch.compile`."""
+
+
 @runtime_checkable
 class HasTrainingForm(Protocol):
     """A trainer whose step is more than one pass of its network."""
@@ -68,6 +82,7 @@ class HostTrainer:
 
     plans_manager: Any
     configuration_manager: Any
+    configuration_name: str
     label_manager: Any
     logger: Any
     dataset_class: Any
@@ -81,7 +96,8 @@ class HostTrainer:
     enable_deep_supervision: bool
     output_folder: str
     preprocessed_dataset_folder: str
-    folder_with_segs_from_previous_stage: str | None
+    preprocessed_dataset_folder_base: str
+    folder_with_segs_from_previous_stage: Any  # a path in a cascade, else None
     initial_lr: float
     weight_decay: float
     num_epochs: int

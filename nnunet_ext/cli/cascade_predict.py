@@ -14,6 +14,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
 
@@ -51,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folds of both stages; default: 0 1 2 3 4",
     )
     add("-f1", dest="first_folds", nargs="+", metavar="F", help="folds of stage 1, where they are others")
-    add(
-        "-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="NAME", help="default: %(default)s"
-    )
+    add("-chk", dest="checkpoint", default=FINAL_CHECKPOINT, metavar="NAME", help="default: %(default)s")
     add("--keep", type=Path, metavar="DIR", help="folder of stage 1's predictions")
     add("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="default: %(default)s")
     add(

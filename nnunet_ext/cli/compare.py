@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_ext.cli.terminal import print_table
 from nnunet_ext.files import check_folder
+from nnunet_ext.nnunet.plans import DEFAULT_PLANS
 from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
 
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument(
         "-c", nargs="+", default=["3d_fullres"], metavar="CONFIGURATION", help="default: 3d_fullres"
     )
-    runs.add_argument("-p", nargs="+", default=["nnUNetPlans"], metavar="PLANS", help="default: nnUNetPlans")
+    runs.add_argument(
+        "-p", nargs="+", default=[DEFAULT_PLANS], metavar="PLANS", help=f"default: {DEFAULT_PLANS}"
+    )
     runs.add_argument(
         "-tr",
         nargs="+",

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
 
@@ -39,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("-o", dest="output", type=Path, required=True, metavar="OUT", help="folder to make; must not exist")
     add("--folds", nargs="+", metavar="F", help="folds to ship (all that are trained)")
-    add(
-        "-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="NAME", help="default: %(default)s"
-    )
+    add("-chk", dest="checkpoint", default=FINAL_CHECKPOINT, metavar="NAME", help="default: %(default)s")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
     add(
         "--form",

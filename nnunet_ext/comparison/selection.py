@@ -11,6 +11,7 @@ from nnunet_ext import registry
 from nnunet_ext.comparison import cost, places, run_folders
 from nnunet_ext.comparison.compare import ComparisonRequest
 from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet.plans import DEFAULT_PLANS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Selection:
 
     dataset: str | None = None
     configurations: Sequence[str] = ("3d_fullres",)
-    plans: Sequence[str] = ("nnUNetPlans",)
+    plans: Sequence[str] = (DEFAULT_PLANS,)
     trainers: Sequence[str] = (registry.CORE_TRAINER,)
     results: Path | None = None
     folds: Sequence[str] | None = None

@@ -11,11 +11,10 @@ from statistics import median
 from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
-from nnunet_ext.nnunet.checkpoints import read_checkpoint
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT, read_checkpoint
 from nnunet_ext.printable import counted
 
-FINAL = "checkpoint_final.pth"
-_CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
+_CHECKPOINTS = (FINAL_CHECKPOINT, "checkpoint_latest.pth", "checkpoint_best.pth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +117,10 @@ def _doubts(run: Run, folder: Path, fold: str, curves: Curves | None, planned: i
         doubts.append(
             f"{run.label}, fold {fold}: unfinished, {len(curves.dice)} of {counted(planned, 'epoch')} logged."
         )
-    if not (folder / FINAL).is_file() and curves is not None:
+    if not (folder / FINAL_CHECKPOINT).is_file() and curves is not None:
         doubts.append(
-            f"{run.label}, fold {fold}: there is no {FINAL}, the validation is of another checkpoint (best or latest)."
+            f"{run.label}, fold {fold}: there is no {FINAL_CHECKPOINT}, the validation is of another checkpoint "
+            "(best or latest)."
         )
     logged = logged_validations(folder)
     if len(set(logged)) > 1:

@@ -29,6 +29,7 @@ from nnunet_ext.deploy.check import (
 from nnunet_ext.deploy.model import DEPLOYED, TrainedModel
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 
 # In float32 fusing changes logits by rounding only.
 _TOLERANCE = 1e-4
@@ -164,7 +165,7 @@ class _Fold:
         if self._options.dtype == "float16":
             self._check_range(network)
         deployed = DeployedNetwork(network, DTYPES[self._options.dtype]).eval()
-        path = self._folder / "checkpoint_final.pth"
+        path = self._folder / FINAL_CHECKPOINT
         content = io.BytesIO()
         torch.save(self._checkpoint(deployed), content)
         path.write_bytes(content.getvalue())  # torch.save itself reports a full disk as RuntimeError

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ext.architectures.deployed import NothingToFuseError, fused
 from nnunet_ext.memory.tracker import StorageTracker
-from nnunet_ext.protocols import DrawsInputs, RefinesAsAsked
+from nnunet_ext.protocols import DrawsInputs, RefinesAsAsked, WrapsNetwork
 
 ASSUMED_SHARE = 0.1  # of a patch that sparse prediction refines; shapes and random weights can't tell
 
@@ -167,4 +167,6 @@ def deployed(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 def network_name(network: nn.Module) -> str:
     """Class of a network, also where it is wrapped for its training step."""
-    return type(getattr(network, "trained_network", network)).__name__
+    if hasattr(network, "trained_network"):
+        network = cast(WrapsNetwork, network).trained_network
+    return type(network).__name__

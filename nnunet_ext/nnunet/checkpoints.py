@@ -10,6 +10,8 @@ from typing import Any
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import check_regular
 
+FINAL_CHECKPOINT = "checkpoint_final.pth"  # what nnU-Net writes at the end of a training
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:

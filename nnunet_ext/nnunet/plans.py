@@ -16,6 +16,7 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 from nnunet_ext.nnunet.values import is_int, is_list_of, is_plain_name, shown
 
+DEFAULT_PLANS = "nnUNetPlans"
 _NAMES = ("dataset_name", "plans_name")
 _LINKS = ("previous_stage", "next_stage", "inherits_from")
 

@@ -12,10 +12,10 @@ from typing import Any
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.datasets import find_dataset, read_dataset
 from nnunet_ext.nnunet.patch_plans import setting_of_patch
-from nnunet_ext.nnunet.plans import read_plans
+from nnunet_ext.nnunet.plans import DEFAULT_PLANS, read_plans
 from nnunet_ext.nnunet.setting import Setting
 
-DEFAULT_PLANS, DEFAULT_CONFIGURATION = "nnUNetPlans", "3d_fullres"
+DEFAULT_CONFIGURATION = "3d_fullres"
 DEFAULT_CHANNELS, DEFAULT_CLASSES = 1, 3
 PREPROCESSED = "nnUNet_preprocessed"
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.memory.network import surrogate_loss
+from nnunet_ext.protocols import CompilesParts
 
 
 class _Passes(nn.Module):
@@ -33,7 +34,10 @@ class _Passes(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile what the passes run, as the trainers do, and not the step as a whole."""
         for part in self.parts():
-            getattr(part, "compile_levels", part.compile)(*args, **options)
+            if isinstance(part, CompilesParts):
+                part.compile_levels(*args, **options)
+            else:
+                part.compile(*args, **options)
 
     def parts(self) -> Iterator[nn.Module]:
         """Yield what the passes run, each once."""

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from nnunet_ext.files import read_json
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.splits import validation_cases
+from nnunet_ext.protocols import HostTrainer
 
 _ENDINGS = (".b2nd", ".npz", ".npy")
 _NAMED = 5  # cases that a message names
@@ -124,11 +126,11 @@ class FirstStage:
         return f": {'; '.join(parts)}."
 
     def _command_of(self, fold: int) -> str:
-        trained = (self.model / f"fold_{fold}" / "checkpoint_final.pth").is_file()
+        trained = (self.model / f"fold_{fold}" / FINAL_CHECKPOINT).is_file()
         return f"{self.command} {fold} {self.options}{' --val' if trained else ''}"
 
 
-def first_stage(trainer: Any) -> FirstStage:
+def first_stage(trainer: HostTrainer) -> FirstStage:
     """The stage before that of a trainer.
 
     Raises:
