@@ -44,10 +44,7 @@ def axis_points(random: np.random.Generator, centre: np.ndarray) -> np.ndarray:
     """Points of a winding line along the first axis, 0.5 voxels apart, around `centre` (y, x)."""
     t = np.arange(0, SIZE, 0.5)
     waves = [
-        sum(
-            random.uniform(1, 2) * np.sin(2 * np.pi * (t / random.uniform(30, 60) + random.random()))
-            for _ in range(2)
-        )
+        sum(random.uniform(1, 2) * np.sin(2 * np.pi * (t / random.uniform(30, 60) + random.random())) for _ in range(2))
         for _ in range(2)
     ]
     return np.stack([t, centre[0] + waves[0], centre[1] + waves[1]], axis=1)
@@ -112,9 +109,7 @@ def write_plans(folder: Path) -> None:
     configurations = plans["configurations"]
     small = narrow(Source(patch=(PATCH,) * 3).setting(), FEATURES).configuration_manager
     for name in ("3d_fullres", "3d_me_context", "3d_post_concat"):
-        configurations[name]["architecture"]["arch_kwargs"].update(
-            small.configuration["architecture"]["arch_kwargs"]
-        )
+        configurations[name]["architecture"]["arch_kwargs"].update(small.configuration["architecture"]["arch_kwargs"])
     host = configurations["3d_fullres"]
     options = configurations["3d_post_concat"]["architecture"]["arch_kwargs"]
     configurations["3d_me_context"].update(
@@ -161,11 +156,7 @@ def train(work: Path, configuration: str, plans: str, trainer: str, device: str)
         summary = json.loads((folder / f"fold_{fold}" / "validation" / "summary.json").read_text())
         cases += summary["metric_per_case"]
     dice = {label: [case["metrics"][label]["Dice"] for case in cases] for label in ("1", "2")}
-    return {
-        "thick": float(np.mean(dice["1"])),
-        "thin": float(np.mean(dice["2"])),
-        "thin_of_each_case": dice["2"],
-    }
+    return {"thick": float(np.mean(dice["1"])), "thin": float(np.mean(dice["2"])), "thin_of_each_case": dice["2"]}
 
 
 def table(results: dict[str, dict[str, Any]], setting: dict[str, Any]) -> str:
@@ -189,9 +180,7 @@ def table(results: dict[str, dict[str, Any]], setting: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and trainings; resumed")
     parser.add_argument("--output", type=Path, required=True, help="folder of phantom.md and phantom.json")
     parser.add_argument("--radius", type=float, default=1.3, help="of the thin tubes, voxels")
@@ -208,9 +197,7 @@ def main() -> None:
         log = work / "log.txt"
         command(log, "nnUNetv2_extract_fingerprint", "-d", NUMBER, "-np", "1")
         command(log, "nnUNetv2_plan_experiment", "-d", NUMBER, "-pl", "MeCascadePlanner")
-        command(
-            log, "nnUNetv2_preprocess", "-d", NUMBER, "-plans_name", PLANS, "-c", "3d_fullres", "-np", "1"
-        )
+        command(log, "nnUNetv2_preprocess", "-d", NUMBER, "-plans_name", PLANS, "-c", "3d_fullres", "-np", "1")
         write_plans(prepared)
     default, cascade = f"nnUNetTrainer_{options.schedule}", f"nnUNetTrainerMeCascade_{options.schedule}"
     results = {
@@ -237,9 +224,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     text = table(results, setting)
     (options.output / "phantom.md").write_text(text)
-    (options.output / "phantom.json").write_text(
-        json.dumps({"setting": setting, "results": results}, indent=2) + "\n"
-    )
+    (options.output / "phantom.json").write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n")
     print(text)
 
 

@@ -65,9 +65,7 @@ def peaks(build: Callable[[], nn.Module], channels: int, patch: int) -> list[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of size.md and size.json")
     options = parser.parse_args()
     lines = ["# Size of meU-net's cascade", "", "`python benchmarks/cascade_size.py --output FOLDER`", ""]

@@ -74,9 +74,7 @@ def networks(patch: int, dtype: torch.dtype, device: str) -> dict[str, tuple[nn.
             FasterFusionUNet(**kwargs, downsample="maxpool").fuse("t"),
             "contiguous",
         ),
-        **{
-            name: (network, layout if network.batch_norm else "contiguous") for name, network in fused.items()
-        },
+        **{name: (network, layout if network.batch_norm else "contiguous") for name, network in fused.items()},
     }
     return {
         name: (network.to(device, dtype, memory_format=LAYOUTS[layout]), layout)
@@ -84,9 +82,7 @@ def networks(patch: int, dtype: torch.dtype, device: str) -> dict[str, tuple[nn.
     }
 
 
-def blocks(
-    sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str
-) -> dict[str, tuple[nn.Module, str]]:
+def blocks(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> dict[str, tuple[nn.Module, str]]:
     """A plain convolution of nnU-Net, the block as trained, and its forms; "paper" pools after the block."""
     inputs, outputs, _, stride = sizes
 
@@ -112,10 +108,7 @@ def blocks(
         "paper": block("maxpool").fuse("t"),
     }
     layout = "contiguous" if dtype == torch.float32 else "channels_last"
-    return {
-        name: (module.to(device, dtype, memory_format=LAYOUTS[layout]), layout)
-        for name, module in made.items()
-    }
+    return {name: (module.to(device, dtype, memory_format=LAYOUTS[layout]), layout) for name, module in made.items()}
 
 
 def clock(run: Callable[[], Any], device: str) -> float:
@@ -171,9 +164,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON and Markdown files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--patch", type=int, default=128)

@@ -106,9 +106,7 @@ def timed(works: dict[str, Callable[[], Any]], repeats: int, cuda: bool) -> list
                 torch.cuda.synchronize()
             if repeat:
                 seconds[name].append(clock() - start)
-    return [
-        {"network": name, "seconds": median(s), "min": min(s), "max": max(s)} for name, s in seconds.items()
-    ]
+    return [{"network": name, "seconds": median(s), "min": min(s), "max": max(s)} for name, s in seconds.items()]
 
 
 def train_step(network: nn.Module, x: torch.Tensor) -> None:
@@ -125,9 +123,7 @@ def predict(network: nn.Module, x: torch.Tensor) -> None:
 
 def step_times(device: str, patch: tuple[int, ...], n_points: int, repeats: int) -> list[dict[str, Any]]:
     x = torch.randn(2, 1, *patch, device=device)
-    works = {
-        name: partial(train_step, build().to(device).train(), x) for name, build in variants(n_points).items()
-    }
+    works = {name: partial(train_step, build().to(device).train(), x) for name, build in variants(n_points).items()}
     rows = timed(works, repeats, device == "cuda")
     add_ratios(rows, ["seconds"])
     return rows
@@ -183,9 +179,7 @@ def decoder_times(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON and Markdown files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3, help="0: counts only")
@@ -207,9 +201,7 @@ def main() -> None:
             f"Only the decoder, prediction of a tenth of {size}, batch 2 (seconds)": decoder_times(
                 options.device, patch, prod(patch) // 10, options.repeats, training=False
             ),
-            f"Prediction of a patch of {size} (seconds)": prediction_times(
-                options.device, patch, options.repeats
-            ),
+            f"Prediction of a patch of {size} (seconds)": prediction_times(options.device, patch, options.repeats),
         }
     command = f"python benchmarks/implicit.py --output {options.output} --device {options.device}"
     device = torch.cuda.get_device_name() if cuda else f"CPU, threads: {torch.get_num_threads()}"

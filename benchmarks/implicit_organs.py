@@ -78,9 +78,7 @@ def timed(work: Callable[[], Tensor]) -> tuple[Any, float]:
 
 
 @torch.inference_mode()
-def compare(
-    network: ImplicitUNet, default: nn.Module, kind: str, random: np.random.Generator
-) -> dict[str, Any]:
+def compare(network: ImplicitUNet, default: nn.Module, kind: str, random: np.random.Generator) -> dict[str, Any]:
     """Predict one unseen phantom."""
     image, labels = phantom(kind, random)
     organs = list(range(1, ORGANS + 1))
@@ -106,9 +104,7 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--width", type=int, default=128, help="of the decoder")

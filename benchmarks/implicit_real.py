@@ -74,13 +74,9 @@ def compare(predictor: nnUNetPredictor, image_file: Path, reference_file: Path) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", dest="model", type=Path, required=True)
-    parser.add_argument(
-        "-i", dest="images", type=Path, required=True, help="single-channel images NAME_0000.*"
-    )
+    parser.add_argument("-i", dest="images", type=Path, required=True, help="single-channel images NAME_0000.*")
     parser.add_argument("-ref", dest="references", type=Path, required=True)
     parser.add_argument("-f", dest="fold", type=int, default=0)
     parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth")

@@ -45,12 +45,7 @@ Row = dict[str, Any]
 
 def networks(patch: int) -> dict[str, Callable[[], nn.Module]]:
     """Builders by name, with what nnU-Net plans for such a patch of an isotropic 3D data set."""
-    options: Any = {
-        "input_channels": 1,
-        "num_classes": 3,
-        "patch_size": [patch] * 3,
-        "deep_supervision": True,
-    }
+    options: Any = {"input_channels": 1, "num_classes": 3, "patch_size": [patch] * 3, "deep_supervision": True}
     return {
         "default nnU-Net": partial(create, "PlainConvUNet", **options),
         "ResEnc": partial(residual_encoder_unet, patch),
@@ -151,22 +146,13 @@ def volume() -> list[Row]:
     """Predict one synthetic volume with nnU-Net's own predictor at kP, from the image to the labels."""
     plans = PlansManager(volume_plans())
     configuration = plans.get_configuration("3d_fullres")
-    dataset = {
-        "labels": {"background": 0, "a": 1, "b": 2},
-        "channel_names": {"0": "CT"},
-        "file_ending": ".nii.gz",
-    }
+    dataset = {"labels": {"background": 0, "a": 1, "b": 2}, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
     network = nnUNetTrainerMeUNet.build_network_architecture(plans, configuration, 1, 3, False)
     predictor = nnUNetPredictor(
-        use_mirroring=False,
-        perform_everything_on_device=False,
-        device=torch.device("cpu"),
-        allow_tqdm=False,
+        use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
     )
     weights = [network.state_dict()]
-    predictor.manual_initialization(
-        network, plans, configuration, weights, dataset, "nnUNetTrainerMeUNet", None
-    )
+    predictor.manual_initialization(network, plans, configuration, weights, dataset, "nnUNetTrainerMeUNet", None)
     image = np.random.default_rng(0).standard_normal((1, *VOLUME), dtype=np.float32)
     before, start = rss(), time.monotonic()
     labels = predictor.predict_single_npy_array(image, {"spacing": [1.0, 1.0, 1.0]})
@@ -192,9 +178,7 @@ def volume_plans() -> dict[str, Any]:
     """Plans of a small network: four stages, one convolution in each."""
     setting = narrow(Source(patch=(SMALL_P,) * 3).setting(), [4, 8, 16, 32])
     configuration = setting.plans["configurations"][setting.configuration]
-    configuration["architecture"]["arch_kwargs"].update(
-        n_conv_per_stage=[1] * 4, n_conv_per_stage_decoder=[1] * 3
-    )
+    configuration["architecture"]["arch_kwargs"].update(n_conv_per_stage=[1] * 4, n_conv_per_stage_decoder=[1] * 3)
     configuration.update(
         data_identifier="none",
         preprocessor_name="DefaultPreprocessor",
@@ -214,13 +198,9 @@ def markdown(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--parts", nargs="+", default=["memory", "time"], choices=["memory", "time", "volume"]
-    )
+    parser.add_argument("--parts", nargs="+", default=["memory", "time"], choices=["memory", "time", "volume"])
     parser.add_argument("--repeats", type=int, default=5, help="of each time")
     parser.add_argument("--networks", nargs="+", default=list(networks(P)), help="that are timed")
     parser.add_argument("--ks", nargs="+", type=float, default=list(KS[1:]), help="that are timed")
@@ -236,9 +216,7 @@ def main() -> None:
     for part in options.parts:
         rows = measure[part]()
         machine = {"torch": torch.__version__, "processor": platform.machine(), "threads": 1}
-        (options.output / f"{part}.json").write_text(
-            json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
-        )
+        (options.output / f"{part}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
         (options.output / f"{part}.md").write_text(markdown(rows))
         print(markdown(rows), flush=True)
 

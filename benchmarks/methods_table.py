@@ -47,9 +47,7 @@ def table(benchmark: dict[str, Any]) -> str:
     for method in benchmark["methods"]:
         named = ", ".join(f"`{name}`" for name in by_trainer.get(method["trainer"], []))
         ratios = [method["ratios"].get(key) for key in columns]
-        shown = [
-            "\N{EN DASH}" if ratio is None else f"{ratio:.2f}\N{MULTIPLICATION SIGN}" for ratio in ratios
-        ]
+        shown = ["\N{EN DASH}" if ratio is None else f"{ratio:.2f}\N{MULTIPLICATION SIGN}" for ratio in ratios]
         rows.append([f"`{method['trainer']}`", f"`{method['network']}`", named or "\N{EN DASH}", *shown])
     return markdown_table(["trainer", "network", "planner", *columns.values()], rows)
 
@@ -67,9 +65,7 @@ def inserted(readme: str, benchmark: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", type=Path)
     parser.add_argument("readme", type=Path)
     options = parser.parse_args()

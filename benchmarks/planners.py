@@ -54,9 +54,7 @@ class Fingerprint:
 
 FINGERPRINTS = {
     "ct": Fingerprint(title="isotropic CT", spacing=(1.0, 1.0, 1.0), shape=(400, 400, 400)),
-    "mri": Fingerprint(
-        title="anisotropic MRI", spacing=(5.0, 0.8, 0.8), shape=(40, 512, 512), channels=1, classes=4
-    ),
+    "mri": Fingerprint(title="anisotropic MRI", spacing=(5.0, 0.8, 0.8), shape=(40, 512, 512), channels=1, classes=4),
     "tiny": Fingerprint(title="tiny", spacing=(1.0, 1.0, 1.0), shape=(36, 50, 35), cases=260),
     "microct": Fingerprint(
         title="micro-CT", spacing=(0.01, 0.01, 0.01), shape=(1072, 470, 470), channels=1, classes=3, cases=20
@@ -276,17 +274,7 @@ def document(rows: Sequence[Row], command: str) -> str:
         figures = (f"{n:.2f}" for n in (found.expected, found.counted, share))
         where = (found.fingerprint, f"{found.target:g}", f"{found.planner}{mark}", size(found))
         cells.append([*where, *figures, found.limit, f"{found.seconds:.1f}"])
-    header = [
-        "data set",
-        "target",
-        "planner",
-        "patch, batch",
-        "expected",
-        "counted",
-        "share",
-        "limit",
-        "seconds",
-    ]
+    header = ["data set", "target", "planner", "patch, batch", "expected", "counted", "share", "limit", "seconds"]
     return "\n".join([*lines, markdown_table(header, cells), ""])
 
 
@@ -294,9 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid or print the table of docs/how-to/plan-memory.md; return 1 where a plan breaks a promise."""
     from nnunet_ext import registry
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--planners", nargs="+", default=list(registry.names("planners")))
     parser.add_argument("--data", nargs="+", choices=FINGERPRINTS, default=list(FINGERPRINTS))
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))

@@ -28,24 +28,18 @@ from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.setting import Setting
 
 
-def dice_row(
-    model: Path, predictions: Path, references: Path, labels: dict[str, int], ending: str
-) -> dict[str, Any]:
+def dice_row(model: Path, predictions: Path, references: Path, labels: dict[str, int], ending: str) -> dict[str, Any]:
     """Mean Dice per class over all validation cases of all folds, and over the unseen scans."""
     cases = [
         case
         for summary in sorted(model.glob("fold_*/validation/summary.json"))
         for case in json.loads(summary.read_text())["metric_per_case"]
     ]
-    compute_metrics_on_folder_simple(
-        str(references), str(predictions), list(labels.values()), num_processes=2
-    )
+    compute_metrics_on_folder_simple(str(references), str(predictions), list(labels.values()), num_processes=2)
     unseen = json.loads((predictions / "summary.json").read_text())
     row: dict[str, Any] = {"network": model.name.split("__")[0], "validation_cases": len(cases)}
     for name, label in labels.items():
-        row[f"{name}, validation"] = float(
-            np.nanmean([case["metrics"][str(label)]["Dice"] for case in cases])
-        )
+        row[f"{name}, validation"] = float(np.nanmean([case["metrics"][str(label)]["Dice"] for case in cases]))
     row["unseen_cases"] = len(list(references.glob(f"*{ending}")))
     for name, label in labels.items():
         row[f"{name}, unseen"] = float(unseen["mean"][str(label)]["Dice"])
@@ -85,9 +79,7 @@ def cost_rows(models: list[Path], repeats: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--name", required=True, help="of the data, for the names of the files")
     parser.add_argument("--models", type=Path, nargs="+", required=True)
@@ -114,9 +106,7 @@ def main() -> None:
         "cost": cost,
     }
     (options.output / f"{today}-{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    text = (
-        f"## Dice\n\n{markdown(dice)}\n\n## Training step (GiB, float32; seconds, CPU)\n\n{markdown(cost)}\n"
-    )
+    text = f"## Dice\n\n{markdown(dice)}\n\n## Training step (GiB, float32; seconds, CPU)\n\n{markdown(cost)}\n"
     (options.output / f"{today}-{options.name}.md").write_text(text)
     print(text)
 

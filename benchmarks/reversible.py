@@ -56,12 +56,7 @@ def memory_table() -> list[dict[str, Any]]:
         single = measure_step(build, 1, PATCH, BATCH)
         half = measure_step(build, 1, PATCH, BATCH, torch.bfloat16)
         parameters = sum(p.numel() for p in build().parameters())
-        row = {
-            "network": name,
-            "parameters": parameters,
-            "held": single.held / GIB,
-            "peak": single.peak / GIB,
-        }
+        row = {"network": name, "parameters": parameters, "held": single.held / GIB, "peak": single.peak / GIB}
         rows.append({**row, "held_bf16": half.held / GIB, "peak_bf16": half.peak / GIB})
     return rows
 
@@ -91,12 +86,7 @@ def time_table(device: str, patch: tuple[int, ...], repeats: int) -> list[dict[s
                 seconds[name].append(elapsed)
     rows = []
     for name, network in built.items():
-        row = {
-            "network": name,
-            "seconds": median(seconds[name]),
-            "min": min(seconds[name]),
-            "max": max(seconds[name]),
-        }
+        row = {"network": name, "seconds": median(seconds[name]), "min": min(seconds[name]), "max": max(seconds[name])}
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -111,9 +101,7 @@ def stack(n: int, exact: bool = False, reversible: bool = True) -> ReversibleSeq
         return nn.Sequential(nn.GroupNorm(4, 16), nn.LeakyReLU(), nn.Conv3d(16, 16, 3, padding=1, bias=False))
 
     torch.manual_seed(0)
-    return ReversibleSequence(
-        [AdditiveCoupling(shift(), shift(), exact) for _ in range(n)], reversible=reversible
-    )
+    return ReversibleSequence([AdditiveCoupling(shift(), shift(), exact) for _ in range(n)], reversible=reversible)
 
 
 def stack_table() -> list[dict[str, Any]]:
@@ -151,21 +139,13 @@ def add_ratios(rows: list[dict[str, Any]], keys: list[str], name: str = BASELINE
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     def cell(value: Any) -> str:
-        return (
-            f"{value:.3g}"
-            if isinstance(value, float)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value)
-        )
+        return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
     return markdown_table(list(rows[0]), ([cell(value) for value in row.values()] for row in rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON and Markdown files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)

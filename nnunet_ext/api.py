@@ -25,9 +25,7 @@ from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.source import Source
 
 
-def create(
-    network: str, input_channels: int, num_classes: int, patch_size: Sequence[int], **options: Any
-) -> nn.Module:
+def create(network: str, input_channels: int, num_classes: int, patch_size: Sequence[int], **options: Any) -> nn.Module:
     """Build a network with the topology that nnU-Net plans for a patch of an isotropic image.
 
     Args:
@@ -119,6 +117,4 @@ def deploy(
     Raises:
         UsageError: as `nnunet-ext deploy`.
     """
-    return ship(
-        TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), DeployOptions(**options)
-    )
+    return ship(TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), DeployOptions(**options))

@@ -22,9 +22,7 @@ _SHORT = 40  # characters in a figure
 
 def markdown(text: str) -> str:
     """One line of Markdown that shows `text`, whatever stands in it: a paragraph, an item, a heading."""
-    return _FIRST.sub(
-        lambda match: f"{match[1] or match[3] or ''}&#{ord(match[2] or match[4])};", markdown_cell(text)
-    )
+    return _FIRST.sub(lambda match: f"{match[1] or match[3] or ''}&#{ord(match[2] or match[4])};", markdown_cell(text))
 
 
 def markdown_cell(text: str) -> str:

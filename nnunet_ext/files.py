@@ -39,9 +39,7 @@ def check_regular(path: Path, cure: str) -> None:
     except (OSError, ValueError) as error:  # a loop of links; a name that no file can have
         raise UsageError(f"{path} can't be read ({error}): {cure}.") from error
     if not stat.S_ISREG(mode):
-        raise UsageError(
-            f"{path} must be a file, it is {'a folder' if stat.S_ISDIR(mode) else 'none'}: {cure}."
-        )
+        raise UsageError(f"{path} must be a file, it is {'a folder' if stat.S_ISDIR(mode) else 'none'}: {cure}.")
 
 
 def read_json(path: Path, cure: str, kind: type = dict) -> Any:

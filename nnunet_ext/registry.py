@@ -142,13 +142,7 @@ def entries(kind: str) -> list[Entry]:
     for name, value, origin in sorted(points):
         holders.setdefault(name, []).append(f"{origin} ({value})")
     return [
-        Entry(
-            kind=kind,
-            name=name,
-            value=value,
-            distribution=origin,
-            refused=_refusal(kind, name, holders[name]),
-        )
+        Entry(kind=kind, name=name, value=value, distribution=origin, refused=_refusal(kind, name, holders[name]))
         for name, value, origin in sorted(points)
     ]
 
@@ -247,17 +241,13 @@ def _scheduled(name: str, base: Any, schedule: Schedule) -> Any:
     __init__.__signature__ = inspect.signature(base.__init__)  # type: ignore[attr-defined]
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self: Any) -> Any:  # noqa: N802
-        rotation, dummy_2d, initial_patch_size, _ = (
-            base.configure_rotation_dummyDA_mirroring_and_inital_patch_size(self)
+        rotation, dummy_2d, initial_patch_size, _ = base.configure_rotation_dummyDA_mirroring_and_inital_patch_size(
+            self
         )
         self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, initial_patch_size, None
 
-    body: dict[str, Any] = {
-        "__init__": __init__,
-        "__module__": __name__,
-        "__doc__": f"{base.__name__}: {schedule}.",
-    }
+    body: dict[str, Any] = {"__init__": __init__, "__module__": __name__, "__doc__": f"{base.__name__}: {schedule}."}
     if schedule.no_mirroring:
         hook = configure_rotation_dummyDA_mirroring_and_inital_patch_size
         body[hook.__name__] = hook
@@ -298,9 +288,7 @@ class _ExceptHook:
     signs: tuple[str, ...]
     hint: str
 
-    def __call__(
-        self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
+    def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         self.previous(kind, error, traceback)
         if any(sign in str(error) for sign in self.signs):
             print(self.hint, file=sys.stderr)

@@ -62,9 +62,7 @@ def page(height: float, width: float = WIDTH) -> Iterator[Any]:
     from matplotlib.figure import Figure
 
     with rc_context(_RC), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", r"(Glyph|constrained_layout)"
-        )  # names in any script and of any length
+        warnings.filterwarnings("ignore", r"(Glyph|constrained_layout)")  # names in any script and of any length
         yield Figure(figsize=(width, height), layout="constrained")
 
 

@@ -163,9 +163,7 @@ def _check_tiff(path: Path) -> None:
                 for _ in range(_next(stream, layout.tagnoformat)[0]):
                     name, kind, count, value = _next(stream, tag)
                     size = count * _TIFF_BYTES.get(kind, 0)
-                    if (
-                        name in _TIFF_STRIPS and size > layout.offsetsize
-                    ):  # else the value itself stands there
+                    if name in _TIFF_STRIPS and size > layout.offsetsize:  # else the value itself stands there
                         needed = max(needed, value + size)
             if place:
                 raise ValueError("it is damaged: its pages lead in a circle")

@@ -140,9 +140,7 @@ def claims(tmp_path_factory: pytest.TempPathFactory) -> Claims:
 def run_python(tmp_path: Path) -> RunPython:
     """Run code in a fresh process of this Python, outside the repository; it must end with status 0."""
 
-    def _run(
-        code: str, *options: str, env: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def _run(code: str, *options: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, *options, "-c", code],
             cwd=tmp_path,

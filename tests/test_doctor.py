@@ -31,11 +31,7 @@ class nnUNetTrainerAcme(nnUNetTrainer): pass
 class AcmePlanner(ExperimentPlanner): pass
 class AcmeNet(nn.Module): pass
 """
-ACME_NAMES = {
-    "trainers": ["nnUNetTrainerAcme"],
-    "planners": ["AcmePlanner"],
-    "architectures": ["AcmeNet"],
-}
+ACME_NAMES = {"trainers": ["nnUNetTrainerAcme"], "planners": ["AcmePlanner"], "architectures": ["AcmeNet"]}
 
 
 def about(findings: list[Finding], subject: str) -> Finding:
@@ -113,9 +109,7 @@ def test_whole_names_are_found(examined: tuple[set[str], list[Finding]]) -> None
     assert str(hook.__file__) in about(findings, "hook").detail
 
 
-def test_everything_broken_is_a_row_with_a_cure_and_nothing_else_is(
-    examined: tuple[set[str], list[Finding]],
-) -> None:
+def test_everything_broken_is_a_row_with_a_cure_and_nothing_else_is(examined: tuple[set[str], list[Finding]]) -> None:
     _, findings = examined
     for subject, (detail, cure) in BROKEN.items():
         found = about(findings, subject)
@@ -238,8 +232,7 @@ def test_python_that_is_gone_is_a_failure(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("code", "detail"),
-    [("import os; os.abort()", "ended with status"), ("import no_such_module", "no_such_module")],
+    ("code", "detail"), [("import os; os.abort()", "ended with status"), ("import no_such_module", "no_such_module")]
 )
 def test_process_that_dies_is_a_row(code: str, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_PROBE", code)
@@ -257,8 +250,7 @@ def test_process_that_hangs_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "fate"),
-    [("time.sleep(60)", "takes longer than 5 s"), ("os._exit(0)", "ends the process, status 0")],
+    ("end", "fate"), [("time.sleep(60)", "takes longer than 5 s"), ("os._exit(0)", "ends the process, status 0")]
 )
 def test_class_whose_import_hangs_or_ends_the_process_is_left_out_and_named(
     end: str, fate: str, monkeypatch: pytest.MonkeyPatch
@@ -339,9 +331,7 @@ def test_checks_that_lack_packaging_are_rows(monkeypatch: pytest.MonkeyPatch) ->
 def test_leftover_folder_of_nnunet_is_a_failure_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.machinery.ModuleSpec("nnunetv2", None, is_package=True)
     spec.submodule_search_locations = ["/env/nnunetv2"]
-    monkeypatch.setattr(
-        environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: spec))
-    )
+    monkeypatch.setattr(environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: spec)))
     found = environment.host()
     assert found.level == "failure"
     assert "/env/nnunetv2" in found.detail
@@ -363,19 +353,14 @@ def test_leftover_folder_is_what_python_finds_then(tmp_path: Path, run_python: R
 
 
 def test_missing_nnunet_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    )
+    monkeypatch.setattr(environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     assert environment.host() == failure("nnunetv2", "can't be imported", "pip install nnunetv2")
 
 
 @pytest.mark.parametrize(
     ("message", "cure"),
     [
-        (
-            "Failed to load the backend extension: torch_npu. You can",
-            "entry point torch.backends is called torch_npu",
-        ),
+        ("Failed to load the backend extension: torch_npu. You can", "entry point torch.backends is called torch_npu"),
         ("Failed to load the backend extension: nnunet_ext. You can", installation.reinstall()),
         ("libcudart.so.12: cannot open shared object file", "repair torch"),
     ],
@@ -456,9 +441,7 @@ def test_switched_off_compilation_is_said(value: str, monkeypatch: pytest.Monkey
 
 def test_compilation_without_triton_is_a_failure_with_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(environment.COMPILE, raising=False)
-    monkeypatch.setattr(
-        environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    )
+    monkeypatch.setattr(environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     found = environment._compilation()
     assert (found.level, found.detail) == ("failure", "triton isn't installed")
     assert "export nnUNet_compile=f" in found.cure

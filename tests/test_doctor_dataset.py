@@ -122,12 +122,7 @@ IMAGE, LABEL = "imagesTr/v1.0_0000.nii.gz", "labelsTr/v1.0.nii.gz"
 FLIPPED = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 
 CASES: dict[str, tuple[Spoil, str, str, str]] = {
-    "image cut": (
-        lambda f: cut(f / IMAGE),
-        "failure",
-        "v1.0",
-        "v1.0_0000.nii.gz can't be read: it is cut off",
-    ),
+    "image cut": (lambda f: cut(f / IMAGE), "failure", "v1.0", "v1.0_0000.nii.gz can't be read: it is cut off"),
     "label cut": (lambda f: cut(f / LABEL), "failure", "v1.0", "v1.0.nii.gz can't be read: it is cut off"),
     "empty file": (lambda f: (f / IMAGE).write_bytes(b""), "failure", "v1.0", "it is empty"),
     "no image": (lambda f: (f / LABEL).write_bytes(b"text"), "failure", "v1.0", "can't be read"),
@@ -136,46 +131,21 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "negative label": (label_with(-1), "failure", "v1.0", "holds the labels -1, "),
     "fraction": (label_with(0.5), "failure", "v1.0", "must hold whole numbers, it holds 0.5"),
     "nan in label": (label_with(np.nan), "failure", "v1.0", "v1.0.nii.gz holds NaN or infinity"),
-    "channel's shape": (
-        with_values("imagesTr/v1.0_0001.nii.gz", scan(0, (6, 8, 9))),
-        "failure",
-        "v1.0",
-        "shape 6x8x9",
-    ),
+    "channel's shape": (with_values("imagesTr/v1.0_0001.nii.gz", scan(0, (6, 8, 9))), "failure", "v1.0", "shape 6x8x9"),
     "label's shape": (with_values(LABEL, label_map((5, 8, 10))), "failure", "v1.0", "has the shape 5x8x10"),
     "spacing": (placed(LABEL, spacing=(1.0, 1.0, 2.5)), "failure", "v1.0", "has the spacing 2.5x1x1"),
     "origin": (placed(LABEL, origin=(0.0, 0.0, 1.0)), "warning", "v1.0", "lies up to 1 voxels away from"),
     "direction": (placed(LABEL, direction=FLIPPED), "warning", "v1.0", "other origin or direction"),
-    "channel's origin": (
-        placed("imagesTr/v1.0_0001.nii.gz", origin=(9.0, 0.0, 0.0)),
-        "warning",
-        "v1.0",
-        "9 voxels",
-    ),
+    "channel's origin": (placed("imagesTr/v1.0_0001.nii.gz", origin=(9.0, 0.0, 0.0)), "warning", "v1.0", "9 voxels"),
     "empty case": (
         with_values(LABEL, np.zeros((6, 8, 10), np.uint8)),
         "warning",
         "v1.0",
         "holds no foreground, only 0",
     ),
-    "constant": (
-        with_values(IMAGE, np.full((6, 8, 10), 7.0)),
-        "warning",
-        "v1.0",
-        "same value, 7, everywhere",
-    ),
-    "hidden": (
-        copied(IMAGE, "imagesTr/._v1.0_0000.nii.gz"),
-        "failure",
-        "imagesTr",
-        "takes for cases: ._v1.0_0000",
-    ),
-    "ds store": (
-        lambda f: (f / "labelsTr/.DS_Store").touch(),
-        "warning",
-        "labelsTr",
-        "hidden files: .DS_Store",
-    ),
+    "constant": (with_values(IMAGE, np.full((6, 8, 10), 7.0)), "warning", "v1.0", "same value, 7, everywhere"),
+    "hidden": (copied(IMAGE, "imagesTr/._v1.0_0000.nii.gz"), "failure", "imagesTr", "takes for cases: ._v1.0_0000"),
+    "ds store": (lambda f: (f / "labelsTr/.DS_Store").touch(), "warning", "labelsTr", "hidden files: .DS_Store"),
     "unnumbered": (
         copied(IMAGE, "imagesTr/new.nii.gz"),
         "failure",
@@ -224,39 +194,16 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         "has 1 channel in v1.0_0000.nii.gz",
     ),
     "missing label": (lambda f: (f / LABEL).unlink(), "failure", "v1.0", "v1.0.nii.gz is missing"),
-    "label alone": (
-        copied(LABEL, "labelsTr/x.nii.gz"),
-        "warning",
-        "labelsTr",
-        "x.nii.gz belongs to no image",
-    ),
+    "label alone": (copied(LABEL, "labelsTr/x.nii.gz"), "warning", "labelsTr", "x.nii.gz belongs to no image"),
     "same scan": (
-        lambda f: [
-            shutil.copy(f / f"imagesTr/v1.0_000{c}.nii.gz", f / f"imagesTr/v1.3_000{c}.nii.gz")
-            for c in (0, 1)
-        ],
+        lambda f: [shutil.copy(f / f"imagesTr/v1.0_000{c}.nii.gz", f / f"imagesTr/v1.3_000{c}.nii.gz") for c in (0, 1)],
         "warning",
         "v1.3",
         "has the same image as v1.0",
     ),
-    "numTraining": (
-        lambda f: describe(f, numTraining=4),
-        "failure",
-        "dataset.json",
-        "is 4, the data set has 5 cases",
-    ),
-    "no numTraining": (
-        lambda f: describe(f, numTraining=None),
-        "failure",
-        "dataset.json",
-        "has no numTraining",
-    ),
-    "no channel names": (
-        lambda f: describe(f, channel_names=None),
-        "failure",
-        "dataset.json",
-        "lacks channel_names",
-    ),
+    "numTraining": (lambda f: describe(f, numTraining=4), "failure", "dataset.json", "is 4, the data set has 5 cases"),
+    "no numTraining": (lambda f: describe(f, numTraining=None), "failure", "dataset.json", "has no numTraining"),
+    "no channel names": (lambda f: describe(f, channel_names=None), "failure", "dataset.json", "lacks channel_names"),
     "old name": (
         lambda f: describe(f, channel_names=None, modality={"0": "T1", "1": "T2"}),
         "warning",
@@ -315,8 +262,7 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "no labelsTr": (lambda f: shutil.rmtree(f / "labelsTr"), "failure", "data set", "has no folder labelsTr"),
     "case of letters": (
         lambda f: [
-            shutil.copy(f / "imagesTr" / f"v1.0_000{c}.nii.gz", f / "imagesTr" / f"V1.0_000{c}.nii.gz")
-            for c in (0, 1)
+            shutil.copy(f / "imagesTr" / f"v1.0_000{c}.nii.gz", f / "imagesTr" / f"V1.0_000{c}.nii.gz") for c in (0, 1)
         ],
         "failure",
         "v1.0",
@@ -337,8 +283,7 @@ def test_a_fault_is_found_with_its_cure(name: str, folder: Path) -> None:
     spoil(folder)
     found = faults(folder)
     assert any(
-        (fault.level, fault.subject) == (level, subject) and detail in fault.detail and fault.cure
-        for fault in found
+        (fault.level, fault.subject) == (level, subject) and detail in fault.detail and fault.cure for fault in found
     ), found
 
 
@@ -375,9 +320,7 @@ def test_an_axis_of_one_voxel_is_right_where_nnunet_takes_it_for_2d(axis: int, f
         for i in range(5):
             for channel in (0, 1):
                 save(
-                    folder / "imagesTr" / f"v1.{i}_{channel:04d}.nii.gz",
-                    scan(10 * i + channel, tuple(shape)),
-                    spacing,
+                    folder / "imagesTr" / f"v1.{i}_{channel:04d}.nii.gz", scan(10 * i + channel, tuple(shape)), spacing
                 )
             labels = (np.arange(144) % 3).astype(np.uint8).reshape(shape)
             save(folder / "labelsTr" / f"v1.{i}.nii.gz", labels, spacing)
@@ -423,9 +366,7 @@ def test_volumes_of_tif_are_read_by_their_reader_with_spacing_beside(folder: Pat
     assert faults(folder) == []
     (folder / "labelsTr" / "c2.json").unlink()
     (found,) = faults(folder)
-    assert found.detail.endswith(
-        "has the spacing 1x1x1, " + str(folder / "imagesTr" / "c2_0000.tif") + " 2x1x1"
-    )
+    assert found.detail.endswith("has the spacing 1x1x1, " + str(folder / "imagesTr" / "c2_0000.tif") + " 2x1x1")
 
 
 def test_cases_that_dataset_json_lists_are_read_where_they_lie(folder: Path) -> None:
@@ -444,9 +385,7 @@ def test_cases_that_dataset_json_lists_are_read_where_they_lie(folder: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["1234", "Dataset1234_Toy.v2", "path"])
-def test_the_command_takes_number_name_or_folder(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_takes_number_name_or_folder(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--dataset", str(folder) if name == "path" else name, "-np", "1"]) == 0
     assert "5 cases read" in capsys.readouterr().out
     cut(folder / IMAGE)

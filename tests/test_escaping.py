@@ -65,9 +65,7 @@ def test_names_in_figures_are_short_and_not_hidden() -> None:
 
 
 def test_names_that_differ_in_their_middle_are_told_apart_in_figures() -> None:
-    trainers = [
-        f"nnUNetTrainer{name}, nnUNetPlans, 3d_fullres" for name in ("Reversible", "ReversibleDistilled")
-    ]
+    trainers = [f"nnUNetTrainer{name}, nnUNetPlans, 3d_fullres" for name in ("Reversible", "ReversibleDistilled")]
     assert len({drawn(name) for name in trainers}) == 1
     assert [drawn(name, trainers) for name in trainers] == trainers
     assert len(drawn(trainers[0], [trainers[0], "other"])) == 40

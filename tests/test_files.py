@@ -31,9 +31,7 @@ from nnunet_ext.files import (
 from tests.conftest import KilledPartial, RunPython
 
 
-def test_failed_write_keeps_the_old_file_and_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_file_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "note.json"
     write_text(path, "old")
 
@@ -41,9 +39,7 @@ def test_failed_write_keeps_the_old_file_and_names_it(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(
-        UsageError, match=r"can't write .*note\.json: No space left on device.*another output folder"
-    ):
+    with pytest.raises(UsageError, match=r"can't write .*note\.json: No space left on device.*another output folder"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["note.json"]
@@ -71,9 +67,7 @@ def test_folder_that_failed_is_removed(tmp_path: Path, error: BaseException) -> 
     assert os.listdir(tmp_path) == []
 
 
-def test_work_of_living_processes_and_of_other_programs_stays(
-    tmp_path: Path, killed_partial: KilledPartial
-) -> None:
+def test_work_of_living_processes_and_of_other_programs_stays(tmp_path: Path, killed_partial: KilledPartial) -> None:
     living = partial(tmp_path / "shipped")  # of a parallel call of this very process
     elsewhere = tmp_path / partial(tmp_path / "x").name.replace(files._machine(), "other-node-4026531836")
     foreign = [tmp_path / name for name in (".partial-rsync", ".partial-nnunet_ext-notes", "data.partial-1")]
@@ -205,9 +199,7 @@ def test_folder_in_the_place_of_a_file_is_not_deleted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
-@pytest.mark.parametrize(
-    "call", ["write_text(path, 'x' * 10**5)", "write_files(path.parent, {'note': b'x' * 10**5})"]
-)
+@pytest.mark.parametrize("call", ["write_text(path, 'x' * 10**5)", "write_files(path.parent, {'note': b'x' * 10**5})"])
 def test_disk_that_takes_no_more_keeps_the_old_file(call: str, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("old")
     code = f"""
@@ -301,9 +293,7 @@ with locked(Path({str(tmp_path / "demo.lock")!r})):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_file_system_without_locks_holds_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_file_system_without_locks_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -314,8 +304,5 @@ def test_file_system_without_locks_holds_nothing(
 
 def test_lock_that_cant_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(UsageError, match=r"can't write .*demo\.lock"),
-        locked(tmp_path / "file" / "demo.lock"),
-    ):
+    with pytest.raises(UsageError, match=r"can't write .*demo\.lock"), locked(tmp_path / "file" / "demo.lock"):
         pytest.fail("locked")

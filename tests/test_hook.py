@@ -253,9 +253,7 @@ def test_second_copy_replaces_the_first_ones_finder() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_module_that_is_loaded_past_the_finder_is_said_with_those_before_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_module_that_is_loaded_past_the_finder_is_said_with_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     hook.install()
     sys.meta_path.insert(0, AskingFinder())  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, TRAINERS, ModuleType(TRAINERS))

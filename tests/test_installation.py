@@ -28,10 +28,7 @@ def install_from(monkeypatch: pytest.MonkeyPatch, record: Any, requires: list[st
         ({"url": "file://{}", "dir_info": {"editable": True}}, "-e {}"),
         ({"url": "file://{}", "dir_info": {}}, "{}"),
         ({"url": "file://{}", "archive_info": {}}, "{}"),
-        (
-            {"url": "https://host/r.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
-            "git+https://host/r.git@abc",
-        ),
+        ({"url": "https://host/r.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "git+https://host/r.git@abc"),
         ({"url": "https://host/nnunet_ext-1-py3-none-any.whl", "archive_info": {}}, None),
         ({"url": "file:///gone/nnunet_ext-1-py3-none-any.whl", "archive_info": {}}, installation.UNKNOWN),
         ({"dir_info": {}}, installation.UNKNOWN),
@@ -87,11 +84,7 @@ def test_requirements_of_the_onnx_extra_are_found_in_the_metadata_of_this_copy()
 def test_no_line_of_code_or_documentation_installs_the_name_of_the_project() -> None:
     folders = ("nnunet_ext", "docs", "benchmarks")
     pages = [REPOSITORY / "README.md", REPOSITORY / "_nnunet_ext_hook.py"]
-    pages += [
-        path for name in folders for path in (REPOSITORY / name).rglob("*") if path.suffix in {".py", ".md"}
-    ]
+    pages += [path for name in folders for path in (REPOSITORY / name).rglob("*") if path.suffix in {".py", ".md"}]
     line = re.compile(r"(pip|uv|conda|poetry)\b[^\n`]*\b(install|add)\b[^\n`]*nnunet[-_]ext(?![-_\w/.])")
-    found = [
-        f"{page}: {match[0]}" for page in pages for match in line.finditer(page.read_text(encoding="utf-8"))
-    ]
+    found = [f"{page}: {match[0]}" for page in pages for match in line.finditer(page.read_text(encoding="utf-8"))]
     assert found == []

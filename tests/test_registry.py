@@ -46,14 +46,8 @@ def entry(name: str, kind: str = "trainers") -> Entry:
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [
-        (
-            "nnUNetTrainer_5epochs",
-            Schedule(base="nnUNetTrainer", epochs=5, iterations=None, no_mirroring=False),
-        ),
-        (
-            "nnUNetTrainerX_50iters",
-            Schedule(base="nnUNetTrainerX", epochs=None, iterations=50, no_mirroring=False),
-        ),
+        ("nnUNetTrainer_5epochs", Schedule(base="nnUNetTrainer", epochs=5, iterations=None, no_mirroring=False)),
+        ("nnUNetTrainerX_50iters", Schedule(base="nnUNetTrainerX", epochs=None, iterations=50, no_mirroring=False)),
         (
             "nnUNetTrainerX_NoMirroring",
             Schedule(base="nnUNetTrainerX", epochs=None, iterations=None, no_mirroring=True),
@@ -100,14 +94,7 @@ def test_other_names_are_no_schedule(name: str) -> None:
 
 @pytest.mark.parametrize(
     "suffix",
-    [
-        "_0epochs",
-        "_50iters_20epochs",
-        "_NoMirroring_20epochs",
-        "_20epochs_30epochs",
-        "__20epochs",
-        "_20Epochs",
-    ],
+    ["_0epochs", "_50iters_20epochs", "_NoMirroring_20epochs", "_20epochs_30epochs", "__20epochs", "_20Epochs"],
 )
 def test_suffix_outside_the_grammar_is_an_unknown_name(install: Install, suffix: str) -> None:
     install("acme", ACME, trainers=["nnUNetTrainerAcme"])
@@ -169,11 +156,7 @@ def test_distribution_that_is_seen_twice_is_no_duplicate(
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        ("trainers", "nnUNetTrainerAdam"),
-        ("planners", "ExperimentPlanner"),
-        ("trainers", "nnUNetTrainer_5epochs"),
-    ],
+    [("trainers", "nnUNetTrainerAdam"), ("planners", "ExperimentPlanner"), ("trainers", "nnUNetTrainer_5epochs")],
 )
 def test_name_that_nnunet_has_is_refused_and_not_shadowed(install: Install, kind: str, name: str) -> None:
     install("acme", f"class {name}: pass", **{kind: [name]})
@@ -235,9 +218,7 @@ def test_half_removed_distribution_is_listed_as_unknown(install: Install, metada
         ("entry_points.txt", b"[nnunet_ext.trainers]\nno equals sign\n"),
     ],
 )
-def test_unreadable_metadata_of_one_distribution_spares_the_others(
-    install: Install, file: str, content: bytes
-) -> None:
+def test_unreadable_metadata_of_one_distribution_spares_the_others(install: Install, file: str, content: bytes) -> None:
     install("acme", ACME, trainers=["nnUNetTrainerAcme"])
     (install("latin", ACME, trainers=["nnUNetTrainerLatin"]) / file).write_bytes(content)
     assert entry("nnUNetTrainerAcme").distribution == "acme 1.0"
@@ -330,13 +311,9 @@ def test_schedule_sets_epochs_iterations_and_checkpoints(install: Install) -> No
 
 
 @pytest.mark.parametrize(("epochs", "save_every"), [(1, 1), (9, 1), (100, 10), (2000, 50)])
-def test_schedule_saves_ten_times_at_least_as_often_as_before(
-    install: Install, epochs: int, save_every: int
-) -> None:
+def test_schedule_saves_ten_times_at_least_as_often_as_before(install: Install, epochs: int, save_every: int) -> None:
     install("acme", ACME, trainers=["nnUNetTrainerAcme"])
-    assert (
-        registry.resolve("trainers", f"nnUNetTrainerAcme_{epochs}epochs")(*ARGUMENTS).save_every == save_every
-    )
+    assert registry.resolve("trainers", f"nnUNetTrainerAcme_{epochs}epochs")(*ARGUMENTS).save_every == save_every
 
 
 def test_what_the_suffix_does_not_name_stays_the_trainers_own(install: Install) -> None:
@@ -396,24 +373,16 @@ PLANS: dict[str, Any] = {
 }
 
 
-def test_schedule_of_nnunets_own_trainer_is_a_working_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_schedule_of_nnunets_own_trainer_is_a_working_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     for folder in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{folder}", str(tmp_path))
     dataset = {"labels": {"background": 0, "one": 1}, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
     scheduled = registry.resolve("trainers", "nnUNetTrainer_3epochs_10iters_NoMirroring")
-    trainer = scheduled(
-        plans=dict(PLANS), configuration="2d", fold=0, dataset_json=dataset, device=torch.device("cpu")
-    )
+    trainer = scheduled(plans=dict(PLANS), configuration="2d", fold=0, dataset_json=dataset, device=torch.device("cpu"))
     assert set(trainer.my_init_kwargs) == set(inspect.signature(scheduled).parameters)
-    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (
-        3,
-        10,
-        2,
-    )
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (3, 10, 2)
     assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
 
 

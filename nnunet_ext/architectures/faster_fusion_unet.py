@@ -15,9 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from dynamic_network_architectures.building_blocks.helper import (
-    get_matching_batchnorm,
-)
+from dynamic_network_architectures.building_blocks.helper import get_matching_batchnorm
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
@@ -28,13 +26,7 @@ from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_h
 from nnunet_ext.architectures.common.onednn import is_exporting, is_observed, is_transformed
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
-from nnunet_ext.architectures.fusion.blocks import (
-    Downsample,
-    FasterFusionBlock,
-    Form,
-    FusedBlock,
-    Geometry,
-)
+from nnunet_ext.architectures.fusion.blocks import Downsample, FasterFusionBlock, Form, FusedBlock, Geometry
 from nnunet_ext.architectures.fusion.folding import fold_batch_norms
 from nnunet_ext.architectures.fusion.snapshot import Snapshot
 
@@ -101,9 +93,7 @@ class FasterFusionUNet(nn.Module):
         self.patch_divisors = patch_divisors(self.encoder.strides)
         divisors = [divisor] * plan.n_stages if isinstance(divisor, int) else list(divisor)
         if len(divisors) != plan.n_stages:
-            raise ValueError(
-                f"divisor needs one number or {plan.n_stages} of them (n_stages), got {divisors}."
-            )
+            raise ValueError(f"divisor needs one number or {plan.n_stages} of them (n_stages), got {divisors}.")
         self._replace(threshold, divisors, downsample, decoder_split == "both", plan.norm_op_kwargs)
         self.batch_norm = batch_norm
         self.form: Form | None = None
@@ -232,9 +222,7 @@ class FasterFusionUNet(nn.Module):
             ValueError: another form, or this network is fused already.
         """
         if self.form is not None:
-            raise ValueError(
-                f"This network is fused already (form={self.form!r}): fuse the one that was trained."
-            )
+            raise ValueError(f"This network is fused already (form={self.form!r}): fuse the one that was trained.")
         fused = copied(self).eval()
         fused._fuse_in_place(form)
         return fused

@@ -21,18 +21,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from nnunet_ext.architectures.common.onednn import is_exporting, is_transformed
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
-from nnunet_ext.architectures.common.plan_sizes import (
-    check_stages,
-    per_stage_and_axis,
-)
+from nnunet_ext.architectures.common.plan_sizes import check_stages, per_stage_and_axis
 from nnunet_ext.architectures.implicit.decoder import Maps, PointDecoder
 from nnunet_ext.architectures.implicit.point_sampling import points_per_patch
-from nnunet_ext.architectures.implicit.sparse_inference import (
-    Mesh,
-    Refinement,
-    SparsePrediction,
-    dense_logits,
-)
+from nnunet_ext.architectures.implicit.sparse_inference import Mesh, Refinement, SparsePrediction, dense_logits
 
 CONVS_PER_STAGE = (2, 2, 4, 4, 1)  # of the paper; further stages have one
 
@@ -137,11 +129,7 @@ class ImplicitUNet(nn.Module):
         self.n_points, self.sparse, self.smooth = n_points, sparse, smooth
         self.mesh_spacing = _spacing(mesh_spacing, cumulative)
         self.refinement = Refinement(
-            margin=margin,
-            threshold=threshold,
-            second_look=second_look,
-            dense_above=dense_above,
-            chunk_size=chunk_size,
+            margin=margin, threshold=threshold, second_look=second_look, dense_above=dense_above, chunk_size=chunk_size
         )
         self._assumed_share: float | None = None
         self._refined_cells = self._cells = 0
@@ -194,9 +182,7 @@ class ImplicitUNet(nn.Module):
                 "give voxel indices of the patch for each sample."
             )
         if points.dtype != torch.int64:
-            raise ValueError(
-                f"points must be int64 voxel indices, got {points.dtype}: round and convert them."
-            )
+            raise ValueError(f"points must be int64 voxel indices, got {points.dtype}: round and convert them.")
 
     def refined_share(self, reset: bool = False) -> float | None:
         """Share of the cells that sparse prediction decoded voxel by voxel since the last reset; None: no prediction.
@@ -251,9 +237,7 @@ def _spacing(mesh_spacing: int | Sequence[int], cumulative: Sequence[tuple[int, 
     """Mesh spacing per axis: that of the first map coarse enough, so axes of thick slices have a finer mesh."""
     if not isinstance(mesh_spacing, int):
         if len(mesh_spacing) != len(cumulative[0]):
-            raise ValueError(
-                f"mesh_spacing needs {len(cumulative[0])} numbers, one per axis, got {mesh_spacing}."
-            )
+            raise ValueError(f"mesh_spacing needs {len(cumulative[0])} numbers, one per axis, got {mesh_spacing}.")
         return tuple(mesh_spacing)
     coarse = next((s for s in cumulative if max(s) >= mesh_spacing), None)
     if coarse is None:

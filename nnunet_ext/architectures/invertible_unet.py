@@ -76,8 +76,7 @@ class Encoder(nn.Module):
             nn.ModuleList(coupling.couplings(plan, stage, stage.encoder_blocks)) for stage in stages
         )
         self.descents = nn.ModuleList(
-            Descend(Squeeze(stage.channels // prod(stage.stride), stage.stride, mixing))
-            for stage in stages[1:]
+            Descend(Squeeze(stage.channels // prod(stage.stride), stage.stride, mixing)) for stage in stages[1:]
         )
 
     def steps(self) -> Iterator[Any]:
@@ -105,8 +104,7 @@ class Decoder(nn.Module):
         self.deep_supervision = deep_supervision
         upwards = stages[-2::-1]
         self.ascents = nn.ModuleList(
-            Ascend(Squeeze(stage.channels // prod(stage.stride), stage.stride, mixing))
-            for stage in stages[:0:-1]
+            Ascend(Squeeze(stage.channels // prod(stage.stride), stage.stride, mixing)) for stage in stages[:0:-1]
         )
         self.stages = nn.ModuleList(
             nn.ModuleList(coupling.couplings(plan, stage, stage.decoder_blocks)) for stage in upwards

@@ -193,9 +193,7 @@ class PriorDecoder(UNetDecoder):
         if self.resampling == "nearest":
             return downsample_labels(prior, strides)
         kernel = tuple(strides)
-        return (
-            functional.max_pool3d(prior, kernel) if len(kernel) == 3 else functional.max_pool2d(prior, kernel)
-        )
+        return functional.max_pool3d(prior, kernel) if len(kernel) == 3 else functional.max_pool2d(prior, kernel)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements that training keeps per sample: those of nnU-Net's decoder, and the prior of each level."""

@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dynamic_network_architectures.building_blocks.helper import (
-    get_matching_convtransp,
-)
+from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
@@ -22,12 +20,7 @@ from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.reversible.decoder import StagedDecoder
 from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
-from nnunet_ext.architectures.reversible.stages import (
-    CouplingSpec,
-    ReversiblePlan,
-    StageSpec,
-    check_patch,
-)
+from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec, check_patch
 
 
 class Encoder(nn.Module):

@@ -56,8 +56,7 @@ class Builders:
         """
         build = request.setting.training_builder(trainer)
         return cls(
-            train=lambda: build().train(),
-            deploy=deployed(request.setting.builder(trainer, deep_supervision=False)),
+            train=lambda: build().train(), deploy=deployed(request.setting.builder(trainer, deep_supervision=False))
         )
 
 
@@ -91,9 +90,7 @@ def _deployed(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
 
 def _step(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
     setting, dtype = request.setting, request.machine.counting_dtype
-    memory = measure_step(
-        builders.train, setting.input_channels, setting.patch_size, setting.batch_size, dtype
-    )
+    memory = measure_step(builders.train, setting.input_channels, setting.patch_size, setting.batch_size, dtype)
     return {"held_bytes": memory.held, "peak_bytes": memory.peak}
 
 
@@ -106,9 +103,7 @@ def _inference(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
 def step_needs(request: BenchmarkRequest, builders: Builders) -> int:
     """Bytes of a training step of the patch that is timed, with parameters and momentum."""
     setting, dtype = request.setting, request.machine.counting_dtype
-    memory = measure_step(
-        builders.train, setting.input_channels, request.timed_patch, setting.batch_size, dtype
-    )
+    memory = measure_step(builders.train, setting.input_channels, request.timed_patch, setting.batch_size, dtype)
     return memory.peak + 2 * memory.parameters
 
 

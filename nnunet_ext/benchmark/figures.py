@@ -59,9 +59,7 @@ def _draw_bars(axis: Any, methods: tuple[Method, ...], key: str) -> None:
         bar.set_facecolor(_COLOURS[index % len(_COLOURS)])
         bar.set_hatch(_HATCHES[index % len(_HATCHES)])
         text = "not measured" if value is None else f"{value:.2f}"
-        axis.annotate(
-            text, (value or 0.0, index), (3, 0), textcoords="offset points", va="center", fontsize=7
-        )
+        axis.annotate(text, (value or 0.0, index), (3, 0), textcoords="offset points", va="center", fontsize=7)
     axis.axvline(1.0, color="black", linewidth=0.6, linestyle="--")
     axis.set_xlim(0, 1.22 * max(1.0, *(value or 0.0 for value in values)))
     axis.spines[["top", "right"]].set_visible(False)

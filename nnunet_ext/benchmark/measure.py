@@ -38,9 +38,7 @@ class TrainingStep:
         self._machine = machine
         self._scaler = machine.gradient_scaler()
         self._parameters = list(network.parameters())
-        self._optimizer = torch.optim.SGD(
-            self._parameters, lr=0.0, weight_decay=3e-5, momentum=0.99, nesterov=True
-        )
+        self._optimizer = torch.optim.SGD(self._parameters, lr=0.0, weight_decay=3e-5, momentum=0.99, nesterov=True)
 
     def forward(self, x: Tensor) -> Any:
         """(B, C, *patch) -> logits, with deep supervision a list of them; of several passes those of the last."""
@@ -125,9 +123,7 @@ class Subject:
             network = self._network.to(machine.kind)
             work = self._prepare(network, torch.randn(*self._shape, device=machine.kind), machine)
             steps = 1
-            if (
-                machine.is_cuda
-            ):  # the first fills the allocator's cache, which the network before has left empty
+            if machine.is_cuda:  # the first fills the allocator's cache, which the network before has left empty
                 _seconds(work, WARM_UP_STEPS - 1, machine, clock)
                 steps = _enough(_seconds(work, 1, machine, clock))
             return _seconds(work, steps, machine, clock) / steps
@@ -223,9 +219,7 @@ def measure_gpu_step(build: Callable[[], nn.Module], shape: Sequence[int], machi
     held = torch.cuda.memory_allocated() - before
     step.finish(outputs)
     machine.synchronize()
-    return GpuStepMemory(
-        held=held, peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved()
-    )
+    return GpuStepMemory(held=held, peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
 
 
 def measure_gpu_inference(build: Callable[[], nn.Module], shape: Sequence[int], machine: Machine) -> int:

@@ -90,8 +90,7 @@ class Method:
         """The same with ratios to `baseline`; memory is compared only where both were found in the same way."""
         comparable = self.memory == baseline.memory
         ratios = {
-            key: _ratio(self, baseline, key) if comparable or not key.endswith("_bytes") else None
-            for key in QUANTITIES
+            key: _ratio(self, baseline, key) if comparable or not key.endswith("_bytes") else None for key in QUANTITIES
         }
         return replace(self, ratios=ratios)
 

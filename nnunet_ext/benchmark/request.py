@@ -46,9 +46,7 @@ class BenchmarkRequest:
         if self.repeats < 0:
             raise UsageError(f"--repeats must be 0 or more, got {self.repeats}: 0 takes no times.")
         if any(depth < 1 for depth in self.depths):
-            raise UsageError(
-                f"--depth needs numbers of 1 or more, got {min(self.depths)}: use for example 1 2 4 8."
-            )
+            raise UsageError(f"--depth needs numbers of 1 or more, got {min(self.depths)}: use for example 1 2 4 8.")
         for trainer in self.trainers or ():
             trainer_class(trainer)
         if self.time_patch is not None:
@@ -58,9 +56,7 @@ class BenchmarkRequest:
         strides = self.setting.strides
         shown = " ".join(map(str, patch))
         if len(patch) != len(strides):
-            raise UsageError(
-                f"--time-patch needs {counted(len(strides), 'number')}, got {shown}: give one per axis."
-            )
+            raise UsageError(f"--time-patch needs {counted(len(strides), 'number')}, got {shown}: give one per axis.")
         coarsest = [voxels / stride for voxels, stride in zip(patch, strides, strict=True)]
         if not all(size.is_integer() and size > 0 for size in coarsest) or math.prod(coarsest) < 2:
             raise UsageError(

@@ -86,9 +86,7 @@ def _methods_table(
 ) -> BenchmarkTable:
     kept = [column for column in columns if shown(report, column)]
     rows = ((_name(method.trainer), *(column.cell(method) for column in kept)) for method in report.methods)
-    return BenchmarkTable(
-        title, (("trainer",), *((column.title, f"[{column.unit}]") for column in kept)), tuple(rows)
-    )
+    return BenchmarkTable(title, (("trainer",), *((column.title, f"[{column.unit}]") for column in kept)), tuple(rows))
 
 
 def _has_values(report: Report, column: _Column) -> bool:
@@ -103,13 +101,7 @@ def _is_shown(report: Report, column: _Column) -> bool:
 
 
 def _depth_table(title: str, report: Report) -> BenchmarkTable:
-    header: tuple[Cell, ...] = (
-        ("trainer",),
-        ("depth",),
-        ("weights", "[M]"),
-        ("held", "[GiB]"),
-        ("peak", "[GiB]"),
-    )
+    header: tuple[Cell, ...] = (("trainer",), ("depth",), ("weights", "[M]"), ("held", "[GiB]"), ("peak", "[GiB]"))
     rows = (
         (
             (point.trainer,),
@@ -126,11 +118,7 @@ def _depth_table(title: str, report: Report) -> BenchmarkTable:
 def _name(trainer: str) -> Cell:
     """Two lines where that saves width: nnUNetTrainer, then what is special."""
     prefix = "nnUNetTrainer"
-    return (
-        (prefix, trainer.removeprefix(prefix))
-        if trainer.startswith(prefix) and trainer != prefix
-        else (trainer,)
-    )
+    return (prefix, trainer.removeprefix(prefix)) if trainer.startswith(prefix) and trainer != prefix else (trainer,)
 
 
 def notes(report: Report) -> Iterator[str]:

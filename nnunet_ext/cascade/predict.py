@@ -55,9 +55,7 @@ class Options:
         if not 0 < self.step_size <= 1:
             raise UsageError(f"-step_size is a share of the patch, got {self.step_size}: use 0.5.")
         if min(self.preprocessing, self.export) < 1:
-            raise UsageError(
-                f"-npp and -nps must be at least 1, got {self.preprocessing} and {self.export}: use 1."
-            )
+            raise UsageError(f"-npp and -nps must be at least 1, got {self.preprocessing} and {self.export}: use 1.")
 
 
 def predict(
@@ -113,9 +111,7 @@ def _check_folders(images: Path, output: Path, keep: Path) -> None:
     if not images.is_dir():
         raise UsageError(f"-i needs an existing folder of scans, got {images}: correct the path.")
     if len({images, output, keep}) < 3:
-        raise UsageError(
-            f"-i, -o and --keep must be three folders, got {images}, {output} and {keep}: choose others."
-        )
+        raise UsageError(f"-i, -o and --keep must be three folders, got {images}, {output} and {keep}: choose others.")
 
 
 def _input_files(images: Path, dataset: Mapping[str, Any]) -> dict[str, list[Path]]:
@@ -131,9 +127,7 @@ def _input_files(images: Path, dataset: Mapping[str, Any]) -> dict[str, list[Pat
             )
         found.setdefault(match[1], []).append(path)
     if not found:
-        raise UsageError(
-            f"-i needs scans called CASE_0000{ending}, {images} has none: rename them as in imagesTs."
-        )
+        raise UsageError(f"-i needs scans called CASE_0000{ending}, {images} has none: rename them as in imagesTs.")
     return found
 
 

@@ -147,9 +147,7 @@ def training_step(run: Trial) -> str:
     loss = float(np.mean(run.losses["train"]["loss"]))
     _check_finite("loss", loss)
     if not gradients:
-        raise ContractError(
-            "train_step never steps the optimizer", "call self.optimizer.step() in train_step"
-        )
+        raise ContractError("train_step never steps the optimizer", "call self.optimizer.step() in train_step")
     _check_weights(trainer, gradients)
     if all(torch.equal(before[name], p) for name, p in weights.items()):
         raise ContractError(
@@ -173,13 +171,10 @@ def _check_weights(trainer: Any, gradients: dict[str, Tensor | None]) -> None:
         )
     if broken := [name for name, g in gradients.items() if g is not None and not g.isfinite().all()]:
         raise ContractError(
-            f"the gradient is not finite for {_named(broken)}",
-            "look for a division, a root or a logarithm of 0",
+            f"the gradient is not finite for {_named(broken)}", "look for a division, a root or a logarithm of 0"
         )
     stepped = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    if left := [
-        name for name, p in trainer.network.named_parameters() if p.requires_grad and id(p) not in stepped
-    ]:
+    if left := [name for name, p in trainer.network.named_parameters() if p.requires_grad and id(p) not in stepped]:
         raise ContractError(
             f"the optimizer does not have {_named(left)}",
             "give configure_optimizers all parameters, or freeze those (requires_grad = False)",
@@ -265,9 +260,7 @@ def checkpoint(run: Trial) -> str:
     image = run.image()[None]
     wanted, again, found = (_logits(of, image) for of in (trainer, trainer, resumed))
     if not _is_close(wanted, again):
-        raise ContractError(
-            "a prediction differs from call to call", "switch dropout and other noise off in eval mode"
-        )
+        raise ContractError("a prediction differs from call to call", "switch dropout and other noise off in eval mode")
     if not _is_close(wanted, found):
         raise ContractError(
             f"the loaded network predicts differently, by up to {float((wanted - found).abs().max()):.2g}",
@@ -308,25 +301,17 @@ def prediction(run: Trial) -> str:
     first, *others = run.case.patch
     size = (first + first // 3, *others)
     image = run.image(*((2, *size) if len(size) == 2 else size))
-    options = {
-        "use_mirroring": False,
-        "device": CPU,
-        "perform_everything_on_device": False,
-        "allow_tqdm": False,
-    }
+    options = {"use_mirroring": False, "device": CPU, "perform_everything_on_device": False, "allow_tqdm": False}
     stored = nnUNetPredictor(**options)
     stored.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), CHECKPOINT)
     found = stored.predict_logits_from_preprocessed_data(image)
     wanted = (run.heads, *image.shape[1:])
     if tuple(found.shape) != wanted:
         raise ContractError(
-            f"the prediction has shape {tuple(found.shape)}, not {wanted}",
-            "return logits of the patch's size",
+            f"the prediction has shape {tuple(found.shape)}, not {wanted}", "return logits of the patch's size"
         )
     if not found.isfinite().all():
-        raise ContractError(
-            "the prediction is not finite", "keep logits below 65504: nnU-Net adds them up in float16"
-        )
+        raise ContractError("the prediction is not finite", "keep logits below 65504: nnU-Net adds them up in float16")
     own = nnUNetPredictor(**options)  # as the validation at the end of a training
     own.manual_initialization(
         trainer.network,
@@ -371,8 +356,6 @@ STEPS = (
         cure_of_ignore=f"{_IGNORE}; {_SEE}",
     ),
     Step("validation step", validation_step, _SEE, goes_on=True, cure_of_ignore=f"{_IGNORE}; {_SEE}"),
-    Step(
-        "checkpoint", checkpoint, f"let save_checkpoint call nnU-Net's own, {_RESTORE}; {_SEE}", goes_on=True
-    ),
+    Step("checkpoint", checkpoint, f"let save_checkpoint call nnU-Net's own, {_RESTORE}; {_SEE}", goes_on=True),
     Step("prediction", prediction, _REBUILD, goes_on=True),
 )

@@ -73,9 +73,7 @@ def _finding(subject: str, step: Callable[[], str], cure: str, on_error: OnError
         is_meant = isinstance(error, NotImplementedError) and not modules[-1].startswith(_HOSTS)
         if is_meant and str(error).strip():
             return Finding(level="warning", subject=subject, detail=f"not supported: {one_line(error)}")
-        theirs = [
-            f for f, module in zip(frames, modules, strict=True) if not module.startswith((*_HOSTS, _OWN))
-        ]
+        theirs = [f for f, module in zip(frames, modules, strict=True) if not module.startswith((*_HOSTS, _OWN))]
         place = (theirs or frames)[-1]
         where = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
         return failure(subject, f"{where}: {one_line(error)}", cure)

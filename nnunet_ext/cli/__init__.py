@@ -68,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _close_output()
         if error.errno != errno.EPIPE:  # `nnunet-ext list | head` is no error of the user
             reason = f"can't write {error.filename or 'its output'}: {error.strerror or error}"
-            print(
-                printable(f"nnunet-ext {parsed.command}: {reason}. Free space, then call again."),
-                file=sys.stderr,
-            )
+            print(printable(f"nnunet-ext {parsed.command}: {reason}. Free space, then call again."), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"nnunet-ext {parsed.command}: interrupted", file=sys.stderr)

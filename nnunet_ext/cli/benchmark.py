@@ -29,23 +29,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext benchmark``."""
     add = parser.add_argument
-    add(
-        "-d", dest="dataset", metavar="D", help="data set that nnU-Net has planned: number or DatasetXXX_Name"
-    )
+    add("-d", dest="dataset", metavar="D", help="data set that nnU-Net has planned: number or DatasetXXX_Name")
     add("-c", dest="configuration", metavar="C", help="configuration of the plans, e.g. 3d_fullres")
     add("-p", dest="plans_name", metavar="PLANS", help="name of the data set's plans (nnUNetPlans)")
-    add(
-        "--plans",
-        type=Path,
-        metavar="FILE",
-        help="a plans file, instead of -d; dataset.json beside it is read",
-    )
+    add("--plans", type=Path, metavar="FILE", help="a plans file, instead of -d; dataset.json beside it is read")
     add("--patch", type=int, nargs="+", metavar="N", help="plan for 2 or 3 numbers of voxels, instead of -d")
     add("-tr", dest="trainers", nargs="+", metavar="NAME", help="trainers to compare (all registered ones)")
     add("--channels", type=int, metavar="N", help="image channels, instead of those of dataset.json (else 1)")
-    add(
-        "--classes", type=int, metavar="N", help="classes with background, instead of dataset.json's (else 3)"
-    )
+    add("--classes", type=int, metavar="N", help="classes with background, instead of dataset.json's (else 3)")
     add("--batch", type=int, metavar="N", help="batch size, instead of that of the plans")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where PyTorch finds an NVIDIA GPU, else cpu")
     add("--precision", choices=("float32", "mixed"), help="default: mixed on cuda, float32 on cpu")

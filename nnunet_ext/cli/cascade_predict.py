@@ -24,40 +24,20 @@ FOLDS = ("0", "1", "2", "3", "4")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext cascade-predict``."""
     add = parser.add_argument
-    add(
-        "-i",
-        dest="images",
-        type=Path,
-        required=True,
-        metavar="IN",
-        help="folder of scans, named as in imagesTs",
-    )
+    add("-i", dest="images", type=Path, required=True, metavar="IN", help="folder of scans, named as in imagesTs")
     add("-o", dest="output", type=Path, required=True, metavar="OUT", help="folder of the result")
     add("-d", dest="dataset", required=True, metavar="D", help="number or name of the data set")
     add("-p", dest="plans", default="nnUNetMeCascadePlans", metavar="PLANS", help="default: %(default)s")
     add("-tr", dest="trainer", default="nnUNetTrainerMeCascade", metavar="X", help="default: %(default)s")
     add(
-        "-c",
-        dest="configuration",
-        default="3d_post_concat",
-        metavar="C",
-        help="the second stage; default: %(default)s",
+        "-c", dest="configuration", default="3d_post_concat", metavar="C", help="the second stage; default: %(default)s"
     )
-    add(
-        "-f",
-        dest="folds",
-        nargs="+",
-        default=FOLDS,
-        metavar="F",
-        help="folds of both stages; default: 0 1 2 3 4",
-    )
+    add("-f", dest="folds", nargs="+", default=FOLDS, metavar="F", help="folds of both stages; default: 0 1 2 3 4")
     add("-f1", dest="first_folds", nargs="+", metavar="F", help="folds of stage 1, where they are others")
     add("-chk", dest="checkpoint", default=FINAL_CHECKPOINT, metavar="NAME", help="default: %(default)s")
     add("--keep", type=Path, metavar="DIR", help="folder of stage 1's predictions")
     add("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="default: %(default)s")
-    add(
-        "-step_size", type=float, default=0.5, metavar="S", help="of the sliding window; default: %(default)s"
-    )
+    add("-step_size", type=float, default=0.5, metavar="S", help="of the sliding window; default: %(default)s")
     add("--disable_tta", action="store_true", help="without mirroring: faster, less accurate")
     add("--save_probabilities", action="store_true", help="of stage 2, as .npz")
     add("-npp", type=int, default=3, metavar="N", help="processes of preprocessing; default: %(default)s")
@@ -90,12 +70,7 @@ def run(args: argparse.Namespace) -> int:
             keep_going=args.continue_prediction,
         )
         kept = predict(
-            stages,
-            args.images,
-            args.output,
-            args.keep,
-            options,
-            lambda line: print(printable(line), file=sys.stderr),
+            stages, args.images, args.output, args.keep, options, lambda line: print(printable(line), file=sys.stderr)
         )
     print(printable(f"Stage 1: {kept}"))
     print(printable(f"Result: {args.output}"))

@@ -36,12 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext compare``."""
     runs = parser.add_argument_group("runs, by nnU-Net's names or by their folders")
     runs.add_argument("-d", metavar="DATASET", help="number or name of the data set")
-    runs.add_argument(
-        "-c", nargs="+", default=["3d_fullres"], metavar="CONFIGURATION", help="default: 3d_fullres"
-    )
-    runs.add_argument(
-        "-p", nargs="+", default=[DEFAULT_PLANS], metavar="PLANS", help=f"default: {DEFAULT_PLANS}"
-    )
+    runs.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIGURATION", help="default: 3d_fullres")
+    runs.add_argument("-p", nargs="+", default=[DEFAULT_PLANS], metavar="PLANS", help=f"default: {DEFAULT_PLANS}")
     runs.add_argument(
         "-tr",
         nargs="+",
@@ -56,43 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--results", type=Path, metavar="FOLDER", help="instead of nnUNet_results")
     cases = parser.add_argument_group("held-out cases (in addition to the runs, or instead of them)")
     cases.add_argument(
-        "-pred",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FOLDER",
-        help="predictions, in the order of the runs",
+        "-pred", nargs="+", type=Path, default=[], metavar="FOLDER", help="predictions, in the order of the runs"
     )
     cases.add_argument("-ref", type=Path, metavar="FOLDER", help="their references")
     cases.add_argument(
         "-djfile", type=Path, metavar="FILE", help="dataset.json of the labels; default: beside predictions"
     )
     how = parser.add_argument_group("how")
-    how.add_argument(
-        "--baseline", metavar="NAME", help="label or trainer of the baseline; default: the first run"
-    )
+    how.add_argument("--baseline", metavar="NAME", help="label or trainer of the baseline; default: the first run")
     how.add_argument(
         "--margin", type=float, default=1.0, help="loss of Dice that does not matter, in points (%(default)s)"
     )
     how.add_argument(
-        "--surface",
-        nargs="?",
-        type=float,
-        const=1.0,
-        metavar="MM",
-        help="also NSD at this tolerance (1 mm) and HD95",
+        "--surface", nargs="?", type=float, const=1.0, metavar="MM", help="also NSD at this tolerance (1 mm) and HD95"
     )
     how.add_argument("--names", nargs="+", default=[], metavar="NAME", help="what tables call the runs")
-    how.add_argument(
-        "--references", type=Path, metavar="FOLDER", help="references of validation cases of copied runs"
-    )
+    how.add_argument("--references", type=Path, metavar="FOLDER", help="references of validation cases of copied runs")
     how.add_argument("--images", type=Path, metavar="FOLDER", help="images of the cases, for the overlays")
     how.add_argument(
         "--benchmark", type=Path, metavar="FILE", help="benchmark.json; default: the one in the output folder"
     )
-    how.add_argument(
-        "-np", type=int, metavar="N", help="processes that read segmentations; default: as nnU-Net"
-    )
+    how.add_argument("-np", type=int, metavar="N", help="processes that read segmentations; default: as nnU-Net")
     how.add_argument("--trust", **OPTION)
     parser.add_argument("-o", "--output", type=Path, default=Path("comparison"), help="folder (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print report.json instead of tables")

@@ -30,9 +30,7 @@ _SECONDS_BETWEEN_LINES = 20.0  # where the output is no terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext demo``."""
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo-output"), help="folder of the demo (%(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the demo (%(default)s)")
     parser.add_argument(
         "--raw",
         type=Path,
@@ -40,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a data set in nnU-Net's raw format, instead of the phantom; it is only read",
     )
     parser.add_argument(
-        "--trainers",
-        nargs="+",
-        default=list(TRAINERS),
-        metavar="NAME",
-        help="trainers to compare (%(default)s)",
+        "--trainers", nargs="+", default=list(TRAINERS), metavar="NAME", help="trainers to compare (%(default)s)"
     )
     parser.add_argument(
         "--schedule",
@@ -59,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="configuration of nnU-Net's plans (%(default)s)",
     )
     parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda", "mps"),
-        help="default: cuda where PyTorch finds an NVIDIA GPU, else cpu",
+        "--device", choices=("cpu", "cuda", "mps"), help="default: cuda where PyTorch finds an NVIDIA GPU, else cpu"
     )
 
 

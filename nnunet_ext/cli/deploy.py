@@ -30,14 +30,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext deploy``."""
     add = parser.add_argument
-    add(
-        "-m",
-        dest="model",
-        type=Path,
-        required=True,
-        metavar="MODEL",
-        help="folder TRAINER__PLANS__CONFIGURATION",
-    )
+    add("-m", dest="model", type=Path, required=True, metavar="MODEL", help="folder TRAINER__PLANS__CONFIGURATION")
     add("-o", dest="output", type=Path, required=True, metavar="OUT", help="folder to make; must not exist")
     add("--folds", nargs="+", metavar="F", help="folds to ship (all that are trained)")
     add("-chk", dest="checkpoint", default=FINAL_CHECKPOINT, metavar="NAME", help="default: %(default)s")
@@ -66,17 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(map(printable, _lines(fold, result))))
     if args.dtype != "float32":
         print(precision_note(args.dtype))
-    command = [
-        "nnUNetv2_predict_from_modelfolder",
-        "-m",
-        str(args.output),
-        "-i",
-        "IN",
-        "-o",
-        "OUT",
-        "-f",
-        *shipped,
-    ]
+    command = ["nnUNetv2_predict_from_modelfolder", "-m", str(args.output), "-i", "IN", "-o", "OUT", "-f", *shipped]
     print(printable(f"Predict: {shlex.join(command)}"))
     return 0
 

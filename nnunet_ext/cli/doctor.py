@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext doctor``."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--dataset", metavar="D", help="number, name or folder of a raw data set to check")
-    parser.add_argument(
-        "-np", type=int, metavar="N", help="processes that read the data set; default: as nnU-Net"
-    )
+    parser.add_argument("-np", type=int, metavar="N", help="processes that read the data set; default: as nnU-Net")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,24 +21,16 @@ from nnunet_ext.nnunet.trust import OPTION
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext estimate``."""
     add = parser.add_argument
-    add(
-        "-d", dest="dataset", metavar="D", help="data set that nnU-Net has planned: number or DatasetXXX_Name"
-    )
+    add("-d", dest="dataset", metavar="D", help="data set that nnU-Net has planned: number or DatasetXXX_Name")
     add("-c", dest="configuration", metavar="C", help="configuration of the plans, e.g. 3d_fullres")
     add("-p", dest="plans_name", metavar="PLANS", help="name of the data set's plans (nnUNetPlans)")
     add("-tr", dest="trainer", metavar="NAME", default="nnUNetTrainer", help="trainer (%(default)s)")
     add("--plans", type=Path, metavar="FILE", help="a plans file, instead of -d")
     add("--patch", type=int, nargs="+", metavar="N", help="plan for 2 or 3 numbers of voxels, instead of -d")
     add("--channels", type=int, metavar="N", help="image channels, instead of those of dataset.json (else 1)")
-    add(
-        "--classes", type=int, metavar="N", help="classes with background, instead of dataset.json's (else 3)"
-    )
+    add("--classes", type=int, metavar="N", help="classes with background, instead of dataset.json's (else 3)")
     add("--batch", type=int, metavar="N", help="batch size, instead of that of the plans")
-    add(
-        "--measure",
-        action="store_true",
-        help="run a real step on this machine's GPU too, and say the difference",
-    )
+    add("--measure", action="store_true", help="run a real step on this machine's GPU too, and say the difference")
     add("--trust", **OPTION)
     add("--json", action="store_true", help="print the result as JSON, in bytes")
 

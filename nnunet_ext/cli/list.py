@@ -29,9 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the names; return the exit status."""
     entries = [entry for kind in registry.KINDS for entry in registry.entries(kind)]
     if args.json:
-        print(
-            json.dumps([{**asdict(entry), "summary": registry.summary(entry)} for entry in entries], indent=2)
-        )
+        print(json.dumps([{**asdict(entry), "summary": registry.summary(entry)} for entry in entries], indent=2))
     else:
         print(text(entries))
     return 0
@@ -43,11 +41,7 @@ def text(entries: Sequence[Entry]) -> str:
     refused = [entry for entry in entries if entry.refused]
     lines: list[str] = []
     for kind in registry.KINDS:
-        rows = [
-            (entry.name, entry.distribution, registry.summary(entry))
-            for entry in usable
-            if entry.kind == kind
-        ]
+        rows = [(entry.name, entry.distribution, registry.summary(entry)) for entry in usable if entry.kind == kind]
         lines += [kind, *_aligned(rows or [("none", "", "")]), ""]
     if refused:
         lines += ["refused", *_aligned([(e.name, e.distribution, e.refused) for e in refused]), ""]
@@ -57,6 +51,5 @@ def text(entries: Sequence[Entry]) -> str:
 def _aligned(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [
-        printable(f"  {first:<{widths[0]}}  {second:<{widths[1]}}  {third}".rstrip())
-        for first, second, third in rows
+        printable(f"  {first:<{widths[0]}}  {second:<{widths[1]}}  {third}".rstrip()) for first, second, third in rows
     ]

@@ -191,11 +191,7 @@ def _mean(rows: pd.DataFrame, label: str, metric: str, structure: str) -> MeanSc
 
 
 def _comparands(
-    kept: pd.DataFrame,
-    labels: Sequence[str],
-    metrics: Sequence[str],
-    structures: Sequence[str],
-    margin: float,
+    kept: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str], structures: Sequence[str], margin: float
 ) -> list[Comparand]:
     baseline, *others = labels
     found = []
@@ -209,9 +205,7 @@ def _comparands(
             for (label, structure), d, p in zip(pairs, differences, adjusted, strict=True):
                 judged = verdict(d, margin) if metric == "Dice" else ""
                 found.append(
-                    Comparand(
-                        run=label, metric=metric, structure=structure, difference=d, p_holm=p, verdict=judged
-                    )
+                    Comparand(run=label, metric=metric, structure=structure, difference=d, p_holm=p, verdict=judged)
                 )
     return found
 

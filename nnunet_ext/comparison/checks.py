@@ -43,18 +43,14 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
             f"their Dice can't be compared; evaluate all runs against one set of references: {first_few(changed)}."
         )
     if len(common) < FEW_CASES:
-        warnings.append(
-            f"Compared: {counted(len(common), 'case')} only; intervals and p-values of so few are rough."
-        )
+        warnings.append(f"Compared: {counted(len(common), 'case')} only; intervals and p-values of so few are rough.")
     return [*warnings, *_contradictory(kept), *_failed(kept), *_invented(kept)]
 
 
 def _contradictory(kept: pd.DataFrame) -> list[str]:
     """Dice that does not follow from its counts was edited, or is not of nnU-Net."""
     with_counts = kept[kept[["TP", "FP", "FN"]].notna().all(axis="columns")]
-    expected = (
-        2 * with_counts["TP"] / (2 * with_counts["TP"] + with_counts["FP"] + with_counts["FN"])
-    )  # 0 / 0 is NaN
+    expected = 2 * with_counts["TP"] / (2 * with_counts["TP"] + with_counts["FP"] + with_counts["FN"])  # 0 / 0 is NaN
     odd = with_counts[
         ((with_counts["Dice"] - expected).abs() > _ROUNDING) | (with_counts["Dice"].isna() != expected.isna())
     ]
@@ -68,9 +64,7 @@ def _contradictory(kept: pd.DataFrame) -> list[str]:
 def _failed(kept: pd.DataFrame) -> list[str]:
     """A run that never finds a structure has probably not learned it, which no statistics say."""
     present = kept[kept["TP"] + kept["FN"] > 0]
-    found = (
-        (present["TP"] + present["FP"] > 0).groupby([present["run"], present["structure"]], sort=False).any()
-    )
+    found = (present["TP"] + present["FP"] > 0).groupby([present["run"], present["structure"]], sort=False).any()
     return [
         f"{label}: finds {structure} in no case at all; its training may have failed or been too short."
         for label, structure in found.index[~found]
@@ -124,9 +118,7 @@ def of_settings(runs: Sequence[Run], trainings: Mapping[str, Training]) -> list[
         values = {run.label: str(describe(run)) for run in runs}
         if len(set(values.values())) < 2:
             return []
-        return [
-            f"The runs differ in {what}: {'; '.join(f'{label}: {value}' for label, value in values.items())}."
-        ]
+        return [f"The runs differ in {what}: {'; '.join(f'{label}: {value}' for label, value in values.items())}."]
 
     def training(run: Run) -> Training:
         return trainings[run.label]

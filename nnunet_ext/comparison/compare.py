@@ -103,9 +103,7 @@ def compare(request: ComparisonRequest, on_status: Status = lambda _: None) -> C
     peaks = all("peak_bytes" in benchmarked(run, request.benchmark) for run in runs)
     for run in runs:
         on_status(f"measuring the network of {run.label}")
-        costs[run.label], found = read_cost(
-            run, trainings[run.label], request.benchmark, peaks, request.trusted
-        )
+        costs[run.label], found = read_cost(run, trainings[run.label], request.benchmark, peaks, request.trusted)
         warnings += [*trainings[run.label].warnings, *found]
     settings = checks.of_settings(runs, trainings) if runs else []
     return Comparison(request, tuple(evaluations), trainings, costs, (*settings, *warnings))
@@ -123,9 +121,7 @@ def _validation(request: ComparisonRequest, on_status: Status) -> tuple[pd.DataF
     return scores, [*warnings, *checks.of_scores(scores)]
 
 
-def _with_surface(
-    run: Run, scores: pd.DataFrame, request: ComparisonRequest, on_progress: Progress
-) -> pd.DataFrame:
+def _with_surface(run: Run, scores: pd.DataFrame, request: ComparisonRequest, on_progress: Progress) -> pd.DataFrame:
     """Add NSD and HD95 of the segmentations that lie beside the summaries."""
     ending, name = str(run.dataset["file_ending"]), str(run.plans.get("dataset_name"))
     jobs = []
@@ -139,13 +135,7 @@ def _with_surface(
                 "references' folder by --references, or leave out --surface."
             )
         jobs.append(
-            Job(
-                case=case,
-                prediction=prediction,
-                reference=reference,
-                dataset=run.dataset,
-                tolerance=request.tolerance,
-            )
+            Job(case=case, prediction=prediction, reference=reference, dataset=run.dataset, tolerance=request.tolerance)
         )
     found = pd.DataFrame(score(jobs, request.processes, on_progress))
     return scores.merge(found[["case", "structure", "NSD", "HD95"]], on=["case", "structure"], how="left")
@@ -195,18 +185,12 @@ def _shared_structures(scores: pd.DataFrame, warnings: list[str]) -> pd.DataFram
     Raises:
         UsageError: there is none.
     """
-    names = {
-        str(label): list(dict.fromkeys(own["structure"])) for label, own in scores.groupby("run", sort=False)
-    }
+    names = {str(label): list(dict.fromkeys(own["structure"])) for label, own in scores.groupby("run", sort=False)}
     shared = [name for name in next(iter(names.values())) if all(name in own for own in names.values())]
     if not shared:
         described = "; ".join(f"{label}: {', '.join(own)}" for label, own in names.items())
-        raise UsageError(
-            f"the runs must have structures in common, they have none ({described}): compare others."
-        )
+        raise UsageError(f"the runs must have structures in common, they have none ({described}): compare others.")
     for label, own in names.items():
         if other := [name for name in own if name not in shared]:
-            warnings.append(
-                f"{label}: {', '.join(other)} is not compared, because another run does not have it."
-            )
+            warnings.append(f"{label}: {', '.join(other)} is not compared, because another run does not have it.")
     return scores[scores["structure"].isin(shared)].reset_index(drop=True)

@@ -65,9 +65,7 @@ def read_cost(
     try:
         counted = count(run, trusted)
     except UsageError as error:
-        warnings.append(
-            f"{run.label}: its network can't be built here, size and memory are missing ({error})"
-        )
+        warnings.append(f"{run.label}: its network can't be built here, size and memory are missing ({error})")
     return (
         Cost(
             parameters=counted.get("parameters"),
@@ -75,9 +73,7 @@ def read_cost(
             patch_size=tuple(settings.get("patch_size", ())),
             batch_size=settings.get("batch_size"),
             spacing=tuple(round(float(step), 4) for step in settings.get("spacing", ())),
-            network=str(settings.get("architecture", {}).get("network_class_name", "unknown")).rpartition(
-                "."
-            )[2],
+            network=str(settings.get("architecture", {}).get("network_class_name", "unknown")).rpartition(".")[2],
             epochs=training.epochs[0] if len(training.epochs) == 1 else None,
             iterations=training.iterations,
             seconds_per_epoch=training.seconds_per_epoch,
@@ -103,15 +99,10 @@ def count(run: Run, trusted: bool = False) -> dict[str, int]:
     from nnunet_ext.nnunet.setting import Setting
 
     try:
-        setting = Setting(
-            plans=run.plans, dataset=run.dataset, configuration=run.configuration, trusted=trusted
-        )
+        setting = Setting(plans=run.plans, dataset=run.dataset, configuration=run.configuration, trusted=trusted)
         size = measure_size(setting.builder(run.trainer, False), setting.input_channels, setting.patch_size)
         step = measure_step(
-            setting.training_builder(run.trainer),
-            setting.input_channels,
-            setting.patch_size,
-            setting.batch_size,
+            setting.training_builder(run.trainer), setting.input_channels, setting.patch_size, setting.batch_size
         )
     except UsageError:
         raise
@@ -134,12 +125,7 @@ def benchmarked(run: Run, benchmark: Mapping[str, Any] | None) -> dict[str, Any]
     records = benchmark.get("methods", []) if same else []
     names = {run.trainer, _base(run.trainer)}
     return next(
-        (
-            {k: v for k, v in record.items() if v is not None}
-            for record in records
-            if record["trainer"] in names
-        ),
-        {},
+        ({k: v for k, v in record.items() if v is not None} for record in records if record["trainer"] in names), {}
     )
 
 

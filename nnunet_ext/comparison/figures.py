@@ -60,9 +60,7 @@ def _boxes(axis: Any, place: int, values: Any, styles: Mapping[str, RunStyle]) -
         jitter = middle + random.uniform(-0.25, 0.25, own.size) * width
         axis.plot(jitter, own, ".", markersize=2, color="black", alpha=0.3, zorder=1, markeredgewidth=0)
         box = axis.boxplot([own], positions=[middle], widths=0.8 * width, patch_artist=True, showfliers=False)
-        box["boxes"][0].set(
-            facecolor=f"{style.colour}99", edgecolor="black", hatch=style.hatch, linewidth=0.7
-        )
+        box["boxes"][0].set(facecolor=f"{style.colour}99", edgecolor="black", hatch=style.hatch, linewidth=0.7)
         box["medians"][0].set(color="black", linewidth=1.4)
         for part in (*box["whiskers"], *box["caps"]):
             part.set(linewidth=0.7)
@@ -82,9 +80,7 @@ def differences(evaluation: Evaluation, margin: float) -> bytes:
                 found = evaluation.comparand(label, "Dice", structure).difference
                 height = place + (i - (len(others) - 1) / 2) * 0.7 / len(others)
                 style = styles[label]
-                axis.plot(
-                    [100 * found.low, 100 * found.high], [height] * 2, color=style.colour, linewidth=1.6
-                )
+                axis.plot([100 * found.low, 100 * found.high], [height] * 2, color=style.colour, linewidth=1.6)
                 axis.plot(100 * found.mean, height, style.marker, color=style.colour, markersize=4.5)
         axis.set_yticks(range(len(names)), [_drawn(evaluation, structure) for structure in names])
         axis.set_ylim(len(names) - 0.4, -0.6)
@@ -148,10 +144,7 @@ def ranks(evaluation: Evaluation) -> bytes:
             left += share
         axis.set_yticks(range(len(table)), [drawn(label, table.index) for label in table.index])
         axis.invert_yaxis()
-        axis.set(
-            xlim=(0, 1),
-            xlabel=f"share of {counted(total, 'case')} in which a run takes this rank by mean Dice",
-        )
+        axis.set(xlim=(0, 1), xlabel=f"share of {counted(total, 'case')} in which a run takes this rank by mean Dice")
         axis.spines[["top", "right"]].set_visible(False)
         return png(figure)
 
@@ -169,9 +162,7 @@ def learning_curves(trainings: Mapping[str, Training]) -> bytes | None:
         for label, folds in known.items():
             for axis, name in zip(axes, ("training_loss", "validation_loss", "dice"), strict=True):
                 _curve(axis, [getattr(curves, name) for curves in folds], styles[label])
-        for axis, title in zip(
-            axes, ("Training loss", "Validation loss", "Dice of validation patches"), strict=True
-        ):
+        for axis, title in zip(axes, ("Training loss", "Validation loss", "Dice of validation patches"), strict=True):
             axis.set(xlabel="Epoch", title=title)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             tidy(axis)
@@ -210,9 +201,7 @@ def accuracy_and_cost(evaluation: Evaluation, costs: Mapping[str, Cost]) -> byte
                 value = getattr(cost, name)
                 if value is not None:
                     mean = evaluation.mean(label).mean
-                    axis.plot(
-                        value / unit, mean, styles[label].marker, color=styles[label].colour, markersize=6
-                    )
+                    axis.plot(value / unit, mean, styles[label].marker, color=styles[label].colour, markersize=6)
             axis.set_xlabel(title)
             axis.margins(y=0.2)
             axis.set_xlim(0, 1.15 * max(line.get_xdata()[0] for line in axis.lines))
@@ -232,21 +221,10 @@ def _with_legend(
     from matplotlib.patches import Patch
 
     handles: list[Any] = [
-        Patch(
-            facecolor=f"{s.colour}99",
-            edgecolor="black",
-            hatch=s.hatch,
-            linewidth=0.7,
-            label=drawn(label, styles),
-        )
+        Patch(facecolor=f"{s.colour}99", edgecolor="black", hatch=s.hatch, linewidth=0.7, label=drawn(label, styles))
         if patches
         else Line2D(
-            [],
-            [],
-            color=s.colour,
-            marker=s.marker,
-            linestyle=s.line if lines else "",
-            label=drawn(label, styles),
+            [], [], color=s.colour, marker=s.marker, linestyle=s.line if lines else "", label=drawn(label, styles)
         )
         for label, s in styles.items()
     ]

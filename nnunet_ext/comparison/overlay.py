@@ -80,9 +80,7 @@ def overlay(scan: Scan) -> bytes:
     size = (1.95 * len(columns) + 0.5, 1.85 * sum(heights) + 1.0)
     grid = {"height_ratios": heights}
     with page(size[1], size[0]) as figure:
-        axes = figure.subplots(
-            len(planes), len(columns), squeeze=False, sharex=True, sharey="row", gridspec_kw=grid
-        )
+        axes = figure.subplots(len(planes), len(columns), squeeze=False, sharex=True, sharey="row", gridspec_kw=grid)
         for row, plane in zip(axes, planes, strict=True):
             for axis, (title, labels) in zip(row, columns, strict=True):
                 _show(axis, plane, scan, labels)
@@ -116,9 +114,7 @@ def _show(axis: Any, plane: _Plane, scan: Scan, labels: NDArray[Any] | None) -> 
     axis.tick_params(length=2, width=0.6)
 
 
-def _draw_label(
-    axis: Any, label: int, mask: NDArray[np.bool_], rows: NDArray[Any], columns: NDArray[Any]
-) -> None:
+def _draw_label(axis: Any, label: int, mask: NDArray[np.bool_], rows: NDArray[Any], columns: NDArray[Any]) -> None:
     """Draw the area, its outline and, where it is thickest, its number."""
     from matplotlib.patheffects import withStroke
 
@@ -127,9 +123,7 @@ def _draw_label(
     axis.contour(columns, rows, mask, levels=[0.5], colors=colours, linewidths=1.1)
     row, column = _deepest(mask)
     outline = [withStroke(linewidth=1.4, foreground="white")]
-    axis.text(
-        columns[column], rows[row], str(label), fontsize=6.5, ha="center", va="center", path_effects=outline
-    )
+    axis.text(columns[column], rows[row], str(label), fontsize=6.5, ha="center", va="center", path_effects=outline)
 
 
 def _deepest(mask: NDArray[np.bool_]) -> tuple[int, int]:
@@ -144,9 +138,7 @@ def _label_legend(figure: Any, scan: Scan, planes: list[_Plane]) -> None:
     from matplotlib.patches import Patch
 
     volumes = [scan.truth, *scan.predictions.values()]
-    labels = sorted(
-        {label for plane in planes for volume in volumes for label in _present(plane.cut(volume))}
-    )
+    labels = sorted({label for plane in planes for volume in volumes for label in _present(plane.cut(volume))})
     handles = [
         Patch(
             facecolor=_colour(label),

@@ -53,9 +53,7 @@ class Places:
 
 
 def _first(folders: Sequence[Path | None], name: str) -> Path | None:
-    return next(
-        (folder / name for folder in folders if folder is not None and (folder / name).is_file()), None
-    )
+    return next((folder / name for folder in folders if folder is not None and (folder / name).is_file()), None)
 
 
 def dataset_of(folders: Sequence[Path], description: Path | None) -> dict[str, Any]:

@@ -55,9 +55,7 @@ class Section:
     items: tuple[Table | Figure, ...]
 
 
-def write(
-    comparison: Comparison, folder: Path, command: str = "", on_status: Status = lambda _: None
-) -> Path:
+def write(comparison: Comparison, folder: Path, command: str = "", on_status: Status = lambda _: None) -> Path:
     """Write the report, which replaces all of an earlier one. The same input gives the same bytes.
 
     Args:
@@ -84,9 +82,7 @@ def write(
     rows = [evaluation.scores.assign(evaluation=evaluation.name) for evaluation in comparison.evaluations]
     context = {
         "title": _title(comparison),
-        "summary": [
-            line for evaluation in comparison.evaluations for line in conclusions(comparison, evaluation)
-        ],
+        "summary": [line for evaluation in comparison.evaluations for line in conclusions(comparison, evaluation)],
         "warnings": warnings,
         "runs": tables.runs(comparison),
         "sections": sections,
@@ -149,11 +145,7 @@ def conclusions(comparison: Comparison, evaluation: Evaluation) -> list[str]:
     for label in others:
         found = evaluation.comparand(label)
         d = found.difference
-        span = (
-            f" ({tables.signed(100 * d.low)} to {tables.signed(100 * d.high)})"
-            if not math.isnan(d.low)
-            else ""
-        )
+        span = f" ({tables.signed(100 * d.low)} to {tables.signed(100 * d.high)})" if not math.isnan(d.low) else ""
         sentences.append(
             f"{label}, {evaluation.name}: mean Dice {tables.number(evaluation.mean(label).mean, 4)} against "
             f"{tables.number(evaluation.mean(baseline).mean, 4)} of {baseline}; difference "
@@ -173,11 +165,7 @@ def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str
         above = "Mean Dice of each case: above the line the run is better than the baseline."
         items += [
             Figure(name=f"{prefix}-paired", caption=above, png=figures.paired_cases(evaluation)),
-            Figure(
-                name=f"{prefix}-ranks",
-                caption="Ranks of the runs over the cases.",
-                png=figures.ranks(evaluation),
-            ),
+            Figure(name=f"{prefix}-ranks", caption="Ranks of the runs over the cases.", png=figures.ranks(evaluation)),
             tables.ranks(evaluation),
         ]
     items += [
@@ -209,9 +197,7 @@ def _metric(evaluation: Evaluation, metric: str, margin: float, prefix: str) -> 
         f"{metric} of {counted(len(evaluation.cases), 'case')}: quartiles, median, whiskers of at most 1.5 times their "
         "distance, every case a point."
     )
-    drawn = Figure(
-        name=f"{prefix}-{metric.lower()}", caption=boxes, png=figures.box_plots(evaluation, metric)
-    )
+    drawn = Figure(name=f"{prefix}-{metric.lower()}", caption=boxes, png=figures.box_plots(evaluation, metric))
     if len(evaluation.labels) == 1:
         return [means, drawn]
     forest = "Mean difference of Dice to the baseline with its 95 % interval; grey: the margin."
@@ -282,11 +268,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             "baseline": request.baseline,
             "margin_dice_points": request.margin,
             "nsd_tolerance_mm": request.tolerance,
-            "bootstrap": {
-                "resamples": statistics.RESAMPLES,
-                "seed": statistics.SEED,
-                "level": statistics.CONFIDENCE,
-            },
+            "bootstrap": {"resamples": statistics.RESAMPLES, "seed": statistics.SEED, "level": statistics.CONFIDENCE},
             "runs": [
                 {
                     "label": run.label,
@@ -320,13 +302,8 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
             }
             for c in evaluation.comparands
         ],
-        "ranks": {
-            str(run): {str(k): int(n) for k, n in row.items()} for run, row in evaluation.ranks.iterrows()
-        },
-        "worst": {
-            run: [{"case": case, "Dice": dice} for case, dice in rows]
-            for run, rows in evaluation.worst.items()
-        },
+        "ranks": {str(run): {str(k): int(n) for k, n in row.items()} for run, row in evaluation.ranks.iterrows()},
+        "worst": {run: [{"case": case, "Dice": dice} for case, dice in rows] for run, rows in evaluation.worst.items()},
     }
 
 

@@ -40,11 +40,7 @@ class Run(ModelFolder):
 
 
 def find_runs(
-    results: Path | None,
-    dataset: str,
-    configurations: Sequence[str],
-    trainers: Sequence[str],
-    plans: Sequence[str],
+    results: Path | None, dataset: str, configurations: Sequence[str], trainers: Sequence[str], plans: Sequence[str]
 ) -> list[Path]:
     """Folders of all runs of these trainers with these plans and configurations, in this order.
 
@@ -126,9 +122,7 @@ def labelled(runs: Sequence[Run], names: Sequence[str] = ()) -> list[Run]:
     """
     if names:
         if len(names) != len(runs) or len(set(names)) != len(names):
-            raise UsageError(
-                f"--names needs {len(runs)} different names, got {' '.join(names)}: correct them."
-            )
+            raise UsageError(f"--names needs {len(runs)} different names, got {' '.join(names)}: correct them.")
         return [replace(run, label=name) for run, name in zip(runs, names, strict=True)]
     schedules = {_suffix(run.trainer) for run in runs}
     parts = [

@@ -70,9 +70,7 @@ def read_summary(path: Path, dataset: Mapping[str, Any], cure: str) -> Iterator[
     for record in cases:
         try:
             case = case_name(record["prediction_file"], str(dataset["file_ending"]))
-            scores = {
-                tuple(map(int, re.findall(r"\d+", k))): _scores(m) for k, m in record["metrics"].items()
-            }
+            scores = {tuple(map(int, re.findall(r"\d+", k))): _scores(m) for k, m in record["metrics"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{path} has a case that nnU-Net did not write ({error!r}): {cure}.") from error
         if set(scores) != set(expected):

@@ -95,9 +95,7 @@ def read_labels(path: Path, dataset: dict[str, Any]) -> tuple[NDArray[Any], tupl
         labels, properties = reader.read_seg(str(path))
     except Exception as error:  # readers of many formats, each with errors of its own
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise UsageError(
-            f"{path} can't be read as a label map ({reason[0]}): predict or copy it again."
-        ) from error
+        raise UsageError(f"{path} can't be read as a label map ({reason[0]}): predict or copy it again.") from error
     labels, spacing = labels[0], tuple(float(step) for step in properties["spacing"])
     return (labels[0], spacing[1:]) if labels.shape[0] == 1 else (labels, spacing)
 

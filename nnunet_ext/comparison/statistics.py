@@ -52,13 +52,7 @@ def difference(run: pd.Series[float], baseline: pd.Series[float]) -> PairedDiffe
     if len(d) < 2:
         mean = float(d.mean()) if len(d) else np.nan
         return PairedDifference(
-            n=len(d),
-            mean=mean,
-            low=np.nan,
-            high=np.nan,
-            p=np.nan,
-            better=int((d > 0).sum()),
-            worse=int((d < 0).sum()),
+            n=len(d), mean=mean, low=np.nan, high=np.nan, p=np.nan, better=int((d > 0).sum()), worse=int((d < 0).sum())
         )
     low, high = interval(d)
     return PairedDifference(

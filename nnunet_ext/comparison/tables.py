@@ -68,22 +68,16 @@ def differences(evaluation: Evaluation, metric: str, margin: float) -> Table:
     baseline, *others = evaluation.labels
     factor, unit = (1.0, "mm") if metric == "HD95" else (100.0, "points, 1 point = 0.01")
     rows = []
-    for structure in (
-        (MEAN, *evaluation.structures) if len(evaluation.structures) > 1 else evaluation.structures
-    ):
+    for structure in (MEAN, *evaluation.structures) if len(evaluation.structures) > 1 else evaluation.structures:
         for label in others:
             c = evaluation.comparand(label, metric, structure)
             d = c.difference
-            span = (
-                f"{signed(factor * d.low)} to {signed(factor * d.high)}" if not math.isnan(d.low) else MISSING
-            )
+            span = f"{signed(factor * d.low)} to {signed(factor * d.high)}" if not math.isnan(d.low) else MISSING
             name = evaluation.name_of(structure)
             row = (name, label, str(d.n), signed(factor * d.mean), span, p_value(d.p), p_value(c.p_holm))
             rows.append((*row, f"{d.better} / {d.worse}", *([c.verdict] if c.verdict else [])))
     sense = "less is better" if metric in LESS_IS_BETTER else "more is better"
-    caption = (
-        f"{metric}, difference to {baseline} over the same cases ({unit}; {sense}): mean, 95 % bootstrap "
-    )
+    caption = f"{metric}, difference to {baseline} over the same cases ({unit}; {sense}): mean, 95 % bootstrap "
     caption += "interval, Wilcoxon signed-rank p, the same after Holm's correction, cases with a higher / lower value"
     caption += f", verdict at a margin of {margin:.1f} points." if metric == "Dice" else "."
     header = ("structure", "run", "n", "difference", "95 % interval", "p", "p (Holm)", "higher / lower")
@@ -107,12 +101,9 @@ def ranks(evaluation: Evaluation) -> Table:
     """Rank frequencies: a row per run."""
     table = evaluation.ranks
     rows = tuple(
-        (str(label), *(str(int(n)) for n in row))
-        for label, row in zip(table.index, table.values, strict=True)
+        (str(label), *(str(int(n)) for n in row)) for label, row in zip(table.index, table.values, strict=True)
     )
-    caption = (
-        "Number of cases in which a run takes this rank by mean Dice; equal values share the better rank."
-    )
+    caption = "Number of cases in which a run takes this rank by mean Dice; equal values share the better rank."
     return Table(caption, ("run", *(f"{rank}." for rank in table.columns)), rows)
 
 
@@ -125,9 +116,7 @@ def worst(evaluation: Evaluation) -> Table:
         for case, _ in evaluation.worst[label]
     ]
     caption = "Cases of the lowest mean Dice of each run, and what all runs reach there."
-    return Table(
-        caption, ("worst of", "case", *(f"Dice, {label}" for label in evaluation.labels)), tuple(rows)
-    )
+    return Table(caption, ("worst of", "case", *(f"Dice, {label}" for label in evaluation.labels)), tuple(rows))
 
 
 def runs(comparison: Comparison) -> Table | None:
@@ -138,9 +127,7 @@ def runs(comparison: Comparison) -> Table | None:
     )
     if not rows:
         return None
-    return Table(
-        "Runs; the first is the baseline.", ("run", "trainer", "plans", "configuration", "folds"), rows, 5
-    )
+    return Table("Runs; the first is the baseline.", ("run", "trainer", "plans", "configuration", "folds"), rows, 5)
 
 
 def cost(costs: Mapping[str, Cost]) -> Table:
@@ -163,10 +150,7 @@ def cost(costs: Mapping[str, Cost]) -> Table:
         quantity("peak", f"training memory [GiB] ({source})", _GIB, 2),
         quantity("inference_peak", "prediction memory [GiB]", _GIB, 2),
         ("epochs", *(MISSING if c.epochs is None else str(c.epochs) for c in all_costs)),
-        (
-            "iterations per epoch",
-            *(MISSING if c.iterations is None else str(c.iterations) for c in all_costs),
-        ),
+        ("iterations per epoch", *(MISSING if c.iterations is None else str(c.iterations) for c in all_costs)),
         quantity("seconds_per_epoch", "seconds per epoch", 1, 1),
         quantity("case_seconds", "prediction of a case [s]", 1, 1),
         ("trained on", *(c.machine for c in all_costs)),
@@ -180,8 +164,7 @@ def cost(costs: Mapping[str, Cost]) -> Table:
 def _with_ratios(values: Sequence[float | None], digits: int) -> list[str]:
     first = values[0]
     return [
-        number(value, digits)
-        + (f" ({value / first:.2f}{TIMES})" if i and first and value is not None else "")
+        number(value, digits) + (f" ({value / first:.2f}{TIMES})" if i and first and value is not None else "")
         for i, value in enumerate(values)
     ]
 

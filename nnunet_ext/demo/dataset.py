@@ -48,9 +48,7 @@ def read_raw(folder: Path) -> RawDataset:
         UsageError: it is not in nnU-Net's raw format, or has too few cases.
     """
     if number_of(folder.name) is None:
-        raise UsageError(
-            f"--raw needs a folder called DatasetXXX_Name (XXX: digits), got {folder}: rename it."
-        )
+        raise UsageError(f"--raw needs a folder called DatasetXXX_Name (XXX: digits), got {folder}: rename it.")
     if not folder.is_dir():
         raise UsageError(f"--raw needs an existing folder, got {folder}: correct the path.")
     description = _read_description(folder)
@@ -73,14 +71,9 @@ def read_raw(folder: Path) -> RawDataset:
             f"{folder} has {len(cases)}: add some."
         )
     if test:
-        return RawDataset(
-            folder=folder, description=description, training=tuple(cases), unseen=tuple(test[:N_UNSEEN])
-        )
+        return RawDataset(folder=folder, description=description, training=tuple(cases), unseen=tuple(test[:N_UNSEEN]))
     return RawDataset(
-        folder=folder,
-        description=description,
-        training=tuple(cases[:-N_UNSEEN]),
-        unseen=tuple(cases[-N_UNSEEN:]),
+        folder=folder, description=description, training=tuple(cases[:-N_UNSEEN]), unseen=tuple(cases[-N_UNSEEN:])
     )
 
 

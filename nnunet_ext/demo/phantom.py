@@ -115,9 +115,7 @@ def make_case(spec: PhantomSpec, index: int) -> PhantomCase:
     attenuation_of_label = rng.normal(0.0, 7.0, len(LABELS))
     for tissue in TISSUES:
         inside = _inside(points, *_varied(rng, tissue))
-        hounsfield[inside] = tissue.hu + (
-            attenuation_of_label[tissue.label] if tissue.label else rng.normal(0, 7)
-        )
+        hounsfield[inside] = tissue.hu + (attenuation_of_label[tissue.label] if tissue.label else rng.normal(0, 7))
         labels[inside] = tissue.label
     lesion = _place_lesion(rng, points, labels == LABELS["liver"])
     hounsfield[lesion] = LESION.hu + attenuation_of_label[LESION.label]
@@ -125,9 +123,7 @@ def make_case(spec: PhantomSpec, index: int) -> PhantomCase:
     return PhantomCase(_scan(rng, hounsfield), labels, spacing)
 
 
-def write_dataset(
-    folder: Path, spec: PhantomSpec, on_case: Callable[[int, int], None] = lambda _i, _n: None
-) -> None:
+def write_dataset(folder: Path, spec: PhantomSpec, on_case: Callable[[int, int], None] = lambda _i, _n: None) -> None:
     """Write the data set as `folder`, there only once it is whole; `on_case(number, of)` tells progress.
 
     Raises:

@@ -42,9 +42,7 @@ def summary(demo: Demo) -> list[str]:
     dice = {(mean["run"], mean["metric"], mean["structure"]): mean["mean"] for mean in unseen["means"]}
     for run in content["runs"]:
         mean = tables.number(dice[run["label"], "Dice", unseen["mean_of_structures"]])
-        lines.append(
-            f"{run['label']}: Dice {mean}, {tables.number(run['cost']['seconds_per_epoch'], 1)} s per epoch"
-        )
+        lines.append(f"{run['label']}: Dice {mean}, {tables.number(run['cost']['seconds_per_epoch'], 1)} s per epoch")
     return lines
 
 

@@ -93,12 +93,7 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
     number, few = number_of(demo.dataset), "" if demo.device == "cuda" else " -npfp 2 -np 2"
     which, device = f"-d {number} -c {demo.configuration}", f"-device {demo.device}"
     plan = f"nnUNetv2_plan_and_preprocess {which} --verify_dataset_integrity --no_pbar{few}".split()
-    of_plan = (
-        demo.preprocessed,
-        demo.variables["nnUNet_results"],
-        demo.root / "predictions",
-        report.path(demo),
-    )
+    of_plan = (demo.preprocessed, demo.variables["nnUNet_results"], demo.root / "predictions", report.path(demo))
     trainings, predictions = [], []
     for trainer in demo.trainers:
         name, title, fold = demo.scheduled(trainer), f"train {trainer}", demo.model(trainer) / "fold_0"
@@ -106,9 +101,7 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
         command = f"nnUNetv2_train {number} {demo.configuration} 0 -tr {name} {device}".split()
         is_done = partial(_are_whole, [fold / _CHECKPOINT, fold / "validation" / "summary.json"])
         trainings += [
-            DemoStep(
-                name=f"train_{name}", title=title, removed=removed, is_done=is_done, make=command, fold=fold
-            )
+            DemoStep(name=f"train_{name}", title=title, removed=removed, is_done=is_done, make=command, fold=fold)
         ]
     for trainer in demo.trainers:
         name, title, output = demo.scheduled(trainer), f"predict with {trainer}", demo.predictions(trainer)
@@ -117,11 +110,7 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
         is_done = partial(dataset.are_predicted, demo, output)
         predictions += [
             DemoStep(
-                name=f"predict_{name}",
-                title=title,
-                removed=(output, report.path(demo)),
-                is_done=is_done,
-                make=command,
+                name=f"predict_{name}", title=title, removed=(output, report.path(demo)), is_done=is_done, make=command
             )
         ]
     title = "generate the phantom" if raw is None else f"check and link {raw.folder.name}"
@@ -136,11 +125,7 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
             make=make,
         ),
         DemoStep(
-            name="plan",
-            title="plan and preprocess",
-            removed=of_plan,
-            is_done=partial(_is_planned, demo),
-            make=plan,
+            name="plan", title="plan and preprocess", removed=of_plan, is_done=partial(_is_planned, demo), make=plan
         ),
         *trainings,
         *predictions,

@@ -81,9 +81,7 @@ def real_patch(setting: Setting, folder: Path) -> tuple[str, Tensor]:
     listed = create_lists_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else []
     cases = [case for case in listed if case and not Path(case[0]).name.startswith(".")]
     if not cases:
-        raise UsageError(
-            f"-i needs a folder of images CASE_0000{ending}, got {folder}: correct it, or leave it out."
-        )
+        raise UsageError(f"-i needs a folder of images CASE_0000{ending}, got {folder}: correct it, or leave it out.")
     name = Path(cases[0][0]).name.removesuffix(ending).rpartition("_")[0]
     rules = Rules(setting.plans_manager.image_reader_writer_class, setting.input_channels)
     for found in look((Case(name, tuple(map(Path, cases[0]))), rules)).findings:

@@ -58,9 +58,7 @@ class TrainedModel:
         first = _read(next(iter(checkpoints.values())))
         if first.trainer == DEPLOYED:
             raise UsageError(f"{folder} is deployed already: deploy the training that it came from.")
-        setting = Setting(
-            plans=found.plans, dataset=found.dataset, configuration=first.configuration, trusted=trusted
-        )
+        setting = Setting(plans=found.plans, dataset=found.dataset, configuration=first.configuration, trusted=trusted)
         setting.builder(first.trainer)  # says when the trainer is not installed, or the plans are not trusted
         return cls(folder, first.trainer, setting, checkpoints, first.mirroring_axes)
 

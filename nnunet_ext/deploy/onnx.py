@@ -25,8 +25,7 @@ def require() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"--onnx needs {', '.join(NEEDED)}, missing is {', '.join(missing)}: "
-            f"{installation.extra('onnx', NEEDED)}."
+            f"--onnx needs {', '.join(NEEDED)}, missing is {', '.join(missing)}: {installation.extra('onnx', NEEDED)}."
         )
 
 

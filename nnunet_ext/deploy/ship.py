@@ -86,9 +86,7 @@ def ship(
         UsageError: `output` exists, there is nothing to fuse, weights don't fit, or the result is not the same.
     """
     if output.exists():
-        raise UsageError(
-            f"-o needs a folder that does not exist, got {output}: choose another, or delete it."
-        )
+        raise UsageError(f"-o needs a folder that does not exist, got {output}: choose another, or delete it.")
     if options.onnx:
         onnx.require()
     images = _images(model, options)
@@ -99,15 +97,8 @@ def ship(
             shipped[fold] = _Fold(model, fold, options, images, folder).ship()
         _write_json(folder / "dataset.json", model.setting.dataset)
         _write_json(folder / "plans.json", _plans(model, options))
-        report = {
-            "nnunet_ext": __version__,
-            "trainer": model.trainer,
-            **asdict(options),
-            "images": sorted(images),
-        }
-        _write_json(
-            folder / "deployment.json", {**report, "folds": {f: asdict(s) for f, s in shipped.items()}}
-        )
+        report = {"nnunet_ext": __version__, "trainer": model.trainer, **asdict(options), "images": sorted(images)}
+        _write_json(folder / "deployment.json", {**report, "folds": {f: asdict(s) for f, s in shipped.items()}})
     return shipped
 
 
@@ -138,12 +129,7 @@ class _Fold:
     """One fold on its way."""
 
     def __init__(
-        self,
-        model: TrainedModel,
-        fold: str,
-        options: DeployOptions,
-        images: Mapping[str, Tensor],
-        folder: Path,
+        self, model: TrainedModel, fold: str, options: DeployOptions, images: Mapping[str, Tensor], folder: Path
     ) -> None:
         self._model = model
         self._fold = fold
@@ -246,9 +232,7 @@ def precision_note(dtype: str) -> str:
     """What a half precision means on this machine."""
     if computes_natively(DTYPES[dtype]):
         return f"Computes in {dtype}, on this CPU as well."
-    return (
-        f"This CPU has no instructions for {dtype}: on it the model computes in float32, on a GPU in {dtype}."
-    )
+    return f"This CPU has no instructions for {dtype}: on it the model computes in float32, on a GPU in {dtype}."
 
 
 def _count(network: nn.Module) -> int:

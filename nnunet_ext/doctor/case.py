@@ -128,10 +128,7 @@ def look(job: tuple[Case, Rules]) -> Look:
 
 
 def _read(
-    case: Case,
-    path: Path,
-    read: Callable[[str], tuple[NDArray[Any], dict[str, Any]]],
-    findings: list[Finding],
+    case: Case, path: Path, read: Callable[[str], tuple[NDArray[Any], dict[str, Any]]], findings: list[Finding]
 ) -> _Volume | None:
     cure = "copy it again from where it comes from, or take the case out"
     if not path.is_file():
@@ -192,9 +189,7 @@ def _about_values(case: Case, image: _Volume) -> Iterator[Finding]:
 
 def _about_labels(case: Case, label: _Volume, values: NDArray[Any], rules: Rules) -> Iterator[Finding]:
     if len(label.data) != 1:
-        yield failure(
-            case.name, f"{label.path} has {counted(len(label.data), 'channel')}", "store one label map"
-        )
+        yield failure(case.name, f"{label.path} has {counted(len(label.data), 'channel')}", "store one label map")
     if label.non_finite:
         yield failure(case.name, f"{label.path} holds NaN or infinity", "give these voxels a label")
     values = values[np.isfinite(values)]
@@ -225,16 +220,12 @@ def _about_grids(case: Case, first: _Volume, other: _Volume) -> Iterator[Finding
     cure = f"resample or export it on the grid of {first.path.name}"
     if first.shape != other.shape:
         yield failure(
-            case.name,
-            f"{other.path} has the shape {_row(other.shape)}, {first.path} {_row(first.shape)}",
-            cure,
+            case.name, f"{other.path} has the shape {_row(other.shape)}, {first.path} {_row(first.shape)}", cure
         )
         return
     if not np.allclose(first.spacing, other.spacing):
         yield failure(
-            case.name,
-            f"{other.path} has the spacing {_row(other.spacing)}, {first.path} {_row(first.spacing)}",
-            cure,
+            case.name, f"{other.path} has the spacing {_row(other.spacing)}, {first.path} {_row(first.spacing)}", cure
         )
         return
     distance = _distance(first, other)

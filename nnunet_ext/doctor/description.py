@@ -58,9 +58,7 @@ def _twice(path: Path) -> list[Finding]:
     def look(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         names = [key for key, _ in pairs]
         for name in sorted({key for key in names if names.count(key) > 1}):
-            found.append(
-                failure(SUBJECT, f"has {name!r} twice, the last one counts", "give each its own name")
-            )
+            found.append(failure(SUBJECT, f"has {name!r} twice, the last one counts", "give each its own name"))
         return dict(pairs)
 
     json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=look)
@@ -110,9 +108,7 @@ def _labels(content: Mapping[str, Any]) -> Iterator[Finding]:
     if manager.has_regions:
         yield from _regions(manager)
     elif len(set(manager.label_dict.values())) < len(manager.label_dict):
-        yield warning(
-            SUBJECT, f"labels give one number to several names: {manager.label_dict}", "see which is meant"
-        )
+        yield warning(SUBJECT, f"labels give one number to several names: {manager.label_dict}", "see which is meant")
     if not manager.has_regions and content.get("regions_class_order") is not None:
         yield warning(SUBJECT, "has regions_class_order, but no region", "remove it, or make a label a list")
 

@@ -120,23 +120,16 @@ def collisions() -> Iterator[Finding]:
     others = {
         _label(distribution)
         for distribution in distributions()
-        if _installs_our_modules(distribution)
-        and canonicalize_name(_label(distribution).split()[0]) != DISTRIBUTION
+        if _installs_our_modules(distribution) and canonicalize_name(_label(distribution).split()[0]) != DISTRIBUTION
     }
     for other in sorted(others):
-        yield failure(
-            "collision", f"{other} installs our modules as well", f"uninstall it, then {reinstall()}"
-        )
+        yield failure("collision", f"{other} installs our modules as well", f"uninstall it, then {reinstall()}")
     for module in ("nnunet_ext/__init__.py", "_nnunet_ext_hook.py"):
-        copies = {
-            str(Path(folder, module).resolve()) for folder in sys.path if Path(folder, module).is_file()
-        }
+        copies = {str(Path(folder, module).resolve()) for folder in sys.path if Path(folder, module).is_file()}
         if len(copies) > 1:
             cure = f"uninstall {DISTRIBUTION} until none is left, delete the rest, then {reinstall()}"
             yield failure(
-                "collision",
-                f"{module} exists {counted(len(copies), 'time')}: {', '.join(sorted(copies))}",
-                cure,
+                "collision", f"{module} exists {counted(len(copies), 'time')}: {', '.join(sorted(copies))}", cure
             )
 
 
@@ -164,9 +157,7 @@ def folders() -> Iterator[Finding]:
         if not folder:
             yield warning(name, "isn't set", f"export {name}=/path/of/your/folder")
         elif not os.path.isdir(folder):
-            yield failure(
-                name, f"{folder} is no folder", f"mkdir -p {shlex.quote(folder)}, or correct {name}"
-            )
+            yield failure(name, f"{folder} is no folder", f"mkdir -p {shlex.quote(folder)}, or correct {name}")
         elif not os.access(folder, os.W_OK | os.X_OK):
             level = failure if is_written else warning
             yield level(name, f"{folder} can't be written", "change its permissions, or use another folder")
@@ -182,9 +173,7 @@ def device() -> Iterator[Finding]:
         if torch.backends.mps.is_available():
             yield ok("device", "no CUDA, but MPS: train with -device mps")
             return
-        build = (
-            f"this build of torch is for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        )
+        build = f"this build of torch is for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         cure = "install a driver and a build of torch that fit, see pytorch.org; or train with -device cpu"
         yield warning("CUDA", f"isn't available ({build})", cure)
         yield ok("torch.compile", "not used: nnU-Net compiles on CUDA only")
@@ -204,14 +193,10 @@ def _compilation() -> Finding:
 
     asked = os.environ.get(COMPILE)
     if os.name == "nt" or (asked is not None and asked.lower() not in ("true", "1", "t")):
-        return ok(
-            "torch.compile", "not used on Windows" if os.name == "nt" else f"not used: {COMPILE}={asked}"
-        )
+        return ok("torch.compile", "not used on Windows" if os.name == "nt" else f"not used: {COMPILE}={asked}")
     cure = f"repair it, or train without: export {COMPILE}=f"
     if importlib.util.find_spec("triton") is None:
-        return failure(
-            "torch.compile", "triton isn't installed", f"pip install triton, or export {COMPILE}=f"
-        )
+        return failure("torch.compile", "triton isn't installed", f"pip install triton, or export {COMPILE}=f")
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device="cuda"))
     except Exception as error:

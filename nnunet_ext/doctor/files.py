@@ -25,9 +25,7 @@ def of_folder(folder: Path, ending: str, has_channels: bool) -> Iterator[Finding
     gone = [path.name for path in entries if path.is_symlink() and not path.exists()]
     if gone:
         yield failure(
-            folder.name,
-            f"holds links to files that are gone: {first_few(gone)}",
-            "restore them, or link them again",
+            folder.name, f"holds links to files that are gone: {first_few(gone)}", "restore them, or link them again"
         )
     names = [path.name for path in entries if path.is_file()]
     hidden = [name for name in names if name.startswith(".")]
@@ -40,9 +38,7 @@ def of_folder(folder: Path, ending: str, has_channels: bool) -> Iterator[Finding
             f"they are companions that macOS made: find {shlex.quote(str(folder))} -name '._*' -delete",
         )
     if rest := [name for name in hidden if name not in taken]:
-        yield warning(
-            folder.name, f"holds hidden files: {first_few(rest)}", "delete them, nnU-Net ignores them"
-        )
+        yield warning(folder.name, f"holds hidden files: {first_few(rest)}", "delete them, nnU-Net ignores them")
     seen = [name for name in names if name not in hidden]
     beside = ".json" if ending.lower() in _BESIDE else ending
     if other := [name for name in seen if not name.endswith((ending, beside))]:

@@ -113,9 +113,7 @@ def _trainer(name: str) -> Any:
 
     found = search_host(name)
     base = importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer").nnUNetTrainer
-    if found is not None and not issubclass(
-        found, base
-    ):  # before 2.8 the command checks this after its search
+    if found is not None and not issubclass(found, base):  # before 2.8 the command checks this after its search
         raise TypeError("the requested trainer must inherit from 'nnUNetTrainer'")
     return found
 
@@ -138,11 +136,7 @@ def _host_folder() -> str:
     return str(importlib.import_module("nnunetv2").__path__[0])
 
 
-SEARCHES: dict[str, Callable[[str], Any]] = {
-    "trainers": _trainer,
-    "planners": _planner,
-    "architectures": _architecture,
-}
+SEARCHES: dict[str, Callable[[str], Any]] = {"trainers": _trainer, "planners": _planner, "architectures": _architecture}
 
 
 def _in_spawned_process(name: str) -> tuple[bool, str]:

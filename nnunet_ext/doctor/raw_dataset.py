@@ -49,9 +49,7 @@ def find(dataset: str) -> Path:
     path = Path(dataset)
     if path.is_dir() and (os.sep in dataset or (path / "dataset.json").is_file()):
         return Path(os.path.abspath(path))
-    return find_dataset(
-        dataset, "--dataset", RAW, instead="give a path", cure="give its number, full name or path"
-    )
+    return find_dataset(dataset, "--dataset", RAW, instead="give a path", cure="give its number, full name or path")
 
 
 def examine(folder: Path, processes: int, on_progress: Progress) -> list[Finding]:
@@ -77,9 +75,7 @@ def list_cases(folder: Path, description: Mapping[str, Any]) -> tuple[list[Case]
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     ending = str(description["file_ending"])
-    parts = (
-        () if "dataset" in description else ("imagesTr", "labelsTr")
-    )  # else it says itself where files lie
+    parts = () if "dataset" in description else ("imagesTr", "labelsTr")  # else it says itself where files lie
     if gone := [part for part in parts if not (folder / part).is_dir()]:
         return [], [failure(SUBJECT, f"has no folder {part}", f"make {folder / part}") for part in gone]
     findings: list[Finding] = []
@@ -115,9 +111,7 @@ def rules(description: Mapping[str, Any], example: Path | None) -> Rules:
     manager = label_manager(description)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            reader = determine_reader_writer_from_dataset_json(
-                description, example and str(example), verbose=False
-            )
+            reader = determine_reader_writer_from_dataset_json(description, example and str(example), verbose=False)
         except RuntimeError:  # no reader takes the example, which its case says
             reader = determine_reader_writer_from_dataset_json(description, verbose=False)
     channels = len(description.get("channel_names") or description["modality"])
@@ -147,9 +141,7 @@ def _about_name(folder: Path) -> Iterator[Finding]:
     number = number_of(folder.name)
     if number is None:
         yield failure(
-            SUBJECT,
-            f"is called {folder.name}, nnU-Net needs DatasetXXX_Name (XXX: digits)",
-            "rename the folder",
+            SUBJECT, f"is called {folder.name}, nnU-Net needs DatasetXXX_Name (XXX: digits)", "rename the folder"
         )
         return
     roots = [Path(os.environ[name]) for name in FOLDERS if os.environ.get(name)]
@@ -180,9 +172,7 @@ def _about_number(folder: Path, description: Mapping[str, Any], cases: Sequence[
     for case in cases:
         other = names.setdefault(case.name.lower(), case.name)
         if other != case.name:
-            yield failure(
-                case.name, f"differs from {other} in case only", "rename one: some disks take them for one"
-            )
+            yield failure(case.name, f"differs from {other} in case only", "rename one: some disks take them for one")
 
 
 def _about_all(looks: Sequence[Look], common: Rules) -> Iterator[Finding]:

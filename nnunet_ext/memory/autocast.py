@@ -28,11 +28,7 @@ class CudaAutocast(TorchFunctionMode):
     """Where CPU autocast of float16 is on, operations get the dtypes that they have on CUDA."""
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one function of PyTorch."""
         options = kwargs or {}

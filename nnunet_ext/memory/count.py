@@ -78,11 +78,7 @@ class _StepTracker(StorageTracker):
         self.largest_convolution = 0
 
     def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation."""
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -140,9 +136,7 @@ def count_memory(setting: Setting, trainer: str, batch_size: int) -> TrainingMem
         batch_size: Patches per step.
     """
     setting.check_code()
-    return _counted(
-        json.dumps(setting.plans), json.dumps(setting.dataset), setting.configuration, trainer, batch_size
-    )
+    return _counted(json.dumps(setting.plans), json.dumps(setting.dataset), setting.configuration, trainer, batch_size)
 
 
 @lru_cache(maxsize=1024)

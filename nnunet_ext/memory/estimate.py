@@ -36,12 +36,7 @@ class Measured:
     def lines(self, memory: TrainingMemory) -> Iterator[str]:
         """Next to what was counted, each with what it can be compared with."""
         rows = (
-            (
-                "allocated, with workspaces",
-                self.allocated,
-                "peak + workspaces",
-                memory.peak + memory.workspace,
-            ),
+            ("allocated, with workspaces", self.allocated, "peak + workspaces", memory.peak + memory.workspace),
             ("reserved and outside", self.reserved + self.outside, "expected", memory.total),
         )
         for what, found, name, counted in rows:
@@ -125,11 +120,7 @@ class Estimate:
         if self.gpu is None:
             sizes = [f"{size}" for size in COMMON_SIZES if size * GIB >= total]
             found = ", ".join(sizes[:4])
-            return (
-                f"No GPU here. Enough: GPUs of {found} GB and more."
-                if sizes
-                else "No common GPU has that much."
-            )
+            return f"No GPU here. Enough: GPUs of {found} GB and more." if sizes else "No common GPU has that much."
         name, size = self.gpu
         if total <= size:
             return f"This GPU has it: {name}, {size / GIB:.1f} GB."
@@ -143,9 +134,7 @@ def estimate(setting: Setting, trainer: str, measure: bool = False) -> Estimate:
         UsageError: the trainer is unknown, does not train or can't run with these plans; no GPU to measure on.
     """
     if only_predicts(trainer_class(trainer)):
-        raise UsageError(
-            f"{trainer} only predicts, so no training can be estimated: name the trainer it came from."
-        )
+        raise UsageError(f"{trainer} only predicts, so no training can be estimated: name the trainer it came from.")
     if measure and not torch.cuda.is_available():
         raise UsageError("--measure needs an NVIDIA GPU, PyTorch finds none: leave it out.")
     try:
@@ -180,7 +169,5 @@ def _measured(setting: Setting, trainer: str) -> Measured:
         free, size = torch.cuda.mem_get_info()
         outside = size - free - torch.cuda.memory_reserved()
         return Measured(
-            allocated=torch.cuda.max_memory_allocated(),
-            reserved=torch.cuda.max_memory_reserved(),
-            outside=outside,
+            allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), outside=outside
         )

@@ -108,10 +108,7 @@ def measure_inference(
     with FakeTensorMode(), torch.inference_mode():
         network = with_assumed_share(build().eval())
         enabled = autocast_dtype is not None
-        with (
-            StorageTracker() as tracker,
-            torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=enabled),
-        ):
+        with StorageTracker() as tracker, torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=enabled):
             network(torch.empty(1, input_channels, *patch_size))
             return tracker.peak
 

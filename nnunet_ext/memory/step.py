@@ -47,11 +47,7 @@ class _WithoutFolders(nnUNetTrainer):
 
 def _quiet(trainer: type[Any]) -> type[Any]:
     """The trainer, with `_WithoutFolders` in the place of nnU-Net's `__init__`."""
-    return (
-        _WithoutFolders
-        if trainer is nnUNetTrainer
-        else type(trainer.__name__, (trainer, _WithoutFolders), {})
-    )
+    return _WithoutFolders if trainer is nnUNetTrainer else type(trainer.__name__, (trainer, _WithoutFolders), {})
 
 
 class TrainerStep:

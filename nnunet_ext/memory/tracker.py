@@ -32,11 +32,7 @@ class StorageTracker(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation and count the storages of its results."""
         result = func(*args, **(kwargs or {}))

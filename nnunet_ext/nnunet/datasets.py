@@ -57,9 +57,7 @@ def find_dataset(
     or_else = f", or {instead}" if instead else ""
     if root is None:
         if not os.environ.get(variable):
-            raise UsageError(
-                f"{option} needs the environment variable {variable}, which is not set: set it{or_else}."
-            )
+            raise UsageError(f"{option} needs the environment variable {variable}, which is not set: set it{or_else}.")
         root = Path(os.environ[variable])
     if not root.is_dir():
         raise UsageError(
@@ -88,9 +86,7 @@ def read_dataset(path: Path, cure: str, needed: Iterable[str] = ("labels", "file
     """
     content: dict[str, Any] = read_json(path, cure)
     if missing := [key for key in needed if content.get(key) is None]:
-        raise UsageError(
-            f"{path} must hold {' and '.join(needed)}, it lacks {' and '.join(missing)}: {cure}."
-        )
+        raise UsageError(f"{path} must hold {' and '.join(needed)}, it lacks {' and '.join(missing)}: {cure}.")
     for key, (is_right, rule) in _DATASET.items():
         if key in content and not is_right(content[key]):
             raise UsageError(f"{path}: {key} must be {rule}, got {shown(content[key])}: {cure}.")
@@ -106,9 +102,7 @@ def _is_label(value: Any) -> bool:
 
 
 def _are_channels(value: Any) -> bool:
-    return (
-        isinstance(value, dict) and len(value) > 0 and all(isinstance(name, str) for name in value.values())
-    )
+    return isinstance(value, dict) and len(value) > 0 and all(isinstance(name, str) for name in value.values())
 
 
 def _is_case(value: Any) -> bool:
@@ -129,18 +123,13 @@ _DATASET = {
     ),
     "channel_names": (_are_channels, "numbers with names"),
     "modality": (_are_channels, "numbers with names"),
-    "regions_class_order": (
-        lambda value: value is None or is_list_of(value, is_int),
-        "a list of whole numbers",
-    ),
+    "regions_class_order": (lambda value: value is None or is_list_of(value, is_int), "a list of whole numbers"),
     "overwrite_image_reader_writer": (
         lambda value: value is not None and is_host_name("overwrite_image_reader_writer", value),
         "the name of a reader of nnU-Net",
     ),
     "dataset": (
-        lambda value: (
-            isinstance(value, dict) and all(map(is_plain_name, value)) and all(map(_is_case, value.values()))
-        ),
+        lambda value: isinstance(value, dict) and all(map(is_plain_name, value)) and all(map(_is_case, value.values())),
         "names of cases with their images, a list of files, and label, a file",
     ),
 }

@@ -15,9 +15,7 @@ BATCH_SIZE = {2: 12, 3: 2}  # nnU-Net's reference for a GPU of 8 GB
 _SMALLEST_EDGE = 4  # of the coarsest feature map
 
 
-def setting_of_patch(
-    patch_size: Sequence[int], dataset: dict[str, Any], spacing: Sequence[float] = ()
-) -> Setting:
+def setting_of_patch(patch_size: Sequence[int], dataset: dict[str, Any], spacing: Sequence[float] = ()) -> Setting:
     """Plan for a patch; sizes that the strides don't fit are rounded up, as nnU-Net does.
 
     The plans hold no median image size, because there is no image.
@@ -35,9 +33,7 @@ def setting_of_patch(
     if dim not in MAX_FEATURES:
         raise UsageError(f"--patch needs two or three numbers, got {shown}: use for example 128 128 128.")
     if min(patch_size) < 2 * _SMALLEST_EDGE:
-        raise UsageError(
-            f"--patch needs at least {2 * _SMALLEST_EDGE} voxels per axis, got {shown}: enlarge it."
-        )
+        raise UsageError(f"--patch needs at least {2 * _SMALLEST_EDGE} voxels per axis, got {shown}: enlarge it.")
     configuration = "2d" if dim == 2 else "3d_fullres"
     plans = {
         "dataset_name": "none",

@@ -38,9 +38,7 @@ def read_plans(path: Path, cure: str) -> dict[str, Any]:
     names: dict[str, Any] = {key: plans[key] for key in _NAMES if key in plans}
     for name, content in configurations.items():
         if not isinstance(content, dict):
-            raise UsageError(
-                f"{path}, configuration {name}: must be a dictionary, got {shown(content)}: {cure}."
-            )
+            raise UsageError(f"{path}, configuration {name}: must be a dictionary, got {shown(content)}: {cure}.")
         names |= {f"{name}, {key}": value for key in _LINKS for value in _as_list(content.get(key))}
     _check_names({**names, **{f"configuration {name}": name for name in configurations}}, path, cure)
     return plans
@@ -103,9 +101,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_spacing(value: Any) -> bool:
-    return value is None or is_list_of(
-        value, lambda step: isinstance(step, Real) and 0 < float(step) < float("inf")
-    )
+    return value is None or is_list_of(value, lambda step: isinstance(step, Real) and 0 < float(step) < float("inf"))
 
 
 def _is_architecture(value: Any) -> bool:

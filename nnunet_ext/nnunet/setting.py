@@ -101,11 +101,7 @@ class Setting:
 
         _ = self.label_manager  # says which rule of the labels is broken
         try:
-            return int(
-                determine_num_input_channels(
-                    self.plans_manager, self.configuration_manager, dict(self.dataset)
-                )
-            )
+            return int(determine_num_input_channels(self.plans_manager, self.configuration_manager, dict(self.dataset)))
         except Exception as error:  # whatever nnU-Net meets in a dataset.json that it did not write
             raise UsageError(
                 f"dataset.json must hold channel_names, nnU-Net fails with {error!r}: give the one of the plans."

@@ -74,9 +74,7 @@ class Source:
                 f"one of -d, --plans and --patch is needed, got {' and '.join(named) or 'none'}: give one."
             )
         if self.dataset is None and self.plans is not None:
-            raise UsageError(
-                f"-p {self.plans} names plans of a data set, got {named[0]}: give -d, or leave -p out."
-            )
+            raise UsageError(f"-p {self.plans} names plans of a data set, got {named[0]}: give -d, or leave -p out.")
         if self.dataset is not None and self.configuration is None:
             raise UsageError("-d needs a configuration, got none: add for example -c 3d_fullres.")
         if self.patch is not None and self.configuration is not None:

@@ -32,10 +32,7 @@ _HOST: dict[str, tuple[str, str | None]] = {
     "overwrite_image_reader_writer": ("imageio", "base_reader_writer.BaseReaderWriter"),
     "label_manager": ("utilities.label_handling", "label_handling.LabelManager"),
     "preprocessor_name": ("preprocessing", "preprocessors.default_preprocessor.DefaultPreprocessor"),
-    "normalization_schemes": (
-        "preprocessing.normalization",
-        "default_normalization_schemes.ImageNormalization",
-    ),
+    "normalization_schemes": ("preprocessing.normalization", "default_normalization_schemes.ImageNormalization"),
     "resampling_fn_data": ("preprocessing.resampling", None),
     "resampling_fn_seg": ("preprocessing.resampling", None),
     "resampling_fn_probabilities": ("preprocessing.resampling", None),

@@ -37,11 +37,7 @@ class ExpandedPatchPlanner(MemoryPlanner):
         image = image_size(list(planned["median_image_size_in_voxels"])[: len(standard)])
         expanded = expanded_patch(standard, self.k, divisors(strides, len(standard)), image)
         k = [large / small for large, small in zip(expanded, standard, strict=True)]
-        return {
-            **planned,
-            "patch_size": list(expanded),
-            "me_unet": {"k": k, "standard_patch_size": standard},
-        }
+        return {**planned, "patch_size": list(expanded), "me_unet": {"k": k, "standard_patch_size": standard}}
 
     def memory_voxels(self, plan: dict[str, Any]) -> float:
         """Of the pass that needs more."""
@@ -50,7 +46,5 @@ class ExpandedPatchPlanner(MemoryPlanner):
 
     def decisive_patch(self, plan: dict[str, Any]) -> Sequence[int]:
         """P, where there is one."""
-        patch: Sequence[int] = (
-            plan["me_unet"]["standard_patch_size"] if "me_unet" in plan else plan["patch_size"]
-        )
+        patch: Sequence[int] = plan["me_unet"]["standard_patch_size"] if "me_unet" in plan else plan["patch_size"]
         return patch

@@ -68,9 +68,7 @@ class MeCascadePlanner(MeUNetPlanner):
                 planned[name] = at_standard_patch(configuration)
                 if name in STAGED:
                     stages = stages_of(configuration, name, dataset_json)
-                    planned |= {
-                        f"{name[:2]}_{stage}": found for stage, found in zip(STAGES, stages, strict=True)
-                    }
+                    planned |= {f"{name[:2]}_{stage}": found for stage, found in zip(STAGES, stages, strict=True)}
                 continue
             planned[name] = configuration
             if name in STAGED:

@@ -107,9 +107,7 @@ class MemoryPlanner(ExperimentPlanner):
     def _median_shape(self) -> Any:
         """Voxels per axis of a typical image at the target spacing, as nnU-Net counts them."""
         spacing = self.determine_fullres_target_spacing()
-        found = zip(
-            self.dataset_fingerprint["shapes_after_crop"], self.dataset_fingerprint["spacings"], strict=True
-        )
+        found = zip(self.dataset_fingerprint["shapes_after_crop"], self.dataset_fingerprint["spacings"], strict=True)
         return np.median([compute_new_shape(shape, own, spacing) for shape, own in found], 0)
 
     def generate_data_identifier(self, configuration_name: str) -> str:
@@ -223,9 +221,7 @@ class MemoryPlanner(ExperimentPlanner):
             plans=plans, dataset=self.dataset_json, configuration="planned", trusted=True
         )  # the planner's own network
 
-    def _fitted(
-        self, plan: dict[str, Any], asked: tuple[Any, Any, float], draft: bool = False
-    ) -> dict[str, Any]:
+    def _fitted(self, plan: dict[str, Any], asked: tuple[Any, Any, float], draft: bool = False) -> dict[str, Any]:
         """The plan with the patch and the batch that fit; a draft may be a prediction that nnU-Net will discard."""
         candidates = self._candidates(plan, asked)
         if not candidates:
@@ -245,9 +241,7 @@ class MemoryPlanner(ExperimentPlanner):
             ordered = sorted(candidates, key=lambda c: c.worth, reverse=True)
             found = search.predicted(ordered)
             # nnU-Net goes on to a larger spacing until the patch covers so much of the image.
-            if found and prod(found[0].plan["patch_size"]) < 0.9 * self.lowres_creation_threshold * prod(
-                asked[1]
-            ):
+            if found and prod(found[0].plan["patch_size"]) < 0.9 * self.lowres_creation_threshold * prod(asked[1]):
                 return {**found[0].plan, "batch_size": found[1]}
         choice = search.run(candidates)
         if choice is None:
@@ -311,6 +305,5 @@ def _weights(arguments: Mapping[str, Any]) -> float:
     features = arguments["features_per_stage"]
     kernels = arguments["kernel_sizes"]
     return sum(
-        prod(kernel) * n * (n + below)
-        for n, below, kernel in zip(features, (1, *features[:-1]), kernels, strict=True)
+        prod(kernel) * n * (n + below) for n, below, kernel in zip(features, (1, *features[:-1]), kernels, strict=True)
     )

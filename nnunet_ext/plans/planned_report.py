@@ -51,9 +51,7 @@ _REASONS = {
 }
 
 
-def report(
-    planner: MemoryPlanner, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any, Any, float]]
-) -> str:
+def report(planner: MemoryPlanner, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any, Any, float]]) -> str:
     """A text with two lines per configuration."""
     target = planner.UNet_vram_target_GB
     lines = [f"\nPatch and batch for {target:g} GB, counted for {planner.trainer}; and default nnU-Net's:"]
@@ -74,15 +72,11 @@ def report(
     return "\n".join(lines)
 
 
-def default_choice(
-    planner: MemoryPlanner, spacing: Any, median_shape: Any, n_voxels: float
-) -> dict[str, Any]:
+def default_choice(planner: MemoryPlanner, spacing: Any, median_shape: Any, n_voxels: float) -> dict[str, Any]:
     """The configuration that nnU-Net's default planner makes of the same data for the same target."""
     default = ExperimentPlanner(planner.dataset_name, planner.UNet_vram_target_GB)
     with torch.device("meta"):  # it builds networks only for their sizes
-        plan: dict[str, Any] = default.get_plans_for_configuration(
-            spacing, median_shape, "default", n_voxels, {}
-        )
+        plan: dict[str, Any] = default.get_plans_for_configuration(spacing, median_shape, "default", n_voxels, {})
     return {**plan, "patch_size": [int(n) for n in plan["patch_size"]]}
 
 

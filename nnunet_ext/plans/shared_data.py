@@ -33,9 +33,7 @@ _FILES = ((".b2nd", "_seg.b2nd", ".pkl"), (".npz", ".pkl"), (".npy", "_seg.npy",
 _INTENSITIES = "intensities of the data set's fingerprint"
 
 
-def settled(
-    folder: Path, plans: dict[str, Any], fingerprint: Mapping[str, Any], cases: Sequence[str]
-) -> Iterator[str]:
+def settled(folder: Path, plans: dict[str, Any], fingerprint: Mapping[str, Any], cases: Sequence[str]) -> Iterator[str]:
     """Give configurations of new plans that can't share data an identifier of their own; say so, and what to run.
 
     Args:
@@ -89,8 +87,7 @@ class Preprocessed:
     def has(self, cases: Sequence[str]) -> bool:
         """Whether every case is there, with all its files."""
         return all(
-            any(all((self.folder / f"{case}{end}").is_file() for end in ends) for ends in _FILES)
-            for case in cases
+            any(all((self.folder / f"{case}{end}").is_file() for end in ends) for ends in _FILES) for case in cases
         )
 
     def differing(self) -> str | None:

@@ -98,9 +98,7 @@ class ImplicitTrainerMixin(HostTrainer):
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """AdamW with nnU-Net's schedule."""
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -149,7 +147,5 @@ def implicit_network(network: nn.Module) -> ImplicitUNet:
     """The network itself, see `unwrapped`."""
     network = unwrapped(network)
     if not isinstance(network, ImplicitUNet):
-        raise TypeError(
-            f"The trainer of the Implicit U-Net needs an ImplicitUNet, got {type(network).__name__}."
-        )
+        raise TypeError(f"The trainer of the Implicit U-Net needs an ImplicitUNet, got {type(network).__name__}.")
     return network

@@ -102,9 +102,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         if self.is_cascaded and self.dataloader_val is None:
             _, keys = self.do_split()
             self._check_priors(
-                self.dataset_class(
-                    self.preprocessed_dataset_folder, keys, self.folder_with_segs_from_previous_stage
-                )
+                self.dataset_class(self.preprocessed_dataset_folder, keys, self.folder_with_segs_from_previous_stage)
             )
         super().perform_actual_validation(save_probabilities)
 
@@ -119,10 +117,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         sizes = self.branch_patches(self.configuration_manager, self.standard_patch)
         self.branches = [
             Branch(
-                branch,
-                torch.compile(branch) if self._do_i_compile() else branch,
-                self.make_expanded_pass(branch),
-                size,
+                branch, torch.compile(branch) if self._do_i_compile() else branch, self.make_expanded_pass(branch), size
             )
             for branch, size in zip(network.branches, sizes, strict=True)
         ]

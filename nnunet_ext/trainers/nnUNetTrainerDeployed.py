@@ -43,10 +43,6 @@ class nnUNetTrainerDeployed(nnUNetTrainer):
                 "`nnunet-ext deploy`, and predict with `nnUNetv2_predict_from_modelfolder`."
             )
         network = trainer_class(deployed["trainer"]).build_network_architecture(
-            plans_manager,
-            configuration_manager,
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision=False,
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
         )
         return DeployedNetwork(fused(network, deployed["form"]), DTYPES[deployed["dtype"]]).eval()

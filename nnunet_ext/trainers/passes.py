@@ -54,9 +54,7 @@ class TwoPasses(_Passes):
     Shape: (B, C, *kP) -> logits of P.
     """
 
-    def __init__(
-        self, trained_network: nn.Module, standard_patch: Callable[[Sequence[int]], Sequence[int]]
-    ) -> None:
+    def __init__(self, trained_network: nn.Module, standard_patch: Callable[[Sequence[int]], Sequence[int]]) -> None:
         super().__init__()
         self.trained_network = trained_network
         self.expanded_pass = ExpandedPass(trained_network)

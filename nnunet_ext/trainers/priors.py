@@ -113,9 +113,7 @@ class FirstStage:
         parts = []
         if folds:
             commands = "; ".join(self._command_of(fold) for fold in folds)
-            parts.append(
-                f"{'folds' if len(folds) > 1 else 'fold'} {', '.join(map(str, folds))}, run first: {commands}"
-            )
+            parts.append(f"{'folds' if len(folds) > 1 else 'fold'} {', '.join(map(str, folds))}, run first: {commands}")
         others = [case for case in cases if case not in covered]
         if others:
             named = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")

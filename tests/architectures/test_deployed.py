@@ -89,9 +89,7 @@ def test_other_norms_stay(layers: list[nn.Module]) -> None:
     network = nn.Sequential(*layers).eval()
     assert fold_batch_norms(network) == 0
     assert list(network) == layers
-    with pytest.raises(
-        ValueError, match="Sequential has no block to fuse and no batch norm after a convolution"
-    ):
+    with pytest.raises(ValueError, match="Sequential has no block to fuse and no batch norm after a convolution"):
         fused(network)
 
 

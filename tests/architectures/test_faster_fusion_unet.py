@@ -57,9 +57,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the network logs from now on."""
     messages: list[str] = []
     faster_fusion_unet._log_form.cache_clear()
-    monkeypatch.setattr(
-        faster_fusion_unet._logger, "warning", lambda text, *values: messages.append(text % values)
-    )
+    monkeypatch.setattr(faster_fusion_unet._logger, "warning", lambda text, *values: messages.append(text % values))
     return messages
 
 
@@ -121,10 +119,7 @@ def test_stem_pointwise_and_narrow_convolutions_stay(case: str) -> None:
     everything = build(case, threshold=1, divisor=2)
     stem = next(m for m in everything.encoder.modules() if isinstance(m, ConvDropoutNormReLU))
     assert stem.input_channels == 2
-    assert (
-        sum(isinstance(m, ConvDropoutNormReLU) and max(m.conv.kernel_size) > 1 for m in everything.modules())
-        == 1
-    )
+    assert sum(isinstance(m, ConvDropoutNormReLU) and max(m.conv.kernel_size) > 1 for m in everything.modules()) == 1
 
 
 @pytest.mark.parametrize("case", PATCHES)
@@ -291,9 +286,7 @@ def test_weights_of_two_kinds_are_compared_kind_by_kind() -> None:
     assert sum(len(joined) for joined in snapshot._joined(tensors)) == sum(t.numel() for t in tensors)
 
 
-def test_parts_in_training_mode_hooks_and_parametrised_weights_are_not_fused(
-    said: list[str],
-) -> None:
+def test_parts_in_training_mode_hooks_and_parametrised_weights_are_not_fused(said: list[str]) -> None:
     def dropping(network: FasterFusionUNet) -> None:
         network.encoder.stages[1].train()
 
@@ -393,9 +386,7 @@ def test_the_log_says_once_that_the_fused_form_runs(said: list[str]) -> None:
     assert said == ["nnunet_ext: FasterFusionUNet predicts in its fused form."]
 
 
-def test_compiled_prediction_says_once_that_it_is_not_fused_and_stays_one_graph(
-    said: list[str],
-) -> None:
+def test_compiled_prediction_says_once_that_it_is_not_fused_and_stays_one_graph(said: list[str]) -> None:
     torch._dynamo.reset()
     network = build()
     compiled = torch.compile(network, backend="eager", fullgraph=True)
@@ -436,12 +427,7 @@ def test_transformed_and_shape_only_weights_are_not_fused() -> None:
     ],
 )
 def test_layout_is_channels_last_without_norms_on_the_cpu_and_in_half_precision_on_cuda(
-    device: str,
-    dtype: torch.dtype,
-    autocast: bool,
-    batch_norm: bool,
-    wanted: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, dtype: torch.dtype, autocast: bool, batch_norm: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked without a CUDA device, on which autocast can't be entered."""
     network = build(threshold=8, batch_norm=batch_norm).fuse()
@@ -462,9 +448,7 @@ def test_a_fused_network_moved_within_inference_mode_predicts_the_same(options: 
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_the_fused_form_is_made_once_while_nothing_changes(
-    moved: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fused_form_is_made_once_while_nothing_changes(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     network, made, fuse = build(), [], FasterFusionUNet.fuse
     monkeypatch.setattr(FasterFusionUNet, "fuse", lambda self: made.append(self) or fuse(self))
     with torch.inference_mode():
@@ -508,9 +492,7 @@ def test_compiled_blocks_have_the_same_gradients_and_predictions(options: str) -
     torch._dynamo.reset()
     network = build(**OPTIONS[options])
     compiled = torch.compile(copy.deepcopy(network), backend="aot_eager")
-    for found, wanted in zip(
-        train_gradients(compiled, image()), train_gradients(network, image()), strict=True
-    ):
+    for found, wanted in zip(train_gradients(compiled, image()), train_gradients(network, image()), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
     network.eval()
     compiled.eval()

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 
 from nnunet_ext.architectures.implicit.point_sampling import at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
-from nnunet_ext.memory.network import (
-    ASSUMED_SHARE,
-    count_parameters,
-    measure_inference,
-    measure_size,
-    measure_step,
-)
+from nnunet_ext.memory.network import ASSUMED_SHARE, count_parameters, measure_inference, measure_size, measure_step
 from tests.contract.plans import DEFAULT, PATCHES, arguments, isotropic
 
 SMALL = {"decoder_width": 16, "decoder_depth": 4}
@@ -71,8 +65,7 @@ def test_training_with_30000_points_keeps_less_than_default_nnunet(width: int, m
 def test_split_and_fused_dropout_keep_a_third_of_the_bytes_per_point() -> None:
     def bytes_per_point(**options: Any) -> float:
         held = [
-            measure_step(lambda n=n: implicit(n_points=n, **options), 1, (128,) * 3, 1).held
-            for n in (20_000, 30_000)
+            measure_step(lambda n=n: implicit(n_points=n, **options), 1, (128,) * 3, 1).held for n in (20_000, 30_000)
         ]
         return (held[1] - held[0]) / 10_000
 
@@ -81,9 +74,7 @@ def test_split_and_fused_dropout_keep_a_third_of_the_bytes_per_point() -> None:
 
 
 def test_counted_elements_are_those_of_the_encoder_and_of_the_points() -> None:
-    counted = [
-        implicit(decoder_width=width).compute_conv_feature_map_size((96, 96, 96)) for width in (256, 512)
-    ]
+    counted = [implicit(decoder_width=width).compute_conv_feature_map_size((96, 96, 96)) for width in (256, 512)]
     layers = len(implicit().point_decoder.layers)
     assert counted[1] - counted[0] == 256 * layers * 30_000
 
@@ -149,8 +140,7 @@ def test_gradients_flow_through_sparse_prediction() -> None:
 
 def test_chunk_size_bounds_the_memory_of_dense_prediction() -> None:
     large, small = (
-        measure_inference(lambda n=n: implicit(sparse=False, chunk_size=n), 1, (96,) * 3)
-        for n in (2**18, 2**14)
+        measure_inference(lambda n=n: implicit(sparse=False, chunk_size=n), 1, (96,) * 3) for n in (2**18, 2**14)
     )
     assert small < large
 

@@ -157,18 +157,14 @@ def test_rounding_is_logged_and_the_network_runs(caplog: pytest.LogCaptureFixtur
 
 
 def test_too_narrow_stage_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"Stage 1 of an InvertibleUNet needs 62 features .* at most 1 channels"
-    ):
+    with pytest.raises(ValueError, match=r"Stage 1 of an InvertibleUNet needs 62 features .* at most 1 channels"):
         fitting_features([2, 64], [[1, 1], [1, 31]])
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
 def test_patch_that_the_strides_do_not_divide_is_refused(network_class: type[nn.Module]) -> None:
     network = network_class(1, 2, **arguments([8, 16, 24], **ANISOTROPIC))
-    with pytest.raises(
-        ValueError, match=r"divisible by \[2, 4, 4\], the product of the strides, got \[8, 8, 6\]"
-    ):
+    with pytest.raises(ValueError, match=r"divisible by \[2, 4, 4\], the product of the strides, got \[8, 8, 6\]"):
         network(torch.zeros(1, 1, 8, 8, 6))
 
 
@@ -214,17 +210,13 @@ def test_latent_is_sampled_in_training_and_its_mean_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
-def test_weights_with_a_vae_branch_load_without_it_and_not_the_other_way(
-    network_class: type[nn.Module],
-) -> None:
+def test_weights_with_a_vae_branch_load_without_it_and_not_the_other_way(network_class: type[nn.Module]) -> None:
     values = arguments([8, 16, 24])
     with_vae, without = network_class(1, 2, vae=True, **values), network_class(1, 2, **values)
     without.load_state_dict(with_vae.state_dict(), strict=True)
     x = torch.randn(1, 1, 8, 8, 8)
     torch.testing.assert_close(without.eval()(x)[0], with_vae.eval()(x)[0], rtol=0, atol=0)
-    with pytest.raises(
-        RuntimeError, match="needs the weights of its VAE branch, these have none: load them into"
-    ):
+    with pytest.raises(RuntimeError, match="needs the weights of its VAE branch, these have none: load them into"):
         with_vae.load_state_dict(without.state_dict())
 
 
@@ -240,9 +232,7 @@ def memory(network_class: type[nn.Module], patch: tuple[int, ...] = (128,) * 3, 
     features = DEFAULT if len(patch) == 3 else [32, 64, 128, 256, 512, 512, 512]
     batch = 2 if len(patch) == 3 else 12
     values = arguments(features, len(patch), **changes)
-    return measure_step(
-        lambda: network_class(input_channels=1, num_classes=3, **values), 1, patch, batch, dtype
-    )
+    return measure_step(lambda: network_class(input_channels=1, num_classes=3, **values), 1, patch, batch, dtype)
 
 
 @pytest.fixture(scope="module")

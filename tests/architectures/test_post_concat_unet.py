@@ -25,9 +25,7 @@ def host_of(case: str, channels: int = CHANNELS, classes: int = CLASSES, **optio
 
 
 def ours_of(case: str, prior: int, classes: int = CLASSES, **options: Any) -> PostConcatUNet:
-    network = PostConcatUNet(
-        CHANNELS + prior, classes, prior_channels=prior, **{**arguments(case), **options}
-    )
+    network = PostConcatUNet(CHANNELS + prior, classes, prior_channels=prior, **{**arguments(case), **options})
     network.apply(network.initialize)
     return network
 
@@ -52,9 +50,7 @@ def batch(case: str, prior: int) -> Tensor:
 @pytest.mark.parametrize("case", PATCHES)
 @pytest.mark.parametrize("prior", [1, 2, 14])
 @pytest.mark.parametrize("resampling", ["nearest", "max"])
-def test_with_zero_weights_on_the_prior_it_is_the_default_network(
-    case: str, prior: int, resampling: str
-) -> None:
+def test_with_zero_weights_on_the_prior_it_is_the_default_network(case: str, prior: int, resampling: str) -> None:
     host = host_of(case, deep_supervision=True)
     network = ours_of(case, prior, deep_supervision=True, prior_resampling=resampling)
     load_host(network, host)
@@ -156,9 +152,7 @@ def test_the_planner_counts_the_prior_of_every_level() -> None:
 
 
 def test_an_input_without_the_prior_is_refused_with_the_cure() -> None:
-    with pytest.raises(
-        ValueError, match=r"2 channels of the image and 2 of the previous .* got 2 in all.*prev_stage"
-    ):
+    with pytest.raises(ValueError, match=r"2 channels of the image and 2 of the previous .* got 2 in all.*prev_stage"):
         ours_of("3d", 2)(torch.randn(1, 2, 16, 16, 16))
 
 

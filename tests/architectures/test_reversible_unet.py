@@ -17,10 +17,7 @@ from nnunet_ext.memory.tracker import GIB
 from tests.contract.plans import DEFAULT, isotropic
 
 arguments = partial(isotropic, deep_supervision=True)
-ANISOTROPIC = {
-    "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-}
+ANISOTROPIC = {"kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}
 
 
 def step(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

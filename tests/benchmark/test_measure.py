@@ -38,11 +38,7 @@ def rounds(subjects: dict[tuple[str, str], Any], repeats: int) -> tuple[Any, lis
 
 
 def test_every_subject_has_one_turn_per_round_and_the_first_round_does_not_count() -> None:
-    subjects = {
-        ("a", "1"): FakeSubject(9, 1, 2),
-        ("a", "2"): FakeSubject(9, 3, 4),
-        ("b", "1"): FakeSubject(9, 5, 6),
-    }
+    subjects = {("a", "1"): FakeSubject(9, 1, 2), ("a", "2"): FakeSubject(9, 3, 4), ("b", "1"): FakeSubject(9, 5, 6)}
     timed, turns = rounds(subjects, 2)
     assert turns == ["a1", "a2", "b1"] * 3
     assert timed.seconds == {("a", "1"): [1, 2], ("a", "2"): [3, 4], ("b", "1"): [5, 6]}
@@ -179,9 +175,7 @@ def test_precision_is_that_of_the_machine(precision: Any, dtype: torch.dtype) ->
     assert network.seen == [(dtype, False), (dtype, True)]
 
 
-def test_subject_without_room_is_refused_before_it_is_built(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_subject_without_room_is_refused_before_it_is_built(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     class Memory:
         available = 3 * GIB
 

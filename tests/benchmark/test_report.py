@@ -141,14 +141,7 @@ def test_plans_for_another_network_are_told() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [
-        (0.0123456, "0.0123"),
-        (1.0, "1.00"),
-        (99.94, "99.9"),
-        (123.4, "123"),
-        (12345.6, "12346"),
-        (0.0, "0.00"),
-    ],
+    [(0.0123456, "0.0123"), (1.0, "1.00"), (99.94, "99.9"), (123.4, "123"), (12345.6, "12346"), (0.0, "0.00")],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert table.number(value) == text

@@ -46,9 +46,7 @@ def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def count(request: BenchmarkRequest, name: str) -> Method:
         if name not in (BASELINE, OURS):
             return _really_count(request, name)
-        key = json.dumps(
-            [name, request.setting.plans, request.setting.configuration, request.machine.precision]
-        )
+        key = json.dumps([name, request.setting.plans, request.setting.configuration, request.machine.precision])
         if key not in _counted:
             _counted[key] = _really_count(request, name)
         return _counted[key]
@@ -104,9 +102,7 @@ def test_all_registered_trainers_take_part_also_those_of_others(
 def test_every_registered_trainer_is_measured(setting: Setting, machine: Machine) -> None:
     report = runner.run(BenchmarkRequest(setting, machine, repeats=0))
     assert {method.status for method in report.methods} == {"ok"}
-    assert len(report.methods) == len(
-        registry.names("trainers")
-    )  # all but one that only predicts, and the baseline
+    assert len(report.methods) == len(registry.names("trainers"))  # all but one that only predicts, and the baseline
 
 
 def test_baseline_is_first_and_names_count_once(setting: Setting, machine: Machine) -> None:
@@ -170,23 +166,17 @@ def test_compiled_steps_are_timed_on_cuda_unless_asked_otherwise(
     assert request.times_compiled is expected
 
 
-def test_turns_are_interleaved_and_all_progress_is_told(
-    install: Install, setting: Setting, machine: Machine
-) -> None:
+def test_turns_are_interleaved_and_all_progress_is_told(install: Install, setting: Setting, machine: Machine) -> None:
     install("acme", trainer(ACME, "    pass"), trainers=[ACME])
     told: list[tuple[int, int, str]] = []
     runner.run(BenchmarkRequest(setting, machine, (ACME,), repeats=1), lambda *news: told.append(news))
-    a_round = [
-        f"{name}: {what}" for name in (BASELINE, ACME) for what in ("training step", "inference of a patch")
-    ]
+    a_round = [f"{name}: {what}" for name in (BASELINE, ACME) for what in ("training step", "inference of a patch")]
     assert [what for *_, what in told] == [f"{BASELINE}: counting", f"{ACME}: counting", *a_round, *a_round]
     assert [done for done, *_ in told] == list(range(10))
     assert {total for _, total, _ in told} == {10}
 
 
-def test_times_of_a_case_are_tiles_times_the_median_of_a_patch(
-    planned_dataset: Path, machine: Machine
-) -> None:
+def test_times_of_a_case_are_tiles_times_the_median_of_a_patch(planned_dataset: Path, machine: Machine) -> None:
     setting = Source(dataset="7", configuration="3d_half").setting()
     report = runner.run(BenchmarkRequest(setting, machine, (), repeats=3))
     (method,) = report.methods
@@ -243,9 +233,7 @@ def test_what_would_not_fit_is_not_tried_on_the_cpu(
     assert (report[OURS].status, report[OURS].ratios["step_seconds"]) == ("ok", None)
 
 
-def test_refusal_of_the_plan_is_a_row_with_the_reason(
-    install: Install, setting: Setting, machine: Machine
-) -> None:
+def test_refusal_of_the_plan_is_a_row_with_the_reason(install: Install, setting: Setting, machine: Machine) -> None:
     body = "    def __init__(self, *args):\n        raise NotImplementedError('No 3D.\\nUse 2d.')\n"
     install("acme", trainer(ACME, body), trainers=[ACME])
     acme = rows(runner.run(BenchmarkRequest(setting, machine, (ACME,), repeats=1, depths=(1,))))[ACME]
@@ -253,9 +241,7 @@ def test_refusal_of_the_plan_is_a_row_with_the_reason(
     assert set(acme.ratios.values()) == {None}
 
 
-def test_error_that_says_nothing_is_named_by_its_type(
-    install: Install, setting: Setting, machine: Machine
-) -> None:
+def test_error_that_says_nothing_is_named_by_its_type(install: Install, setting: Setting, machine: Machine) -> None:
     body = f"{FORWARD}{REAL_ONLY}        raise RuntimeError\n"
     install("acme", trainer(ACME, body), trainers=[ACME])
     acme = rows(runner.run(BenchmarkRequest(setting, machine, (ACME,), repeats=1)))[ACME]
@@ -313,9 +299,7 @@ def test_depth_of_residual_plans_is_in_blocks(setting: Setting, machine: Machine
         "arch_kwargs": arguments,
     }
     residual = Setting(
-        plans={**setting.plans, "configurations": {"r": configuration}},
-        dataset=setting.dataset,
-        configuration="r",
+        plans={**setting.plans, "configurations": {"r": configuration}}, dataset=setting.dataset, configuration="r"
     )
     points = runner.run(BenchmarkRequest(residual, machine, (OURS,), repeats=0, depths=(1, 2))).depth
     assert [(p.network, p.depth) for p in points] == [
@@ -328,9 +312,7 @@ def test_depth_of_residual_plans_is_in_blocks(setting: Setting, machine: Machine
     assert points[2].held_bytes == points[3].held_bytes
 
 
-def test_networks_without_the_option_have_no_depth(
-    install: Install, setting: Setting, machine: Machine
-) -> None:
+def test_networks_without_the_option_have_no_depth(install: Install, setting: Setting, machine: Machine) -> None:
     install("acme", trainer(ACME, "    pass"), trainers=[ACME])
     points = runner.run(BenchmarkRequest(setting, machine, (ACME,), repeats=0, depths=(1,))).depth
     assert {point.trainer for point in points} == {BASELINE}

@@ -103,14 +103,10 @@ def test_the_cascades_first_stage_peaks_like_its_larger_branch(machine: Machine,
         for name in ("nnUNetTrainerMeCascade", "nnUNetTrainerMeUNet")
     )
     assert cascade.network == "DualMeUNet"
-    assert cascade.peak_bytes == pytest.approx(
-        alone.peak_bytes, rel=0.15
-    )  # gradients of two networks' weights
+    assert cascade.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.15)  # gradients of two networks' weights
 
 
-def test_a_timed_step_of_the_cascade_trains_both_branches_on_any_patch(
-    machine: Machine, setting: Setting
-) -> None:
+def test_a_timed_step_of_the_cascade_trains_both_branches_on_any_patch(machine: Machine, setting: Setting) -> None:
     network = Builders.of(
         BenchmarkRequest(setting, machine, ("nnUNetTrainerMeCascade",), repeats=0), "nnUNetTrainerMeCascade"
     )

@@ -22,11 +22,7 @@ from tests.comparison.conftest import CONFIGURATION
 
 REAL_RUN = cascade_predict._run  # other tests replace it
 
-DATASET = {
-    "channel_names": {"0": "T1", "1": "T2"},
-    "labels": {"background": 0, "a": 1},
-    "file_ending": ".nii.gz",
-}
+DATASET = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
 CONFIGURATIONS = {
     "3d_fullres": CONFIGURATION,
     "3d_me_context": {"inherits_from": "3d_fullres", "next_stage": "3d_post_concat"},
@@ -167,17 +163,13 @@ def test_folds_of_stage_one_may_be_others(runs: Runs, results: Path) -> None:
     (results / f"{MODEL}{SECOND}" / "fold_1" / "checkpoint_final.pth").unlink()
     assert cli.main([*COMMAND[:8], "0", "-f1", "0", "1", "-device", "cpu"]) == 0
     note = json.loads((Path("out_3d_me_context") / cascade_predict.NOTE).read_text())
-    assert note["settings"]["stage 1"]["checkpoints"] == [
-        f"fold_{fold}/checkpoint_final.pth" for fold in "01"
-    ]
+    assert note["settings"]["stage 1"]["checkpoints"] == [f"fold_{fold}/checkpoint_final.pth" for fold in "01"]
 
 
 def test_what_is_not_trained_is_named(runs: Runs, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (results / f"{MODEL}{FIRST}" / "fold_1" / "checkpoint_final.pth").unlink()
     message = refused(COMMAND, capsys, runs)
-    assert (
-        f"{MODEL}{FIRST} must have checkpoint_final.pth for the folds 0 1, it lacks 1 (there is 0)" in message
-    )
+    assert f"{MODEL}{FIRST} must have checkpoint_final.pth for the folds 0 1, it lacks 1 (there is 0)" in message
     assert "the cascade needs an existing folder" in refused([*COMMAND, "-p", "other"], capsys, runs)
     assert "-d must be one data set" in refused([*COMMAND, "-d", "8"], capsys, runs)
 
@@ -192,9 +184,7 @@ def test_a_configuration_without_a_stage_before_it_is_refused(
     assert f"{configuration} has no previous_stage in nnUNetMeCascadePlans: use {SECOND}" in message
 
 
-def test_stages_with_other_labels_are_refused(
-    runs: Runs, results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stages_with_other_labels_are_refused(runs: Runs, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = {**DATASET, "labels": {"background": 0, "b": 1}}
     (results / f"{MODEL}{FIRST}" / "dataset.json").write_text(json.dumps(changed))
     assert "both stages must be trained with the same labels" in refused(COMMAND, capsys, runs)
@@ -203,40 +193,16 @@ def test_stages_with_other_labels_are_refused(
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (
-            lambda: Path("in/two_0001.nii.gz").unlink(),
-            "two: has 1 channel in two_0000.nii.gz, dataset.json has 2",
-        ),
-        (
-            lambda: write_scan(Path("in/one_0002.nii.gz")),
-            "one: has 3 channels in one_0000.nii.gz, one_0001.nii.gz, ",
-        ),
-        (
-            lambda: cut(Path("in/one_0001.nii.gz"), 0.5),
-            "one: in/one_0001.nii.gz can't be read: it is cut off",
-        ),
-        (
-            lambda: spoil_with_nan(Path("in/two_0000.nii.gz")),
-            "two: in/two_0000.nii.gz holds NaN or infinity in 2",
-        ),
-        (
-            lambda: Path("in/._one_0000.nii.gz").write_bytes(b"Mac"),
-            "has ._one_0000.nii.gz, which nnU-Net takes",
-        ),
+        (lambda: Path("in/two_0001.nii.gz").unlink(), "two: has 1 channel in two_0000.nii.gz, dataset.json has 2"),
+        (lambda: write_scan(Path("in/one_0002.nii.gz")), "one: has 3 channels in one_0000.nii.gz, one_0001.nii.gz, "),
+        (lambda: cut(Path("in/one_0001.nii.gz"), 0.5), "one: in/one_0001.nii.gz can't be read: it is cut off"),
+        (lambda: spoil_with_nan(Path("in/two_0000.nii.gz")), "two: in/two_0000.nii.gz holds NaN or infinity in 2"),
+        (lambda: Path("in/._one_0000.nii.gz").write_bytes(b"Mac"), "has ._one_0000.nii.gz, which nnU-Net takes"),
         (lambda: write_scan(Path("in/three.nii.gz")), "has three.nii.gz, which nnU-Net takes for one too"),
         (lambda: [path.unlink() for path in Path("in").iterdir()], "needs scans called CASE_0000.nii.gz"),
         (lambda: Path("in").rename("elsewhere"), "-i needs an existing folder of scans"),
     ],
-    ids=[
-        "channel missing",
-        "too many",
-        "cut off",
-        "NaN",
-        "hidden",
-        "no channel number",
-        "empty",
-        "no folder",
-    ],
+    ids=["channel missing", "too many", "cut off", "NaN", "hidden", "no channel number", "empty", "no folder"],
 )
 def test_incomplete_input_is_refused_before_anything_is_predicted(
     spoil: Callable[[], Any], message: str, runs: Runs, capsys: pytest.CaptureFixture[str]
@@ -246,19 +212,14 @@ def test_incomplete_input_is_refused_before_anything_is_predicted(
 
 
 @pytest.mark.parametrize("folders", [["-o", "in"], ["--keep", "in"], ["--keep", "out"]])
-def test_folders_that_are_one_are_refused(
-    folders: list[str], runs: Runs, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_that_are_one_are_refused(folders: list[str], runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be three folders" in refused([*COMMAND, *folders], capsys, runs)
     assert len(list(Path("in").iterdir())) == 4
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [
-        (["-step_size", "0"], "share of the patch, got 0.0"),
-        (["-nps", "0"], "must be at least 1, got 3 and 0"),
-    ],
+    [(["-step_size", "0"], "share of the patch, got 0.0"), (["-nps", "0"], "must be at least 1, got 3 and 0")],
 )
 def test_numbers_that_make_no_sense_are_refused(
     option: list[str], message: str, runs: Runs, capsys: pytest.CaptureFixture[str]
@@ -272,8 +233,7 @@ def test_a_stage_that_leaves_cases_out_is_an_error(
     monkeypatch.setattr(cascade_predict, "_run", lambda *_: None)
     assert cli.main(COMMAND) == 2
     assert (
-        "must now hold all predictions, complete: one, two is missing or cut off (2 in all)"
-        in capsys.readouterr().err
+        "must now hold all predictions, complete: one, two is missing or cut off (2 in all)" in capsys.readouterr().err
     )
 
 
@@ -290,14 +250,10 @@ def test_a_stage_that_cuts_a_prediction_off_is_an_error(
     assert "complete: two is missing or cut off (1 in all)" in capsys.readouterr().err
 
 
-def test_probabilities_that_were_cut_off_are_predicted_again(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probabilities_that_were_cut_off_are_predicted_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = cascade_predict._run
 
-    def with_probabilities(
-        stage: Stage, images: Path, output: Path, prior: Path | None, options: Options
-    ) -> None:
+    def with_probabilities(stage: Stage, images: Path, output: Path, prior: Path | None, options: Options) -> None:
         predict(stage, images, output, prior, options)
         for case in BOTH if prior else ():
             np.savez_compressed(output / f"{case}.npz", probabilities=np.random.rand(2, 3, 4, 5))
@@ -332,10 +288,7 @@ def test_the_number_of_a_data_set_is_found_as_nnunet_finds_it(name: str, runs: R
     ("error", "message"),
     [
         (OSError(28, "No space left on device"), "can't write to .*No space left on device"),
-        (
-            RuntimeError("Exception thrown in SimpleITK ImageFileWriter_Execute:\nFile too large"),
-            "can't write to",
-        ),
+        (RuntimeError("Exception thrown in SimpleITK ImageFileWriter_Execute:\nFile too large"), "can't write to"),
         (RuntimeError("Some background workers died"), "a process that reads or writes scans"),
     ],
 )

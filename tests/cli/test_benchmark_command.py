@@ -83,10 +83,7 @@ def test_progress_is_shown_on_a_terminal_only(
 
 
 def test_files_are_written_on_request_only(
-    asked: list[BenchmarkRequest],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    asked: list[BenchmarkRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     cli.main(["benchmark", *PATCH])
@@ -134,9 +131,7 @@ def test_mistake_is_one_line_and_status_2(
     assert message in line
 
 
-def test_unset_variable_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unset_variable_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("nnUNet_preprocessed", raising=False)
     assert cli.main(["benchmark", "-d", "4", "-c", "2d"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -150,9 +145,7 @@ def test_wrong_choice_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> Non
     assert "usage: nnunet-ext benchmark" in capsys.readouterr().err
 
 
-def test_real_run_prints_strict_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_real_run_prints_strict_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(patch_plans, "FEATURES", 4)
 
     def refuse(constant: str) -> Any:

@@ -32,9 +32,7 @@ def results(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 NAMES = ["-d", "7", "-tr", "nnUNetTrainer_3epochs", "nnUNetTrainerReversible_3epochs", "-np", "1"]
 
 
-def test_table_verdict_and_place_of_the_report_are_printed(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_verdict_and_place_of_the_report_are_printed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", *NAMES]) == 0
     output = capsys.readouterr()
     assert "nnUNetTrainerReversible, cross-validation: mean Dice" in " ".join(output.out.split())
@@ -69,9 +67,7 @@ def test_runs_are_given_by_their_folders_without_any_variable(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("nnUNet_results")
-    assert (
-        cli.main(["compare", "-m", *map(str, sorted(results.iterdir())), "--names", "default", "ours"]) == 0
-    )
+    assert cli.main(["compare", "-m", *map(str, sorted(results.iterdir())), "--names", "default", "ours"]) == 0
     assert "ours, cross-validation" in capsys.readouterr().out
 
 
@@ -101,9 +97,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 
 
 def test_half_written_summary_is_one_line(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = (
-        results / "nnUNetTrainer_3epochs__nnUNetPlans__3d_fullres" / "fold_0" / "validation" / "summary.json"
-    )
+    path = results / "nnUNetTrainer_3epochs__nnUNetPlans__3d_fullres" / "fold_0" / "validation" / "summary.json"
     path.write_text(path.read_text()[:-30])
     assert cli.main(["compare", *NAMES]) == 2
     assert str(path) in capsys.readouterr().err

@@ -42,16 +42,12 @@ def test_how_far_a_step_is_is_printed_now_and_then(
     assert capsys.readouterr().out.splitlines() == [*expected, "[2/2] train: done"]
 
 
-def test_running_step_rewrites_one_line_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_running_step_rewrites_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     for name, value in (("COLUMNS", "40"), ("LINES", "20"), ("TTY_COMPATIBLE", "1"), ("TERM", "xterm")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(workflow, "run", train)
     assert cli.main(["demo"]) == 0
-    shown = [
-        text for text in capsys.readouterr().out.split("\x1b[2K") if "train" in text
-    ]  # erased after each
+    shown = [text for text in capsys.readouterr().out.split("\x1b[2K") if "train" in text]  # erased after each
     assert shown[0].endswith("epoch 0/3\r")
     assert shown[-2].endswith("epoch 2/3\r")
     assert shown[-1].startswith("[2/2] train: done\n")
@@ -103,21 +99,8 @@ def test_arguments_reach_the_workflow_and_defaults_are_found(monkeypatch: pytest
     cli.main(["demo"])
     both, root = ("nnUNetTrainer", "nnUNetTrainerReversible"), Path.cwd() / "demo-output"
     assert given == [
-        Demo(
-            root=Path("/o"),
-            raw=Path("/r"),
-            trainers=("A", "B"),
-            schedule="s",
-            configuration="2d",
-            device="mps",
-        ),
-        Demo(
-            root=root,
-            raw=None,
-            trainers=both,
-            schedule="9epochs_20iters_NoMirroring",
-            configuration="3d_fullres",
-        ),
+        Demo(root=Path("/o"), raw=Path("/r"), trainers=("A", "B"), schedule="s", configuration="2d", device="mps"),
+        Demo(root=root, raw=None, trainers=both, schedule="9epochs_20iters_NoMirroring", configuration="3d_fullres"),
     ]
     for trainer in both:
         trainer_class(given[1].scheduled(trainer))

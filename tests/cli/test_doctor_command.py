@@ -17,10 +17,7 @@ GOOD, DOUBTFUL, BAD = (
 
 
 def run(
-    findings: list[Finding],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *arguments: str,
+    findings: list[Finding], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str]:
     monkeypatch.setattr(doctor, "examine", lambda: findings)
     status = cli.main(["doctor", *arguments])

@@ -44,9 +44,7 @@ def test_says_whether_this_gpu_has_it(size: int, verdict: str) -> None:
         Estimate(
             tiny(),
             "nnUNetTrainer",
-            TrainingMemory(
-                parameters=0, gradients=0, optimizer=0, activations=0, peak=999 * GIB, workspace=0
-            ),
+            TrainingMemory(parameters=0, gradients=0, optimizer=0, activations=0, peak=999 * GIB, workspace=0),
         ).enough
         is None
     )
@@ -59,10 +57,7 @@ def test_measured_memory_stands_beside_what_it_can_be_compared_with() -> None:
     measured = Measured(allocated=15 * GIB, reserved=16 * GIB, outside=4 * GIB)
     found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", 24 * GIB), measured)
     text = "\n".join(found.lines())
-    assert (
-        "Measured allocated, with workspaces: 15.00 GB; peak + workspaces as counted: 12.00 GB (-20.0%)"
-        in text
-    )
+    assert "Measured allocated, with workspaces: 15.00 GB; peak + workspaces as counted: 12.00 GB (-20.0%)" in text
     assert "Measured reserved and outside: 20.00 GB; expected as counted: 13.00 GB (-35.0%)" in text
     assert "Reserved by PyTorch: 16.00 GB." in text
     assert "Outside of it (context, libraries, other programs): 4.00 GB." in text

@@ -30,12 +30,8 @@ def test_text_holds_every_registered_name(install: Install, capsys: pytest.Captu
     ]
 
 
-def test_escapes_of_others_do_not_reach_the_terminal(
-    install: Install, capsys: pytest.CaptureFixture[str]
-) -> None:
-    install(
-        "acme", 'class AcmeNet:\n    """A \x1b[2Jnet\u202e\x9b."""\n', architectures=["AcmeNet", "X\x1b[2J"]
-    )
+def test_escapes_of_others_do_not_reach_the_terminal(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install("acme", 'class AcmeNet:\n    """A \x1b[2Jnet\u202e\x9b."""\n', architectures=["AcmeNet", "X\x1b[2J"])
     for arguments in ([], ["--json"]):
         assert all(line.isprintable() for line in output(capsys, *arguments).split("\n"))
     assert "A \\x1b[2Jnet\\u202e\\x9b." in output(capsys)
@@ -50,9 +46,7 @@ def test_example_of_a_schedule_is_one() -> None:
     assert registry.parse_schedule(example) is not None
 
 
-def test_refused_names_are_listed_with_the_reason(
-    install: Install, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_names_are_listed_with_the_reason(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
     install("acme", "", trainers=["nnUNetTrainerAdam"])
     above, _, refused = output(capsys).partition("\nrefused\n")
     assert "nnU-Net itself has nnUNetTrainerAdam" in refused

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from tests.conftest import RunPython
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["list", "--help"], ["list"], ["list", "--json"], ["--version"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"], ["list"], ["list", "--json"], ["--version"]])
 def test_answer_needs_no_torch_and_less_than_a_second(run_python: RunPython, arguments: list[str]) -> None:
     # Seconds of this process on the CPU: others on the machine don't count.
     run_python(
@@ -77,11 +75,7 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
     ],
 )
 def test_mistake_of_the_user_is_one_line(
-    error: BaseException,
-    status: int,
-    line: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(args: object) -> int:
         raise error
@@ -94,15 +88,9 @@ def test_mistake_of_the_user_is_one_line(
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (
-            OSError(errno.ENOSPC, "No space left on device", "/out/x"),
-            "can't write /out/x: No space left on device",
-        ),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), "can't write /out/x: No space left on device"),
         (OSError(errno.EROFS, "Read-only file system"), "can't write its output: Read-only file system"),
-        (
-            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
-            "No usable temporary directory",
-        ),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "No usable temporary directory"),
     ],
 )
 def test_disk_that_takes_no_more_is_one_line_from_every_command(

@@ -40,10 +40,7 @@ def status():
 @pytest.fixture
 def host(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("host", HOST)
-    points = [
-        EntryPoint(f"nnUNetv2_{name}", f"host:{name}", "console_scripts")
-        for name in ("train", "fail", "status")
-    ]
+    points = [EntryPoint(f"nnUNetv2_{name}", f"host:{name}", "console_scripts") for name in ("train", "fail", "status")]
     fake = SimpleNamespace(version="2.8.0", entry_points=EntryPoints(points))
     monkeypatch.setattr(launch, "distribution", lambda name: fake)
     monkeypatch.setattr(sys, "argv", ["nnunet-ext"])
@@ -110,9 +107,7 @@ def test_command_like_no_other_is_one_line_with_all_names(capsys: pytest.Capture
     assert line.endswith("It has nnUNetv2_fail, nnUNetv2_status, nnUNetv2_train.")
 
 
-def test_missing_nnunet_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_nnunet_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def missing(name: str) -> None:
         raise PackageNotFoundError(name)
 
@@ -191,10 +186,7 @@ def test_nnunets_commands_find_names_without_pytorchs_help(without_pytorchs_help
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("nnunetv2.utilities.find_objects") is None,
-    reason="nnUNet_extTrainer needs nnU-Net 2.8",
+    importlib.util.find_spec("nnunetv2.utilities.find_objects") is None, reason="nnUNet_extTrainer needs nnU-Net 2.8"
 )
-def test_process_that_nnunet_starts_finds_names_through_the_shim(
-    without_pytorchs_help: dict[str, str],
-) -> None:
+def test_process_that_nnunet_starts_finds_names_through_the_shim(without_pytorchs_help: dict[str, str]) -> None:
     assert not without_pytorchs_help["shim"]

@@ -68,12 +68,7 @@ def write_fold(folder: Path, cases: Mapping[str, Sequence[Counts]], epochs: int 
     log["epoch_start_timestamps"] = [10.0 * i for i in range(epochs)]
     log["epoch_end_timestamps"] = [10.0 * i + 4 + i for i in range(epochs)]  # 4, 5, 6 seconds
     torch.save({"logging": log, "network_weights": {}}, folder / "checkpoint_final.pth")
-    debug = {
-        "num_epochs": str(epochs),
-        "num_iterations_per_epoch": "50",
-        "gpu_name": "GPU",
-        "torch_version": "2.9",
-    }
+    debug = {"num_epochs": str(epochs), "num_iterations_per_epoch": "50", "gpu_name": "GPU", "torch_version": "2.9"}
     (folder / "debug.json").write_text(json.dumps(debug))
 
 
@@ -142,7 +137,4 @@ def random_folds(seed: int, shift: float = 0.0, n: int = 12) -> dict[str, dict[s
         for i in range(n)
     }
     names = list(cases)
-    return {
-        "0": {name: cases[name] for name in names[: n // 2]},
-        "1": {name: cases[name] for name in names[n // 2 :]},
-    }
+    return {"0": {name: cases[name] for name in names[: n // 2]}, "1": {name: cases[name] for name in names[n // 2 :]}}

@@ -46,9 +46,7 @@ def test_means_differences_and_p_values_are_those_of_an_independent_computation(
     for name, own in zip(names, values, strict=True):
         assert evaluation.mean(name).mean == pytest.approx(own.mean())
         assert evaluation.mean(name, structure="lesion").mean == pytest.approx(own[:, 1].mean())
-        assert evaluation.mean(name, structure="organ").standard_deviation == pytest.approx(
-            own[:, 0].std(ddof=1)
-        )
+        assert evaluation.mean(name, structure="organ").standard_deviation == pytest.approx(own[:, 0].std(ddof=1))
     for name, own in zip(names[1:], values[1:], strict=True):
         d = own.mean(axis=1) - values[0].mean(axis=1)
         c = evaluation.comparand(name)
@@ -91,9 +89,7 @@ def test_worst_cases_are_the_lowest_means(make_run: MakeRun) -> None:
     folds = random_folds(4)
     found = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", random_folds(5)))
     means = dict(zip([c for f in folds.values() for c in f], dice(folds).mean(axis=1), strict=True))
-    assert [case for case, _ in found.evaluations[0].worst["nnUNetTrainer"]] == sorted(
-        means, key=means.__getitem__
-    )[:5]
+    assert [case for case, _ in found.evaluations[0].worst["nnUNetTrainer"]] == sorted(means, key=means.__getitem__)[:5]
 
 
 def test_only_common_cases_are_compared_and_the_others_are_named(make_run: MakeRun) -> None:
@@ -102,12 +98,9 @@ def test_only_common_cases_are_compared_and_the_others_are_named(make_run: MakeR
     found = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", short))
     assert len(found.evaluations[0].cases) == 11
     assert any(
-        "left out, because another run lacks them: 1 of 12 cases" in w and "case_06" in w
-        for w in found.warnings
+        "left out, because another run lacks them: 1 of 12 cases" in w and "case_06" in w for w in found.warnings
     )
-    assert found.evaluations[0].mean("nnUNetTrainer").mean == pytest.approx(
-        np.delete(dice(folds), 6, axis=0).mean()
-    )
+    assert found.evaluations[0].mean("nnUNetTrainer").mean == pytest.approx(np.delete(dice(folds), 6, axis=0).mean())
 
 
 def test_missing_fold_is_warned_of(make_run: MakeRun) -> None:
@@ -119,9 +112,7 @@ def test_missing_fold_is_warned_of(make_run: MakeRun) -> None:
 
 def test_runs_without_common_cases_are_refused(make_run: MakeRun) -> None:
     folds = random_folds(1)
-    with pytest.raises(
-        UsageError, match=r"must have cases of cross-validation in common, .*nnUNetTrainer: 6 cases"
-    ):
+    with pytest.raises(UsageError, match=r"must have cases of cross-validation in common, .*nnUNetTrainer: 6 cases"):
         run(make_run("nnUNetTrainer", {"0": folds["0"]}), make_run("nnUNetTrainerB", {"1": folds["1"]}))
 
 
@@ -130,9 +121,7 @@ def test_different_splits_and_references_are_warned_of(make_run: MakeRun) -> Non
     other = {"0": folds["1"], "1": dict(folds["0"])}
     other["1"]["case_00"] = [(500, 0, 400), other["1"]["case_00"][1]]  # 900 voxels instead of 1000
     warnings = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", other)).warnings
-    assert any(
-        "In different folds of different runs, whose splits thus differ: 12 cases" in w for w in warnings
-    )
+    assert any("In different folds of different runs, whose splits thus differ: 12 cases" in w for w in warnings)
     assert any("references of 1 case differ" in w and "case_00" in w for w in warnings)
 
 
@@ -140,19 +129,14 @@ def test_absent_structure_leaves_the_run_that_rightly_finds_nothing_out(make_run
     folds = random_folds(1)
     right, wrong = ({"0": {**folds["0"], "x": [dice_counts(0.5), c]}} for c in ((0, 0, 0), (0, 9, 0)))
     found = run(make_run("nnUNetTrainer", right), make_run("nnUNetTrainerB", wrong))
-    a, b = (
-        found.evaluations[0].mean(name, structure="lesion") for name in ("nnUNetTrainer", "nnUNetTrainerB")
-    )
+    a, b = (found.evaluations[0].mean(name, structure="lesion") for name in ("nnUNetTrainer", "nnUNetTrainerB"))
     assert (a.n, a.invented, b.n, b.invented) == (6, 0, 7, 1)
     assert found.evaluations[0].comparand("nnUNetTrainerB", structure="lesion").difference.n == 6
     assert any("nnUNetTrainerB: finds lesion in 1 case without it" in w for w in found.warnings)
 
 
 def test_different_epochs_machines_and_batches_are_warned_of(make_run: MakeRun) -> None:
-    a, b = (
-        make_run("nnUNetTrainer", random_folds(1)),
-        make_run("nnUNetTrainerB", random_folds(1), batch_size=4),
-    )
+    a, b = (make_run("nnUNetTrainer", random_folds(1)), make_run("nnUNetTrainerB", random_folds(1), batch_size=4))
     debug = {"num_epochs": "9", "num_iterations_per_epoch": "25", "gpu_name": "Other", "torch_version": "2.9"}
     (b / "fold_0" / "debug.json").write_text(json.dumps(debug))
     warnings = "\n".join(run(a, b).warnings)
@@ -169,8 +153,7 @@ def test_validation_by_another_checkpoint_is_warned_of(make_run: MakeRun) -> Non
     warnings = "\n".join(run(a, b).warnings)
     assert "nnUNetTrainerB, fold 0: there is no checkpoint_final.pth" in warnings
     assert (
-        "nnUNetTrainerB, fold 1: validated more than once with different results (mean Dice 0.6100, 0.6300)"
-        in warnings
+        "nnUNetTrainerB, fold 1: validated more than once with different results (mean Dice 0.6100, 0.6300)" in warnings
     )
 
 
@@ -217,8 +200,7 @@ def test_cases_of_the_split_that_are_missing_or_were_trained_on_are_named(
     warnings = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", folds)).warnings
     assert "nnUNetTrainer, fold 0: missing of splits_final.json: 1 case (case_99)." in warnings
     assert any(
-        "fold 1: not held back by splits_final.json, so perhaps trained on: 1 case (" in w
-        and names[1][0] in w
+        "fold 1: not held back by splits_final.json, so perhaps trained on: 1 case (" in w and names[1][0] in w
         for w in warnings
     )
 
@@ -236,10 +218,7 @@ def test_segmentations_that_are_not_in_the_summary_are_named(make_run: MakeRun) 
 
 def test_structure_that_a_run_never_finds_is_warned_of(make_run: MakeRun) -> None:
     folds = random_folds(1)
-    never = {
-        fold: {case: [counts[0], (0, 0, 1000)] for case, counts in cases.items()}
-        for fold, cases in folds.items()
-    }
+    never = {fold: {case: [counts[0], (0, 0, 1000)] for case, counts in cases.items()} for fold, cases in folds.items()}
     warnings = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", never)).warnings
     assert [w for w in warnings if "no case at all" in w] == [
         "nnUNetTrainerB: finds lesion in no case at all; its training may have failed or been too short."
@@ -260,18 +239,14 @@ def test_edited_dice_is_warned_of(make_run: MakeRun) -> None:
 
 def test_plans_that_say_little_cost_the_size_only(make_run: MakeRun) -> None:
     folders = [make_run(name, random_folds(i)) for i, name in enumerate(("nnUNetTrainer", "nnUNetTrainerB"))]
-    (folders[1] / "plans.json").write_text(
-        json.dumps({"configurations": {"3d_fullres": {"inherits_from": "gone"}}})
-    )
+    (folders[1] / "plans.json").write_text(json.dumps({"configurations": {"3d_fullres": {"inherits_from": "gone"}}}))
     found = run(*folders)
     assert len(found.evaluations[0].cases) == 12
     assert found.costs["nnUNetTrainerB"].batch_size is None
 
 
 def test_foreign_trainer_is_compared_without_its_size(make_run: MakeRun) -> None:
-    found = run(
-        make_run("nnUNetTrainer", random_folds(1)), make_run("nnUNetTrainerOfAnother", random_folds(2))
-    )
+    found = run(make_run("nnUNetTrainer", random_folds(1)), make_run("nnUNetTrainerOfAnother", random_folds(2)))
     assert found.costs["nnUNetTrainerOfAnother"].parameters is None
     assert found.costs["nnUNetTrainer"].parameters == 120 + 888 + 260 + 876 + 15
     assert any("nnUNetTrainerOfAnother: its network can't be built here" in w for w in found.warnings)
@@ -303,32 +278,19 @@ def test_copied_run_of_another_machine_needs_nothing_else(make_run: MakeRun, tmp
 
 def test_benchmark_beside_the_report_fills_in_memory_and_time(make_run: MakeRun, tmp_path: Path) -> None:
     a, b = make_run("nnUNetTrainer_3epochs", random_folds(1)), make_run("nnUNetTrainerB", random_folds(2))
-    record = {
-        "trainer": "nnUNetTrainer",
-        "peak_bytes": 123,
-        "inference_peak_bytes": 45,
-        "case_seconds_mirrored": 6.5,
-    }
+    record = {"trainer": "nnUNetTrainer", "peak_bytes": 123, "inference_peak_bytes": 45, "case_seconds_mirrored": 6.5}
     content = {
         "device": "GPU",
         "configuration": "3d_fullres",
         "patch_size": [16, 16, 16],
         "batch_size": 2,
         "plans": "nnUNetPlans",
-        "methods": [
-            {**record, "memory": "measured"},
-            {**record, "trainer": "nnUNetTrainerB", "memory": "measured"},
-        ],
+        "methods": [{**record, "memory": "measured"}, {**record, "trainer": "nnUNetTrainerB", "memory": "measured"}],
     }
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "benchmark.json").write_text(json.dumps(content))
     cost = run(a, b, output=tmp_path / "out").costs["nnUNetTrainer_3epochs"]
-    assert (cost.peak, cost.inference_peak, cost.case_seconds, cost.memory_source) == (
-        123,
-        45,
-        6.5,
-        "GPU, measured",
-    )
+    assert (cost.peak, cost.inference_peak, cost.case_seconds, cost.memory_source) == (123, 45, 6.5, "GPU, measured")
     # measured and counted memory are never put in one ratio
     partial = {**content, "methods": [record]}
     (tmp_path / "out" / "benchmark.json").write_text(json.dumps(partial))

@@ -19,19 +19,7 @@ from nnunet_ext.comparison.accuracy import MEAN
 from nnunet_ext.comparison.selection import Selection
 from tests.comparison.conftest import DATASET, MakeRun, dice_counts
 
-WORDS = [
-    "mean",
-    "mean of structures",
-    "run",
-    "case",
-    "fold",
-    "structure",
-    "Dice",
-    "TP",
-    "compared",
-    "nan",
-    "None",
-]
+WORDS = ["mean", "mean of structures", "run", "case", "fold", "structure", "Dice", "TP", "compared", "nan", "None"]
 SIGNS = [
     "$x",
     "$\\frac{$",
@@ -121,9 +109,7 @@ def test_report_shows_every_name_and_the_mean_beside_it(
 
 
 def test_cases_of_any_name_are_told_apart(make_run: MakeRun, tmp_path: Path) -> None:
-    cases = {
-        name: [dice_counts(0.5), dice_counts(0.6)] for name in ("a:x", "b:x", "%s", "=1", "n" * 200, " ")
-    }
+    cases = {name: [dice_counts(0.5), dice_counts(0.6)] for name in ("a:x", "b:x", "%s", "=1", "n" * 200, " ")}
     folders = [make_run(trainer, {"0": cases}) for trainer in ("nnUNetTrainer", "nnUNetTrainerB")]
     found = compare.compare(selection.request(Selection(folders=folders, processes=1)))
     assert set(found.evaluations[0].cases) == set(cases)

@@ -29,9 +29,7 @@ def scan(shape: tuple[int, int, int] = (12, 20, 24)) -> Scan:
     truth[shape[0] // 2, 6:9, 10:13] = 2
     image = rng.normal(0, 20, shape) + 100 * truth
     names = {1: "organ", 2: "lesion"}
-    return Scan(
-        "case", image, (5.0, 2.0, 2.0), truth, {"A\nDice 0.9": truth, "B": np.zeros_like(truth)}, names, True
-    )
+    return Scan("case", image, (5.0, 2.0, 2.0), truth, {"A\nDice 0.9": truth, "B": np.zeros_like(truth)}, names, True)
 
 
 @pytest.mark.parametrize("shape", [(12, 20, 24), (1, 20, 24), (40, 20, 24)])
@@ -54,9 +52,7 @@ def test_overlay_has_a_column_for_each_prediction() -> None:
 
 def test_prediction_changes_the_picture() -> None:
     good = scan()
-    assert overlay(good) != overlay(
-        replace(good, predictions={"A\nDice 0.9": good.truth * 0, "B": good.truth})
-    )
+    assert overlay(good) != overlay(replace(good, predictions={"A\nDice 0.9": good.truth * 0, "B": good.truth}))
 
 
 def test_label_that_fills_the_slice_and_scan_without_labels_render() -> None:

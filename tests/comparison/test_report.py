@@ -31,10 +31,7 @@ COMMAND = "nnunet-ext compare <x>"
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     root = tmp_path_factory.mktemp("runs")
-    folders = [
-        write_run(root, f"nnUNetTrainer{x}", random_folds(i, 0.02 * i))
-        for i, x in enumerate(("", "B", "<C|>"))
-    ]
+    folders = [write_run(root, f"nnUNetTrainer{x}", random_folds(i, 0.02 * i)) for i, x in enumerate(("", "B", "<C|>"))]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("raw", "preprocessed", "results"):
             patch.delenv(f"nnUNet_{name}", raising=False)
@@ -126,9 +123,7 @@ def test_json_is_strict_and_holds_what_was_computed(make_run: MakeRun, tmp_path:
 def test_cases_are_all_there_with_whether_they_were_compared(make_run: MakeRun, tmp_path: Path) -> None:
     folds = random_folds(1)
     folders = [make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", {"0": folds["0"]})]
-    report.write(
-        compare.compare(selection.request(Selection(folders=folders, processes=1))), tmp_path / "out"
-    )
+    report.write(compare.compare(selection.request(Selection(folders=folders, processes=1))), tmp_path / "out")
     table = pd.read_csv(StringIO((tmp_path / "out" / "cases.csv").read_text()))
     assert len(table) == 2 * (12 + 6)
     assert table.groupby("run")["compared"].sum().tolist() == [12, 12]
@@ -152,9 +147,7 @@ def test_full_disk_leaves_the_old_report(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_figures_of_an_earlier_report_are_removed_and_other_files_left(
-    comparison: Comparison, tmp_path: Path
-) -> None:
+def test_figures_of_an_earlier_report_are_removed_and_other_files_left(comparison: Comparison, tmp_path: Path) -> None:
     report.write(comparison, tmp_path)
     note_figure(tmp_path, "old", b"old")
     (tmp_path / "figures" / "old.png").write_bytes(b"old")
@@ -180,9 +173,7 @@ def test_received_report_can_not_have_files_deleted(name: str, tmp_path: Path) -
     assert report._old_figures(figures.parent) == set()
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", '{"figures_sha256": ["a"]}', '{"figures_sha256": {"a": 1}}', "{", ""]
-)
+@pytest.mark.parametrize("content", ["[]", '{"figures_sha256": ["a"]}', '{"figures_sha256": {"a": 1}}', "{", ""])
 def test_report_of_another_shape_names_no_figures(content: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(content)
     (tmp_path / "figures").mkdir()
@@ -191,9 +182,7 @@ def test_report_of_another_shape_names_no_figures(content: str, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_link_in_the_place_of_the_figures_leads_to_no_other_files(
-    comparison: Comparison, tmp_path: Path
-) -> None:
+def test_a_link_in_the_place_of_the_figures_leads_to_no_other_files(comparison: Comparison, tmp_path: Path) -> None:
     mine, out = tmp_path / "mine", tmp_path / "out"
     report.write(comparison, out)
     (out / "figures").rename(mine)
@@ -203,9 +192,7 @@ def test_a_link_in_the_place_of_the_figures_leads_to_no_other_files(
     before = {path: path.stat() for path in mine.iterdir()}
     report.write(comparison, out)
     assert {path: path.stat() for path in mine.iterdir()} == before
-    assert {path.name for path in (out / "figures").iterdir()} == {path.name for path in mine.iterdir()} - {
-        "photo.png"
-    }
+    assert {path.name for path in (out / "figures").iterdir()} == {path.name for path in mine.iterdir()} - {"photo.png"}
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
@@ -249,9 +236,7 @@ def predictions(tmp_path: Path) -> tuple[list[Path], Path]:
         write_image(tmp_path / "ref" / f"c{i}.nii.gz", truth)
         write_image(tmp_path / "A" / f"c{i}.nii.gz", a)
         write_image(tmp_path / "B" / f"c{i}.nii.gz", b)
-        write_image(
-            tmp_path / "images" / f"c{i}_0000.nii.gz", random.normal(size=truth.shape).astype(np.float32)
-        )
+        write_image(tmp_path / "images" / f"c{i}_0000.nii.gz", random.normal(size=truth.shape).astype(np.float32))
     (tmp_path / "A" / "dataset.json").write_text(json.dumps(DATASET))
     return [tmp_path / "A", tmp_path / "B"], tmp_path / "ref"
 
@@ -282,16 +267,13 @@ def test_missing_images_and_missing_predictions_are_warned_of(
     folders, references = predictions
     (folders[1] / "c1.nii.gz").unlink()
     write_image(folders[0] / "extra.nii.gz", np.zeros((4, 4, 4), dtype=np.uint8))
-    found = compare.compare(
-        selection.request(Selection(predictions=folders, references=references, processes=1))
-    )
+    found = compare.compare(selection.request(Selection(predictions=folders, references=references, processes=1)))
     report.write(found, tmp_path / "out")
     warnings = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
     assert any(": 1 reference (" in w and "B: without a prediction in" in w and "c1" in w for w in warnings)
     assert any("A: without a reference: 1 prediction in" in w and "extra" in w for w in warnings)
     assert any(
-        "No picture of worst cases (c2): its image is missing (set nnUNet_raw or give --images)" in w
-        for w in warnings
+        "No picture of worst cases (c2): its image is missing (set nnUNet_raw or give --images)" in w for w in warnings
     )
     assert found.evaluations[0].cases == ("c0", "c2")
 
@@ -299,9 +281,7 @@ def test_missing_images_and_missing_predictions_are_warned_of(
 def test_predictions_without_a_dataset_json_ask_for_it(predictions: tuple[list[Path], Path]) -> None:
     folders, references = predictions
     (folders[0] / "dataset.json").unlink()
-    with pytest.raises(
-        UsageError, match=r"dataset.json is missing: name nnU-Net's dataset.json .* by -djfile"
-    ):
+    with pytest.raises(UsageError, match=r"dataset.json is missing: name nnU-Net's dataset.json .* by -djfile"):
         selection.request(Selection(predictions=folders, references=references, processes=1))
 
 
@@ -313,9 +293,7 @@ def pixels(png: bytes) -> np.ndarray:
 @pytest.mark.parametrize("epochs", [1, 6])
 def test_learning_curves_render(n: int, epochs: int) -> None:
     values = tuple(np.linspace(0.1, 0.9, epochs))
-    curves = Curves(
-        training_loss=values, validation_loss=values, dice=(float("nan"), *values[1:]), seconds=values
-    )
+    curves = Curves(training_loss=values, validation_loss=values, dice=(float("nan"), *values[1:]), seconds=values)
     trainings = {f"run {i}": Training({"0": curves, "1": curves}, {}, {}, None, ()) for i in range(n)}
     picture = figures.learning_curves(trainings)
     assert picture is not None
@@ -344,9 +322,7 @@ def test_numbers_are_text(value: float | None, text: str) -> None:
     assert tables.number(value) == text
 
 
-@pytest.mark.parametrize(
-    ("p", "text"), [(0.0004, "< 0.001"), (0.0314, "0.031"), (float("nan"), "\N{EN DASH}")]
-)
+@pytest.mark.parametrize(("p", "text"), [(0.0004, "< 0.001"), (0.0314, "0.031"), (float("nan"), "\N{EN DASH}")])
 def test_small_p_values_are_bounded(p: float, text: str) -> None:
     assert tables.p_value(p) == text
 

@@ -55,13 +55,7 @@ def test_combinations_that_were_not_trained_are_left_out(make_run: MakeRun, tmp_
     ],
 )
 def test_missing_run_is_named_with_those_that_are_there(
-    make_run: MakeRun,
-    tmp_path: Path,
-    dataset: str,
-    configuration: str,
-    trainer: str,
-    plans: str,
-    message: str,
+    make_run: MakeRun, tmp_path: Path, dataset: str, configuration: str, trainer: str, plans: str, message: str
 ) -> None:
     make_run("nnUNetTrainer", FOLDS)
     with pytest.raises(UsageError, match=message):
@@ -75,9 +69,7 @@ def test_folds_are_all_that_are_validated_except_all(make_run: MakeRun) -> None:
 
 
 def test_asked_fold_that_is_not_validated_is_refused(make_run: MakeRun) -> None:
-    with pytest.raises(
-        UsageError, match=r"fold_3 of .* has no validation/summary.json: call `nnUNetv2_train"
-    ):
+    with pytest.raises(UsageError, match=r"fold_3 of .* has no validation/summary.json: call `nnUNetv2_train"):
         read_run(make_run("nnUNetTrainer", FOLDS), ["0", "3"])
 
 
@@ -105,8 +97,7 @@ def test_renamed_folder_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_labels_hold_what_differs(make_run: MakeRun) -> None:
     runs = [
-        read_run(make_run(t, FOLDS, p))
-        for t, p in (("nnUNetTrainer_4epochs", "P1"), ("nnUNetTrainer_4epochs", "P2"))
+        read_run(make_run(t, FOLDS, p)) for t, p in (("nnUNetTrainer_4epochs", "P1"), ("nnUNetTrainer_4epochs", "P2"))
     ]
     assert [run.label for run in labelled(runs)] == ["nnUNetTrainer, P1", "nnUNetTrainer, P2"]
     assert [run.label for run in labelled(runs[:1])] == ["nnUNetTrainer"]
@@ -138,15 +129,8 @@ def test_inherited_configuration_is_resolved(make_run: MakeRun) -> None:
     from dataclasses import replace
 
     run = read_run(make_run("nnUNetTrainer", FOLDS))
-    plans = {
-        "configurations": {
-            **run.plans["configurations"],
-            "bs4": {"inherits_from": "3d_fullres", "batch_size": 4},
-        }
-    }
-    settings = replace(
-        run, folder=run.folder.with_name("nnUNetTrainer__nnUNetPlans__bs4"), plans=plans
-    ).settings
+    plans = {"configurations": {**run.plans["configurations"], "bs4": {"inherits_from": "3d_fullres", "batch_size": 4}}}
+    settings = replace(run, folder=run.folder.with_name("nnUNetTrainer__nnUNetPlans__bs4"), plans=plans).settings
     assert (settings["batch_size"], settings["patch_size"]) == (4, [16, 16, 16])
 
 

@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 
 from nnunet_ext.comparison.run_folders import read_run
-from nnunet_ext.comparison.scores import (
-    by_structure,
-    case_means,
-    case_name,
-    common_cases,
-    read_validation,
-    structures,
-)
+from nnunet_ext.comparison.scores import by_structure, case_means, case_name, common_cases, read_validation, structures
 from nnunet_ext.errors import UsageError
 from tests.comparison.conftest import MakeRun, dice_counts, summary
 
@@ -34,9 +27,7 @@ def test_scores_of_all_folds_are_read(make_run: MakeRun) -> None:
 def test_structure_without_a_value_does_not_count_in_the_case_mean(make_run: MakeRun) -> None:
     scores = read_validation(read_run(make_run("nnUNetTrainer", FOLDS)))
     assert case_means(scores)["nnUNetTrainer"].tolist() == pytest.approx([0.6, 0.9])
-    assert by_structure(scores, "lesion")["nnUNetTrainer"].tolist() == pytest.approx(
-        [0.7, np.nan], nan_ok=True
-    )
+    assert by_structure(scores, "lesion")["nnUNetTrainer"].tolist() == pytest.approx([0.7, np.nan], nan_ok=True)
 
 
 def test_regions_are_matched_to_their_names() -> None:
@@ -99,9 +90,7 @@ def test_spoiled_summary_is_named_with_the_cure(make_run: MakeRun, what: str, me
     with pytest.raises(UsageError, match=message) as caught:
         read_validation(read_run(folder))
     assert str(path) in str(caught.value)
-    assert "nnUNetv2_train Dataset007_Toy 3d_fullres 0 -tr nnUNetTrainer -p nnUNetPlans --val" in str(
-        caught.value
-    )
+    assert "nnUNetv2_train Dataset007_Toy 3d_fullres 0 -tr nnUNetTrainer -p nnUNetPlans --val" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -89,9 +89,7 @@ def test_files_are_scored_in_their_own_spacing_and_ignore_label_is_left_out(tmp_
     assert plain[0]["Dice"] == pytest.approx(10 / 12)
     reference[:, :, 18:] = 2
     reference[:, :, :8] = 2
-    kept = score(
-        [job(tmp_path / "p.nii.gz", write(tmp_path / "i.nii.gz", reference), dataset)], 1, lambda *_: None
-    )
+    kept = score([job(tmp_path / "p.nii.gz", write(tmp_path / "i.nii.gz", reference), dataset)], 1, lambda *_: None)
     assert kept[0]["Dice"] == 1.0
     assert (kept[0]["FP"], kept[0]["FN"]) == (0, 0)
     wide = score(
@@ -124,9 +122,7 @@ def test_dice_is_that_of_nnunet(tmp_path: Path) -> None:
 
 
 def test_single_slice_is_measured_in_two_dimensions(tmp_path: Path) -> None:
-    slices = [
-        write(tmp_path / f"{n}.nii.gz", np.roll(BOX[10:11], n, axis=1) * 1, (5.0, 2.0, 2.0)) for n in (0, 2)
-    ]
+    slices = [write(tmp_path / f"{n}.nii.gz", np.roll(BOX[10:11], n, axis=1) * 1, (5.0, 2.0, 2.0)) for n in (0, 2)]
     labels, spacing = read_labels(slices[0], DATASET)
     assert (labels.shape, spacing) == ((24, 24), (2.0, 2.0))
     assert score([job(slices[1], slices[0])], 1, lambda *_: None)[0]["HD95"] == pytest.approx(4.0)
@@ -154,8 +150,6 @@ def test_cut_off_file_is_named_though_itk_would_read_it(tmp_path: Path) -> None:
     reference, broken = write(tmp_path / "r.nii.gz", labels), tmp_path / "b.nii.gz"
     broken.write_bytes(reference.read_bytes()[:-500])
     sitk.ReadImage(str(broken))  # no error
-    with pytest.raises(
-        UsageError, match=r"b.nii.gz can't be read as a label map .*predict or copy it again"
-    ) as caught:
+    with pytest.raises(UsageError, match=r"b.nii.gz can't be read as a label map .*predict or copy it again") as caught:
         score([job(broken, reference)], 1, lambda *_: None)
     assert "\n" not in str(caught.value)

@@ -29,8 +29,7 @@ def exact_signed_rank(d: np.ndarray) -> float:
     ranks = np.argsort(np.argsort(np.abs(d))) + 1
     observed = min(ranks[d > 0].sum(), ranks[d < 0].sum())
     sums = [
-        sum(r for r, s in zip(ranks, signs, strict=True) if s)
-        for signs in itertools.product((0, 1), repeat=len(d))
+        sum(r for r, s in zip(ranks, signs, strict=True) if s) for signs in itertools.product((0, 1), repeat=len(d))
     ]
     return min(1.0, 2 * np.mean([value <= observed for value in sums]))
 
@@ -115,17 +114,13 @@ def test_holm_never_exceeds_one_and_leaves_out_what_is_not_defined() -> None:
 )
 def test_verdict_compares_the_whole_interval_with_the_margin(low: float, high: float, expected: str) -> None:
     assert (
-        verdict(
-            PairedDifference(n=10, mean=(low + high) / 2, low=low, high=high, p=0.5, better=5, worse=5), 0.01
-        )
+        verdict(PairedDifference(n=10, mean=(low + high) / 2, low=low, high=high, p=0.5, better=5, worse=5), 0.01)
         == expected
     )
 
 
 def test_ranks_count_cases_and_ties_share_the_better_rank() -> None:
-    values = pd.DataFrame(
-        {"A": [0.9, 0.5, 0.7, np.nan], "B": [0.8, 0.5, 0.9, 0.1], "C": [0.1, 0.1, 0.8, 0.2]}
-    )
+    values = pd.DataFrame({"A": [0.9, 0.5, 0.7, np.nan], "B": [0.8, 0.5, 0.9, 0.1], "C": [0.1, 0.1, 0.8, 0.2]})
     found = rank_frequencies(values)
     assert found.to_numpy().tolist() == [[2, 0, 1], [2, 1, 0], [0, 1, 2]]
     assert list(found.index) == ["A", "B", "C"]

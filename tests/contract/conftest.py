@@ -74,10 +74,7 @@ def threads_for_processes() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _in_this_process() -> Iterator[None]:
     """Also without nnU-Net's curves, which take longer than the epochs."""
-    with (
-        threads_for_processes(),
-        patch("nnunetv2.training.logging.nnunet_logger.MetaLogger.plot_progress_png"),
-    ):
+    with threads_for_processes(), patch("nnunetv2.training.logging.nnunet_logger.MetaLogger.plot_progress_png"):
         yield
 
 
@@ -116,12 +113,7 @@ def prepare(kind: str) -> int:
         (folder / name).mkdir(parents=True)
     for i in range(6):
         write_case(folder, f"case{i}", i, kind == "ignore")
-    content = {
-        "channel_names": {"0": "T1", "1": "T2"},
-        **LABELS[kind],
-        "numTraining": 6,
-        "file_ending": ".nii.gz",
-    }
+    content = {"channel_names": {"0": "T1", "1": "T2"}, **LABELS[kind], "numTraining": 6, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(content))
     with threads_for_processes(), patch.dict(os.environ, nnUNet_n_proc_DA="1"):
         extractor = DatasetFingerprintExtractor(identifier, num_processes=1)
@@ -155,9 +147,7 @@ def memory_by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def step_memory(self: MemoryPlanner, plan: dict[str, Any]) -> TrainingMemory:
         size = round(2000 * plan["batch_size"] * self.memory_voxels(plan))
-        return TrainingMemory(
-            parameters=0, gradients=0, optimizer=0, activations=size, peak=size, workspace=0
-        )
+        return TrainingMemory(parameters=0, gradients=0, optimizer=0, activations=size, peak=size, workspace=0)
 
     monkeypatch.setattr(MemoryPlanner, "step_memory", step_memory)
 

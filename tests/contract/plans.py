@@ -46,10 +46,7 @@ def arguments(case: str) -> dict[str, Any]:
     """Keyword arguments of an architecture, for a key of `PATCHES`."""
     found = isotropic([8, 16, 32], len(PATCHES[case]))
     if case == "anisotropic":
-        found |= {
-            "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-            "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-        }
+        found |= {"kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}
     if case == "resenc":
         del found["n_conv_per_stage"]
         found |= {"n_blocks_per_stage": [1, 2, 2], "n_conv_per_stage_decoder": [1, 1]}

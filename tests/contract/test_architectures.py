@@ -32,9 +32,7 @@ def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def build(
-    name: str, case: str, deep_supervision: bool = False, channels: int = CHANNELS, classes: int = CLASSES
-):
+def build(name: str, case: str, deep_supervision: bool = False, channels: int = CHANNELS, classes: int = CLASSES):
     torch.manual_seed(0)
     network_class = registry.resolve("architectures", name)
     network = network_class(
@@ -132,9 +130,7 @@ def test_predicts_as_nnunet_calls_it(name: str, case: str) -> None:
     for fold in folds:
         with torch.inference_mode():
             network.load_state_dict(fold)
-            network = network.to(
-                torch.float64
-            )  # as a move to another device does, it leaves inference tensors
+            network = network.to(torch.float64)  # as a move to another device does, it leaves inference tensors
             network.eval()
             found = [network(x), network(x)]
         wanted = build(name, case)
@@ -155,9 +151,7 @@ def test_deepcopy_computes_the_same_and_shares_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda network, file: pickle.dump(network, file)])
-def test_saved_whole_it_computes_and_trains_the_same(
-    name: str, save: Callable[[nn.Module, io.BytesIO], None]
-) -> None:
+def test_saved_whole_it_computes_and_trains_the_same(name: str, save: Callable[[nn.Module, io.BytesIO], None]) -> None:
     network = build(name, "3d", deep_supervision=True)
     expected = train_gradients(network, image("3d"))
     stored = io.BytesIO()
@@ -191,9 +185,7 @@ def test_backward_outside_autocast_is_close_to_float32(name: str, case: str) -> 
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.95
 
 
-@pytest.mark.parametrize(
-    "case", ["3d", *(pytest.param(c, marks=pytest.mark.slow) for c in PATCHES if c != "3d")]
-)
+@pytest.mark.parametrize("case", ["3d", *(pytest.param(c, marks=pytest.mark.slow) for c in PATCHES if c != "3d")])
 def test_compiled_network_has_the_same_gradients(name: str, case: str) -> None:
     torch._dynamo.reset()
     network = build(name, case, deep_supervision=True)
@@ -227,9 +219,7 @@ def called_with_weights(network: nn.Module, x: Tensor) -> list[Tensor]:
 def other_weights_before_backward(network: nn.Module, x: Tensor) -> list[Tensor]:
     weights = list(network.parameters())
     loss = loss_of(network(x))
-    network.load_state_dict(
-        network.state_dict() | {n: -p for n, p in network.named_parameters()}, assign=True
-    )
+    network.load_state_dict(network.state_dict() | {n: -p for n, p in network.named_parameters()}, assign=True)
     loss.backward()
     return [p.grad for p in weights if p.grad is not None]
 
@@ -250,14 +240,7 @@ def by_torch_func(network: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "way",
-    [
-        under_checkpoint,
-        with_copies_kept,
-        called_with_weights,
-        other_weights_before_backward,
-        by_hooks,
-        by_torch_func,
-    ],
+    [under_checkpoint, with_copies_kept, called_with_weights, other_weights_before_backward, by_hooks, by_torch_func],
 )
 def test_gradients_are_the_same_on_every_way_of_pytorch_to_ask_for_them(
     name: str, way: Callable[[nn.Module, Tensor], list[Tensor]]

@@ -46,9 +46,7 @@ def test_planned_trained_in_two_stages_and_predicted_in_two_commands_or_one(
     shared = ["-i", unseen, "-d", identifier, *options, "-f", 0, "-npp", 1, "-nps", 1]
     first, second, ours = tmp_path / "first", tmp_path / "second", tmp_path / "ours"
     command("nnUNetv2_predict", "-o", first, "-c", "3d_me_context", *shared)
-    command(
-        "nnUNetv2_predict", "-o", second, "-c", "3d_post_concat", *shared, "-prev_stage_predictions", first
-    )
+    command("nnUNetv2_predict", "-o", second, "-c", "3d_post_concat", *shared, "-prev_stage_predictions", first)
     command("nnunet-ext", "cascade-predict", "-o", ours, *shared)
     for theirs, mine in ((first, tmp_path / "ours_3d_me_context"), (second, ours)):
         assert (theirs / "new.nii.gz").read_bytes() == (mine / "new.nii.gz").read_bytes()

@@ -366,9 +366,7 @@ def one_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_case")
-def test_status_is_1_and_nothing_but_rows_is_printed(
-    install: Install, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_status_is_1_and_nothing_but_rows_is_printed(install: Install, capfd: pytest.CaptureFixture[str]) -> None:
     body = "def initialize(self):\n        print('x')\n        raise ValueError('a\\nb\\x1b[31m')"
     install("acme", f"{HEAD}    {body}\n", trainers=["nnUNetTrainerAcme"])
     status, out, err = run(capfd, "nnUNetTrainerAcme")

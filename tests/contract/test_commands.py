@@ -38,9 +38,7 @@ def test_planned_trained_killed_continued_and_predicted(
 
     script = console_script("nnUNetv2_train")
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [script, *map(str, training)], stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen([script, *map(str, training)], stdout=log, stderr=log, start_new_session=True)
         try:
             wait_for(fold / "checkpoint_latest.pth", process, 300)
         finally:
@@ -58,25 +56,10 @@ def test_planned_trained_killed_continued_and_predicted(
     unseen = tmp_path / "in"
     unseen.mkdir()
     for channel in (0, 1):
-        source = (
-            workspace / "raw" / f"Dataset{identifier}_labels" / "imagesTr" / f"case0_{channel:04d}.nii.gz"
-        )
+        source = workspace / "raw" / f"Dataset{identifier}_labels" / "imagesTr" / f"case0_{channel:04d}.nii.gz"
         (unseen / f"new_{channel:04d}.nii.gz").write_bytes(source.read_bytes())
     options = ["-d", identifier, "-c", "3d_fullres", "-f", 0, "-tr", TRAINER, "-p", "nnUNetReversiblePlans"]
-    command(
-        "nnUNetv2_predict",
-        "-i",
-        unseen,
-        "-o",
-        tmp_path / "out",
-        *options,
-        "-device",
-        "cpu",
-        "-npp",
-        1,
-        "-nps",
-        1,
-    )
+    command("nnUNetv2_predict", "-i", unseen, "-o", tmp_path / "out", *options, "-device", "cpu", "-npp", 1, "-nps", 1)
     segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "new.nii.gz")))
     assert segmentation.shape == (24, 24, 24)
     assert set(np.unique(segmentation)) <= {0, 1, 2}

@@ -101,9 +101,7 @@ def trainer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def make(name: str, dtype: torch.dtype, backend: str | None, configuration: str) -> Any:
         found = trainer_class(name)
         for module in {cls.__module__ for cls in found.__mro__}:
-            if hasattr(
-                sys.modules[module], "dummy_context"
-            ):  # what nnU-Net enters on the CPU instead of autocast
+            if hasattr(sys.modules[module], "dummy_context"):  # what nnU-Net enters on the CPU instead of autocast
                 monkeypatch.setattr(f"{module}.dummy_context", partial(torch.autocast, "cpu", dtype=dtype))
         monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: backend is not None)
         torch.manual_seed(0)
@@ -114,9 +112,7 @@ def trainer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         with monkeypatch.context() as patch:
             if backend is not None:
                 compile_ = torch.compile
-                patch.setattr(
-                    torch, "compile", lambda *args, **kw: compile_(*args, **{"backend": backend, **kw})
-                )
+                patch.setattr(torch, "compile", lambda *args, **kw: compile_(*args, **{"backend": backend, **kw}))
             trainer.initialize()
         return trainer
 
@@ -178,9 +174,7 @@ FAST = [pytest.param(torch.float16, "3d_fullres", "eager", id="eager")]
 # PyTorch 2.5 writes C++ for nnU-Net's own Dice loss in half precision that no compiler takes.
 INDUCTOR = "inductor" if torch.__version__ >= (2, 6) else "aot_eager"
 WHOLE = [
-    pytest.param(
-        dtype, configuration, backend, id=f"{backend}-{dtype}-{configuration}", marks=pytest.mark.slow
-    )
+    pytest.param(dtype, configuration, backend, id=f"{backend}-{dtype}-{configuration}", marks=pytest.mark.slow)
     for dtype, configuration, backend in (
         (torch.float16, "3d_fullres", INDUCTOR),
         (torch.bfloat16, "3d_fullres", "aot_eager"),

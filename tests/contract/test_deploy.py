@@ -106,16 +106,11 @@ def write_images(model: Path, folder: Path) -> Path:
     return images
 
 
-def test_onnx_runtime_predicts_the_same(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_onnx_runtime_predicts_the_same(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     images = write_images(model, tmp_path)
     output = tmp_path / "out"
-    assert (
-        main(["deploy", "-m", str(model), "-o", str(output), "--folds", "1", "--onnx", "-i", str(images)])
-        == 0
-    )
+    assert main(["deploy", "-m", str(model), "-o", str(output), "--folds", "1", "--onnx", "-i", str(images)]) == 0
     assert (output / "fold_1" / "model.onnx").is_file()
     assert not (output / "fold_0").exists()
     report = json.loads((output / "deployment.json").read_text())["folds"]["1"]["onnx_differences"]
@@ -194,9 +189,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert not [path for path in model.parent.iterdir() if ".partial-" in path.name]
 
 
-def test_an_image_that_was_cut_off_is_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_image_that_was_cut_off_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_images(model, tmp_path)
     path = images / "patient_7_0000.nii.gz"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -44,8 +44,7 @@ def test_planned_trained_predicted_deployed_and_compared(
     shipped = ("-m", tmp_path / "shipped", "-i", unseen, "-o", tmp_path / "fast", "-f", 0)
     command("nnUNetv2_predict_from_modelfolder", *shipped, *CPU)
     trained, fused = (
-        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name / "case0.nii.gz")))
-        for name in ("out", "fast")
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name / "case0.nii.gz"))) for name in ("out", "fast")
     )
     assert trained.shape == (24, 24, 24)
     assert np.mean(trained == fused) > 0.999  # rounding may turn a voxel where two classes are equal

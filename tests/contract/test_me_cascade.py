@@ -80,9 +80,7 @@ def ready(trainer: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["labels", "regions", "ignore"])
-def test_each_branch_gets_the_gradients_of_a_meunet_of_its_own(
-    kind: str, trainer_of: Callable[..., Any]
-) -> None:
+def test_each_branch_gets_the_gradients_of_a_meunet_of_its_own(kind: str, trainer_of: Callable[..., Any]) -> None:
     ours = ready(trainer_of(CONTEXT, kind, patch=28))
     assert [branch.patch for branch in ours.branches] == [(24, 24, 24), (28, 28, 28)]
     batch = batch_of(ours)
@@ -94,9 +92,7 @@ def test_each_branch_gets_the_gradients_of_a_meunet_of_its_own(
             "dynamic_network_architectures.architectures.unet.PlainConvUNet"
         )
         alone.plans_manager.plans["configurations"][CONTEXT]["architecture"]["arch_kwargs"].pop("regions")
-        alone.configuration_manager = alone.plans_manager.get_configuration.__wrapped__(
-            alone.plans_manager, CONTEXT
-        )
+        alone.configuration_manager = alone.plans_manager.get_configuration.__wrapped__(alone.plans_manager, CONTEXT)
         ready(alone)
         alone.network.load_state_dict(branch.network.state_dict())
         alone.network.double()
@@ -113,10 +109,7 @@ def test_gradients_are_clipped_branch_by_branch(trainer_of: Callable[..., Any]) 
         for parameter in branch.network.parameters():
             parameter.grad = torch.full_like(parameter, value)
     trainer.clip_gradients()
-    norms = [
-        torch.cat([p.grad.flatten() for p in branch.network.parameters()]).norm()
-        for branch in trainer.branches
-    ]
+    norms = [torch.cat([p.grad.flatten() for p in branch.network.parameters()]).norm() for branch in trainer.branches]
     assert float(norms[0]) == pytest.approx(12, rel=1e-3)
     assert norms[1] < 1
 
@@ -137,9 +130,7 @@ def test_a_step_of_two_branches_peaks_like_one_branch(trainer_of: Callable[..., 
 
 
 @pytest.mark.parametrize("kind", ["labels", "regions", "ignore"])
-def test_online_validation_scores_the_mean_of_both_branches(
-    kind: str, trainer_of: Callable[..., Any]
-) -> None:
+def test_online_validation_scores_the_mean_of_both_branches(kind: str, trainer_of: Callable[..., Any]) -> None:
     trainer = ready(trainer_of(CONTEXT, kind))
     trainer.network.eval()
     assert trainer.network.regions is (kind == "regions")
@@ -161,9 +152,7 @@ def test_regions_reach_the_network_that_predicts_through_the_checkpoint(
         trainer.plans_manager, trainer.configuration_manager, 2, 2, enable_deep_supervision=False
     )
     assert not network.regions
-    network.load_state_dict(
-        torch.load(tmp_path / "checkpoint.pth", weights_only=False)["network_weights"], strict=True
-    )
+    network.load_state_dict(torch.load(tmp_path / "checkpoint.pth", weights_only=False)["network_weights"], strict=True)
     assert network.regions
 
 
@@ -218,9 +207,7 @@ def test_both_stages_train_validate_and_predict(
     assert {path.name for path in priors.iterdir()} == {f"{case}.b2nd" for case in validated}
 
     second = short(POST)
-    with pytest.raises(
-        ValueError, match=r"4 of 6 have none in .*: folds 1, 2, 3, 4, run first: nnUNetv2_train"
-    ):
+    with pytest.raises(ValueError, match=r"4 of 6 have none in .*: folds 1, 2, 3, 4, run first: nnUNetv2_train"):
         second.run_training()
     write_priors(second, second.do_split()[0])
     second = short(POST)
@@ -292,18 +279,12 @@ def test_missing_folds_are_named_with_their_commands(stage_two: Any) -> None:
 def test_cases_that_no_fold_validates_are_named(tmp_path: Path) -> None:
     splits = [["a"], ["b"]]
     stage = FirstStage(
-        command="nnUNetv2_train D C",
-        options="-p P",
-        model=tmp_path,
-        configuration="C",
-        priors=tmp_path,
-        splits=splits,
+        command="nnUNetv2_train D C", options="-p P", model=tmp_path, configuration="C", priors=tmp_path, splits=splits
     )
     with pytest.raises(ValueError, match="3 of 3 have none") as error:
         stage.check([SimpleNamespace(identifiers=["a", "z", "y"])], [1])
-    assert (
-        "fold 0, run first: nnUNetv2_train D C 0 -p P; no fold of splits_final.json validates y, z (2 in"
-        in str(error.value)
+    assert "fold 0, run first: nnUNetv2_train D C 0 -p P; no fold of splits_final.json validates y, z (2 in" in str(
+        error.value
     )
 
 
@@ -321,9 +302,7 @@ def test_a_half_written_prior_is_named(stage_two: Any, share: float) -> None:
     path = Path(stage_two.folder_with_segs_from_previous_stage) / f"{case}.b2nd"
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(
-        ValueError, match=f"prediction of {case} in .* can't be read .*run first: nnUNetv2_train"
-    ):
+    with pytest.raises(ValueError, match=f"prediction of {case} in .* can't be read .*run first: nnUNetv2_train"):
         stage_two.get_tr_and_val_datasets()
 
 
@@ -344,9 +323,7 @@ def test_a_prior_of_another_shape_is_refused(stage_two: Any) -> None:
         stage_two.get_tr_and_val_datasets()
 
 
-@pytest.mark.parametrize(
-    "change", [{"labels": {"background": 0, "b": 1, "a": 2}}, {"regions_class_order": [1]}]
-)
+@pytest.mark.parametrize("change", [{"labels": {"background": 0, "b": 1, "a": 2}}, {"regions_class_order": [1]}])
 def test_labels_changed_since_stage_one_are_refused(stage_two: Any, change: dict[str, Any]) -> None:
     stage_two.initialize()
     model = Path(stage_two.folder_with_segs_from_previous_stage).parent.parent

@@ -86,9 +86,7 @@ def test_the_residual_planner_plans_residual_networks(plans: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_large_image_gets_its_context_and_the_memory_of_the_larger_stage(
-    dataset: Callable[[str], int],
-) -> None:
+def test_a_large_image_gets_its_context_and_the_memory_of_the_larger_stage(dataset: Callable[[str], int]) -> None:
     planner = MeCascadePlanner(dataset("labels"), gpu_memory_target_in_gb=8)
     shape = [600.0] * 3
     with torch.device("meta"):

@@ -88,8 +88,7 @@ def joint_gradients(trainer: Any, batch: dict[str, Any], all_levels: bool) -> li
     else:
         expanded = base(coarse[0], batch["target"][1])
     margins = [
-        (a - b) // 2
-        for a, b in zip(trainer.configuration_manager.patch_size, trainer.standard_patch, strict=True)
+        (a - b) // 2 for a, b in zip(trainer.configuration_manager.patch_size, trainer.standard_patch, strict=True)
     ]
     centre = (slice(None), slice(None), *(slice(m, -m) for m in margins))
     standard = trainer.loss(network(batch["data"][centre]), targets(trainer, batch["target"][0][centre]))
@@ -145,9 +144,7 @@ def test_in_float32_they_differ_by_less_than_1e_5(trainer_of: Callable[..., Any]
     batch = batch_of(trainer)
     expected = joint_gradients(trainer, batch, False)
     trainer.accumulate_gradients(batch["data"], batch["target"][0])
-    pairs = [
-        (p.grad, g) for p, g in zip(trainer.network.parameters(), expected, strict=True) if g is not None
-    ]
+    pairs = [(p.grad, g) for p, g in zip(trainer.network.parameters(), expected, strict=True) if g is not None]
     found, wanted = (torch.cat([x.flatten() for x in side]) for side in zip(*pairs, strict=True))
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
@@ -223,14 +220,10 @@ def test_an_overflow_in_the_expanded_pass_skips_the_step(trainer_of: Callable[..
 
 
 @pytest.mark.parametrize(
-    ("ours", "host"),
-    [(nnUNetTrainerMeUNet, nnUNetTrainer), (nnUNetTrainerMeReversible, nnUNetTrainerReversible)],
+    ("ours", "host"), [(nnUNetTrainerMeUNet, nnUNetTrainer), (nnUNetTrainerMeReversible, nnUNetTrainerReversible)]
 )
 def test_checkpoints_load_into_the_hosts_trainer_and_back(
-    ours: type[nnUNetTrainer],
-    host: type[nnUNetTrainer],
-    trainer_of: Callable[..., Any],
-    tmp_path: Path,
+    ours: type[nnUNetTrainer], host: type[nnUNetTrainer], trainer_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     for source_class, target_class in ((ours, host), (host, ours)):
         source, target = trainer_of(source_class), trainer_of(target_class)

@@ -72,20 +72,14 @@ def test_a_large_image_gets_half_as_much_more_context(dataset: Callable[[str], i
 
 @pytest.mark.slow
 def test_reversible_planner_starts_from_the_larger_patch_of_its_host(dataset: Callable[[str], int]) -> None:
-    ours, default = (
-        plan(p, dataset("labels"), "isotropic") for p in (MeReversibleUNetPlanner, ExperimentPlanner)
-    )
+    ours, default = (plan(p, dataset("labels"), "isotropic") for p in (MeReversibleUNetPlanner, ExperimentPlanner))
     assert prod(ours["me_unet"]["standard_patch_size"]) >= prod(default["patch_size"])
     assert prod(ours["patch_size"]) > 1.5**3 * prod(default["patch_size"])
 
 
 @pytest.mark.usefixtures("memory_by_voxels")
-def test_a_k_whose_expanded_pass_is_the_larger_one_shrinks_the_standard_patch(
-    dataset: Callable[[str], int],
-) -> None:
-    small, large = (
-        plan(type("Wide", (MeUNetPlanner,), {"k": k}), dataset("labels"), "isotropic") for k in (1.25, 2.0)
-    )
+def test_a_k_whose_expanded_pass_is_the_larger_one_shrinks_the_standard_patch(dataset: Callable[[str], int]) -> None:
+    small, large = (plan(type("Wide", (MeUNetPlanner,), {"k": k}), dataset("labels"), "isotropic") for k in (1.25, 2.0))
     volumes = [prod(p["me_unet"]["standard_patch_size"]) for p in (small, large)]
     assert volumes[1] < 0.8 * volumes[0]
 

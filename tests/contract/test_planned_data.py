@@ -99,9 +99,7 @@ def test_data_of_another_spacing_are_left_alone_and_the_command_for_own_ones_is_
     assert identifier(plans) == OWN
     assert plans["configurations"]["2d"]["data_identifier"] == "nnUNetReversiblePlans_2d"
     said = capsys.readouterr().out
-    assert (
-        f"does not use the preprocessed data {SHARED}: nnUNetPlans has other spacing, [2.0, 2.0, 2.0]" in said
-    )
+    assert f"does not use the preprocessed data {SHARED}: nnUNetPlans has other spacing, [2.0, 2.0, 2.0]" in said
     number = folder.name[len("Dataset") :][:3]
     assert f"nnUNetv2_preprocess -d {number} -plans_name nnUNetReversiblePlans -c 2d 3d_fullres\n" in said
 
@@ -113,30 +111,18 @@ def set_in_configuration(key: str, value: Any) -> Callable[[dict[str, Any]], Non
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (
-            set_in_configuration("normalization_schemes", ["ZScoreNormalization"]),
-            "other normalization_schemes",
-        ),
+        (set_in_configuration("normalization_schemes", ["ZScoreNormalization"]), "other normalization_schemes"),
         (set_in_configuration("use_mask_for_norm", [True]), "other use_mask_for_norm"),
         (set_in_configuration("preprocessor_name", "Mine"), "other preprocessor_name"),
         (set_in_configuration("resampling_fn_data", "resample_torch_fornnunet"), "other resampling_fn_data"),
-        (
-            set_in_configuration("resampling_fn_seg_kwargs", {"is_seg": True}),
-            "other resampling_fn_seg_kwargs",
-        ),
+        (set_in_configuration("resampling_fn_seg_kwargs", {"is_seg": True}), "other resampling_fn_seg_kwargs"),
         (lambda plans: plans.update(transpose_forward=[1, 0, 2]), "other transpose_forward"),
         (lambda plans: plans.update(image_reader_writer="NibabelIO"), "other image_reader_writer"),
-        (
-            lambda plans: plans["configurations"]["3d_fullres"].pop("normalization_schemes"),
-            "does not say how",
-        ),
+        (lambda plans: plans["configurations"]["3d_fullres"].pop("normalization_schemes"), "does not say how"),
     ],
 )
 def test_data_made_in_another_way_are_left_alone(
-    change: Callable[[dict[str, Any]], None],
-    reason: str,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], None], reason: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plans = plan(folder, ExperimentPlanner)
     change(plans)
@@ -152,9 +138,7 @@ def test_a_configuration_that_inherits_owns_its_data_too(folder: Path) -> None:
     assert identifier(plan(folder)) == OWN
 
 
-def test_data_of_an_older_fingerprint_are_left_alone(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_of_an_older_fingerprint_are_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan(folder, ExperimentPlanner)
     write_fingerprint(folder, SHAPES, SPACINGS, mean=6.0)
     assert identifier(plan(folder)) == OWN
@@ -167,10 +151,7 @@ def test_data_that_are_not_what_their_plans_say_are_left_alone(
     write_data(folder, (2.0, 2.0, 2.0))
     plan(folder, ExperimentPlanner)  # planned again and not preprocessed
     assert identifier(plan(folder)) == OWN
-    assert (
-        "a.b2nd there has the shape [20, 24, 26], with this spacing it has [38, 48, 52]"
-        in capsys.readouterr().out
-    )
+    assert "a.b2nd there has the shape [20, 24, 26], with this spacing it has [38, 48, 52]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["a_seg.b2nd", "a.pkl"])
@@ -185,9 +166,7 @@ def test_a_case_without_all_its_files_is_to_be_preprocessed(
 
 
 @pytest.mark.parametrize("name", ["a.b2nd", "a_seg.b2nd"])
-def test_data_that_were_cut_off_are_left_alone(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_that_were_cut_off_are_left_alone(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan(folder, ExperimentPlanner)
     write_data(folder)
     path = folder / SHARED / name
@@ -229,10 +208,7 @@ def test_a_fingerprint_of_other_cases_is_said(folder: Path, capsys: pytest.Captu
 
 def test_broken_files_beside_the_plans_do_not_matter(folder: Path) -> None:
     plan(folder, ExperimentPlanner)
-    loop = {
-        "plans_name": "Loop",
-        "configurations": {"x": {"inherits_from": "y"}, "y": {"inherits_from": "x"}},
-    }
+    loop = {"plans_name": "Loop", "configurations": {"x": {"inherits_from": "y"}, "y": {"inherits_from": "x"}}}
     (folder / "Loop.json").write_text(json.dumps(loop))
     (folder / "cut.json").write_text('{"configurations": {')
     (folder / "splits_final.json").write_text("[]")
@@ -241,9 +217,7 @@ def test_broken_files_beside_the_plans_do_not_matter(folder: Path) -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("thick", [False, True], ids=["cubic", "thick slices"])
-def test_images_with_an_axis_of_one_voxel_are_planned_in_2d_across_it(
-    axis: int, thick: bool, folder: Path
-) -> None:
+def test_images_with_an_axis_of_one_voxel_are_planned_in_2d_across_it(axis: int, thick: bool, folder: Path) -> None:
     shape, spacing = [200, 200, 200], [1.0, 1.0, 1.0]
     shape[axis], spacing[axis] = 1, 5.0 if thick else 1.0
     write_fingerprint(folder, [shape] * 2, [spacing] * 2)
@@ -263,10 +237,7 @@ def test_images_that_become_one_voxel_by_resampling_are_2d_too(folder: Path) -> 
 
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
-    [
-        ([1, 200, 1], {}, "size of \\[1, 200, 1\\] voxels: "),
-        ([200, 200, 1], {"suppress_transpose": True}, "without"),
-    ],
+    [([1, 200, 1], {}, "size of \\[1, 200, 1\\] voxels: "), ([200, 200, 1], {"suppress_transpose": True}, "without")],
 )
 def test_images_that_can_not_be_planned_are_refused(
     shape: list[int], options: dict[str, Any], message: str, folder: Path

@@ -107,9 +107,7 @@ def test_the_benchmarks_count_of_the_network_agrees(number: Callable[[str], int]
     planner = registry.resolve("planners", "ReversibleUNetPlanner")(number("ct"), 8)
     plan = planner.get_plans_for_configuration([1.0] * 3, [400.0] * 3, "data", 400.0**3 * 100, {})
     setting = planner.setting_of(plan)
-    step = measure_step(
-        setting.builder(planner.trainer), 1, plan["patch_size"], plan["batch_size"], torch.bfloat16
-    )
+    step = measure_step(setting.builder(planner.trainer), 1, plan["patch_size"], plan["batch_size"], torch.bfloat16)
     parts = plan["memory"]["parts_GB"]
     assert (step.peak + 2 * step.parameters) / GIB == pytest.approx(parts["peak"], rel=0.08)
 

@@ -66,9 +66,7 @@ def test_a_configuration_that_the_user_added_survives_planning_again(
     assert plan(planner, identifier, workspace)["configurations"]["mine"]["batch_size"] == 3
 
 
-def large_image_plan(
-    planner_class: type[ExperimentPlanner], identifier: int, target: float
-) -> dict[str, Any]:
+def large_image_plan(planner_class: type[ExperimentPlanner], identifier: int, target: float) -> dict[str, Any]:
     """Plan a 3D configuration for images of 400^3 voxels of 1 mm."""
     planner = planner_class(identifier, gpu_memory_target_in_gb=target)
     return planner.get_plans_for_configuration([1.0] * 3, [400.0] * 3, "data", 400.0**3 * 100, {})
@@ -99,15 +97,11 @@ def test_other_spacing_or_preprocessor_gets_its_own_data(dataset: Callable[[str]
     assert other.generate_data_identifier("3d_fullres") == "nnUNetReversiblePlans_3d_fullres"
     other = planner(dataset("labels"), preprocessor_name="Mine")
     assert other.generate_data_identifier("3d_fullres") == "nnUNetReversiblePlans_3d_fullres"
-    assert (
-        planner(dataset("labels")).generate_data_identifier("3d_lowres") == "nnUNetReversiblePlans_3d_lowres"
-    )
+    assert planner(dataset("labels")).generate_data_identifier("3d_lowres") == "nnUNetReversiblePlans_3d_lowres"
 
 
 @pytest.mark.usefixtures("memory_by_voxels")
-def test_deep_planner_writes_its_depth_into_plans_of_its_own(
-    dataset: Callable[[str], int], workspace: Path
-) -> None:
+def test_deep_planner_writes_its_depth_into_plans_of_its_own(dataset: Callable[[str], int], workspace: Path) -> None:
     plans = plan("ReversibleUNetDeepPlanner", dataset("labels"), workspace)
     assert plans["plans_name"] == "nnUNetReversibleDeepPlans"
     assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["blocks_per_stage"] == 4
@@ -116,11 +110,7 @@ def test_deep_planner_writes_its_depth_into_plans_of_its_own(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("planner", "gain"),
-    [
-        ("ImplicitUNetPlanner", 2.0),
-        ("InvertibleUNetPlanner", 1.5),
-        ("PartiallyInvertibleUNetPlanner", 1.15),
-    ],
+    [("ImplicitUNetPlanner", 2.0), ("InvertibleUNetPlanner", 1.5), ("PartiallyInvertibleUNetPlanner", 1.15)],
 )
 def test_other_planners_spend_the_memory_on_more_voxels_and_a_larger_patch(
     planner: str, gain: float, dataset: Callable[[str], int]

@@ -40,9 +40,7 @@ def _small_and_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_of(name: str, identifier: int, continue_training: bool = False) -> Any:
-    return get_trainer_from_args(
-        str(identifier), "3d_fullres", 0, name, "nnUNetPlans", continue_training, CPU
-    )
+    return get_trainer_from_args(str(identifier), "3d_fullres", 0, name, "nnUNetPlans", continue_training, CPU)
 
 
 def test_at_least_one_trainer_is_registered() -> None:

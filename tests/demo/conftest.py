@@ -51,12 +51,7 @@ class FakeNnunet:
         (folder / "data").mkdir(parents=True)
         shutil.copytree(demo.data / "labelsTr", folder / "gt_segmentations")
         network = {"network_class_name": "gone.Network", "arch_kwargs": {}, "_kw_requires_import": []}
-        configuration = {
-            "data_identifier": "data",
-            "patch_size": [8, 8, 8],
-            "batch_size": 2,
-            "spacing": [1, 1, 1],
-        }
+        configuration = {"data_identifier": "data", "patch_size": [8, 8, 8], "batch_size": 2, "spacing": [1, 1, 1]}
         known = {name: {**configuration, "architecture": network} for name in self.configurations}
         plans = {"dataset_name": demo.dataset, "plans_name": "nnUNetPlans", "configurations": known}
         (folder / "nnUNetPlans.json").write_text(json.dumps(plans))

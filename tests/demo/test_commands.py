@@ -80,9 +80,7 @@ def test_output_goes_to_the_callback_and_to_the_log_which_grows(run: Run, demo: 
     assert log == "$ nnUNetv2_fake 'two words'\nout two words\nerr\n$ nnUNetv2_fake\nsecond\n"
 
 
-def test_failure_names_command_exit_code_log_and_its_end(
-    run: Run, demo: Demo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failure_names_command_exit_code_log_and_its_end(run: Run, demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CommandError) as caught:
         run("import sys\nfor i in range(40): print('line', i)\nsys.exit(7)", "-x", "a b")
     first, *tail = str(caught.value).splitlines()
@@ -139,9 +137,7 @@ def test_process_that_outlives_a_killed_demo_is_waited_for(demo: Demo, run: Run)
     (demo.root / "demo.json").write_text("{}")
     (left,) = processes(demo.root)
     try:
-        with pytest.raises(
-            UsageError, match=rf"another run is at work in .*process {left.pid} of .*wait for its"
-        ):
+        with pytest.raises(UsageError, match=rf"another run is at work in .*process {left.pid} of .*wait for its"):
             workflow.run(demo, lambda *_: pytest.fail("it began"))
     finally:
         left.kill()
@@ -170,9 +166,7 @@ def test_log_that_cant_be_opened_is_named(run: Run, demo: Demo) -> None:
         run("print()")
 
 
-def test_folders_are_the_demos_and_the_users_variables_stay(
-    demo: Demo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_are_the_demos_and_the_users_variables_stay(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nnUNet_def_n_proc", "nnUNet_compile"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("nnUNet_raw", "/the/users")
@@ -182,6 +176,4 @@ def test_folders_are_the_demos_and_the_users_variables_stay(
     assert [found[name] for name in names] == [str(demo.root / "nnUNet_raw"), "7", "2", "f"]
     assert dict(os.environ) == before
     # A GPU is fed by as many processes as nnU-Net takes, a full training is worth compiling.
-    assert not {"nnUNet_def_n_proc", "nnUNet_compile"} & {
-        *environment(replace(demo, schedule="full", device="cuda"))
-    }
+    assert not {"nnUNet_def_n_proc", "nnUNet_compile"} & {*environment(replace(demo, schedule="full", device="cuda"))}

@@ -19,18 +19,8 @@ TRAINERS = ("nnUNetTrainer", "nnUNetTrainerReversible")
 
 
 def demo(folder: Path, *options: str) -> subprocess.Popen[str]:
-    users = {
-        name: str(folder / "users" / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    }
-    line = [
-        console_script("nnunet-ext"),
-        "demo",
-        "--output",
-        str(folder / "demo"),
-        "--device",
-        "cpu",
-        *options,
-    ]
+    users = {name: str(folder / "users" / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    line = [console_script("nnunet-ext"), "demo", "--output", str(folder / "demo"), "--device", "cpu", *options]
     return subprocess.Popen(
         line, env={**os.environ, **users}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

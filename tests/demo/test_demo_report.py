@@ -23,12 +23,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, nnunet: FakeNnunet) -> tup
     """Folder of a demo, and what it says."""
     folder = tmp_path_factory.mktemp("report")
     demo = Demo(
-        root=folder,
-        raw=None,
-        trainers=TRAINERS,
-        schedule="3epochs_2iters",
-        configuration="3d_fullres",
-        device="cpu",
+        root=folder, raw=None, trainers=TRAINERS, schedule="3epochs_2iters", configuration="3d_fullres", device="cpu"
     )
     lines: list[str] = []
     workflow.run(demo, lambda line, _: lines.append(line))
@@ -39,9 +34,7 @@ def test_report_compares_validation_cases_and_unseen_scans(written: tuple[Path, 
     folder, said = written
     content = json.loads((folder / "report.json").read_text())
     validation, unseen = content["evaluations"]
-    dice = {
-        m["run"]: m["mean"] for m in validation["means"] if (m["metric"], m["structure"]) == ("Dice", "mean")
-    }
+    dice = {m["run"]: m["mean"] for m in validation["means"] if (m["metric"], m["structure"]) == ("Dice", "mean")}
     assert dice == pytest.approx(dict.fromkeys(TRAINERS, 0.5))
     assert unseen["name"] == "held-out"
     assert unseen["cases"] == ["phantom_005"]
@@ -51,9 +44,7 @@ def test_report_compares_validation_cases_and_unseen_scans(written: tuple[Path, 
     assert "says nothing about the quality" in (folder / "report.html").read_text()
 
 
-def test_commands_are_those_that_ran_and_the_comparison(
-    written: tuple[Path, list[str]], nnunet: FakeNnunet
-) -> None:
+def test_commands_are_those_that_ran_and_the_comparison(written: tuple[Path, list[str]], nnunet: FakeNnunet) -> None:
     folder, _ = written
     text = (folder / "report.md").read_text()
     export, _, _, *lines = text.partition("```bash\n")[2].partition("\n```")[0].splitlines()

@@ -90,9 +90,7 @@ def test_steps_come_in_order_for_every_trainer_and_once_for_one_named_twice(
     titles += [*(f"predict with {name}" for name in BOTH), "write the report"]
     done = [f"[{number}/7] {title}: done in" for number, title in enumerate(titles, start=1)]
     assert [line.rpartition(" in ")[0] + " in" for line in lines if ": done" in line] == done
-    assert any(
-        line.startswith("[3/7] train nnUNetTrainer: epoch 3/3, training loss -0.25, ") for line in lines
-    )
+    assert any(line.startswith("[3/7] train nnUNetTrainer: epoch 3/3, training loss -0.25, ") for line in lines)
     assert lines[:3] == [
         f"Demo in {demo.root}",
         "nnUNet_raw, nnUNet_preprocessed, nnUNet_results of the demo lie there; your own are left alone.",
@@ -106,12 +104,8 @@ def test_steps_come_in_order_for_every_trainer_and_once_for_one_named_twice(
     assert "nnUNetTrainerNoMirroring" in nnunet.commands[1]
 
 
-def test_second_run_skips_all_and_an_added_trainer_runs_alone(
-    finished: Path, run: Run, nnunet: FakeNnunet
-) -> None:
-    assert [line.partition("] ")[2].partition(": ")[2] for line in run()[3:-1]] == [
-        "done by an earlier run"
-    ] * 5
+def test_second_run_skips_all_and_an_added_trainer_runs_alone(finished: Path, run: Run, nnunet: FakeNnunet) -> None:
+    assert [line.partition("] ")[2].partition(": ")[2] for line in run()[3:-1]] == ["done by an earlier run"] * 5
     assert nnunet.commands == []
     assert "[7/7] write the report: done in" in run(trainers=BOTH)[-2]
     assert nnunet.names == [TRAIN, PREDICT]
@@ -148,8 +142,7 @@ def test_results_that_are_lost_or_cut_off_are_redone_with_all_that_builds_on_the
 
 
 @pytest.mark.parametrize(
-    ("command", "rest"),
-    [(PLAN, [PLAN, TRAIN, PREDICT]), (TRAIN, [TRAIN, PREDICT]), (PREDICT, [PREDICT])],
+    ("command", "rest"), [(PLAN, [PLAN, TRAIN, PREDICT]), (TRAIN, [TRAIN, PREDICT]), (PREDICT, [PREDICT])]
 )
 def test_run_after_an_interruption_does_the_rest(
     demo: Demo, run: Run, nnunet: FakeNnunet, command: str, rest: list[str]
@@ -204,9 +197,7 @@ def test_command_that_leaves_no_results_is_a_failure(
         run()
 
 
-def test_other_options_in_the_same_folder_are_refused(
-    finished: Path, demo: Demo, run: Run, nnunet: FakeNnunet
-) -> None:
+def test_other_options_in_the_same_folder_are_refused(finished: Path, demo: Demo, run: Run, nnunet: FakeNnunet) -> None:
     for key, new in (("schedule", "4epochs_2iters"), ("configuration", "2d"), ("device", "cuda")):
         message = rf"other options \({key} {getattr(demo, key)}, now {new}\): choose .* --output"
         with pytest.raises(UsageError, match=message):

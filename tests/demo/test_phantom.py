@@ -37,10 +37,7 @@ def test_same_seed_gives_the_same_files(tmp_path: Path) -> None:
         files = sorted((tmp_path / name).rglob("*.nii.gz"))
         images = [SimpleITK.ReadImage(str(file)) for file in files]
         arrays.append(
-            [
-                (f.name, SimpleITK.GetArrayFromImage(i), i.GetSpacing())
-                for f, i in zip(files, images, strict=True)
-            ]
+            [(f.name, SimpleITK.GetArrayFromImage(i), i.GetSpacing()) for f, i in zip(files, images, strict=True)]
         )
     assert len(arrays[0]) == 4
     for (name, array, spacing), (other_name, other_array, other_spacing) in zip(*arrays, strict=True):
@@ -112,9 +109,7 @@ def test_unseen_scans_have_labels_and_numbers_of_their_own(tmp_path: Path) -> No
     assert json.loads((tmp_path / NAME / "dataset.json").read_text())["numTraining"] == 1
 
 
-def test_interrupted_generation_leaves_nothing_that_counts(
-    tmp_path: Path,
-) -> None:
+def test_interrupted_generation_leaves_nothing_that_counts(tmp_path: Path) -> None:
     def interrupt(number: int, _: int) -> None:
         if number == 2:
             raise KeyboardInterrupt

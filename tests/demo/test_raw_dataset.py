@@ -79,11 +79,7 @@ def with_broken_json(folder: Path) -> None:
     ],
 )
 def test_wrong_data_set_is_refused_in_one_sentence(
-    tmp_path: Path,
-    name: str,
-    arguments: dict[str, Any] | None,
-    spoil: Callable[[Path], None] | None,
-    message: str,
+    tmp_path: Path, name: str, arguments: dict[str, Any] | None, spoil: Callable[[Path], None] | None, message: str
 ) -> None:
     folder = tmp_path / name
     if arguments is not None:
@@ -127,9 +123,7 @@ def test_cases_whose_names_begin_alike_are_kept_apart(tmp_path: Path) -> None:
     target = tmp_path / "own" / "Dataset004_X"
     cases = {case.name: case for case in (*raw.training, *raw.unseen)}
     link(
-        dataset.RawDataset(
-            folder=folder, description=DESCRIPTION, training=(cases["a"],), unseen=(cases["a_0001"],)
-        ),
+        dataset.RawDataset(folder=folder, description=DESCRIPTION, training=(cases["a"],), unseen=(cases["a_0001"],)),
         target,
     )
     assert listing(target) == {
@@ -194,10 +188,6 @@ def test_cases_that_dataset_json_lists_are_linked_where_nnunet_finds_them_unlist
     }
     (folder / "dataset.json").write_text(json.dumps({**DESCRIPTION, "dataset": listed}))
     link(read_raw(folder), tmp_path / "own")
-    assert listing(tmp_path / "own")["imagesTs"] == [
-        f"c{i}_000{channel}.nii.gz" for i in (5, 6) for channel in (0, 1)
-    ]
-    assert (
-        tmp_path / "own" / "imagesTs" / "c6_0001.nii.gz"
-    ).resolve() == folder / "elsewhere/Tr_v1.0006_0001.nii.gz"
+    assert listing(tmp_path / "own")["imagesTs"] == [f"c{i}_000{channel}.nii.gz" for i in (5, 6) for channel in (0, 1)]
+    assert (tmp_path / "own" / "imagesTs" / "c6_0001.nii.gz").resolve() == folder / "elsewhere/Tr_v1.0006_0001.nii.gz"
     assert "dataset" not in json.loads((tmp_path / "own" / "dataset.json").read_text())

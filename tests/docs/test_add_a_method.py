@@ -73,9 +73,7 @@ def example(install: Install) -> None:
     printed = files()
     assert set(printed) == {"pyproject.toml", "slim_nnunet.py"}
     info = install("slim_nnunet", printed["slim_nnunet.py"])
-    tables = re.findall(
-        r'^\[project\.entry-points\."(.+?)"\]\n(.+)$', printed["pyproject.toml"], flags=re.MULTILINE
-    )
+    tables = re.findall(r'^\[project\.entry-points\."(.+?)"\]\n(.+)$', printed["pyproject.toml"], flags=re.MULTILINE)
     lines = [f"[{group}]\n{entry.replace(chr(34), '')}" for group, entry in tables]
     (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
 
@@ -88,9 +86,5 @@ def test_example_registers_one_name_of_each_kind() -> None:
 
 
 @pytest.mark.usefixtures("example")
-def test_example_plans_and_builds_its_network_through_nnunets_search(
-    run_python: RunPython, tmp_path: Path
-) -> None:
-    run_python(
-        USE, env={f"nnUNet_{name}": str(tmp_path / name) for name in ("raw", "preprocessed", "results")}
-    )
+def test_example_plans_and_builds_its_network_through_nnunets_search(run_python: RunPython, tmp_path: Path) -> None:
+    run_python(USE, env={f"nnUNet_{name}": str(tmp_path / name) for name in ("raw", "preprocessed", "results")})

@@ -22,9 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "python.md"
 
 def run(which: str) -> dict[str, Any]:
     """Run the example that imports this function; return its names."""
-    examples = re.findall(
-        r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    examples = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     (example,) = [example for example in examples if f"api import {which}\n" in example]
     names: dict[str, Any] = {}
     exec(compile(example, str(PAGE), "exec"), names)

@@ -19,9 +19,7 @@ BENCHMARK = REPOSITORY / "docs" / "benchmarks" / "2026-11-27-methods" / "benchma
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "methods_table", REPOSITORY / "benchmarks" / "methods_table.py"
-    )
+    spec = importlib.util.spec_from_file_location("methods_table", REPOSITORY / "benchmarks" / "methods_table.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -41,9 +39,7 @@ def test_table_is_what_was_measured(script: ModuleType, benchmark: dict[str, Any
 
 
 def test_every_trainer_that_trains_has_a_row(script: ModuleType, benchmark: dict[str, Any]) -> None:
-    trained = [
-        name for name in registry.names("trainers") if not only_predicts(registry.resolve("trainers", name))
-    ]
+    trained = [name for name in registry.names("trainers") if not only_predicts(registry.resolve("trainers", name))]
     table = script.table(benchmark)
     assert [name for name in trained if f"| `{name}` |" not in table] == []
 

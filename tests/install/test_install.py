@@ -160,9 +160,7 @@ def with_host(environment: Environment) -> Environment:
     """The same with the nnU-Net that is installed here."""
     from importlib.metadata import distribution
 
-    shutil.copytree(
-        host_folder(), environment.site / "nnunetv2", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(host_folder(), environment.site / "nnunetv2", ignore=shutil.ignore_patterns("__pycache__"))
     info = distribution("nnunetv2")
     target = environment.site / f"nnunetv2-{info.version}.dist-info"
     target.mkdir()
@@ -226,9 +224,7 @@ def test_nothing_is_left_after_uninstalling(with_host: Environment, wheel: Path)
 
 
 @pytest.mark.parametrize("requirement", ["nnunetv2==2.7.0", "nnunetv2>=2.7,<3"])
-def test_names_are_found_by_nnunet_from_the_index(
-    environment: Environment, wheel: Path, requirement: str
-) -> None:
+def test_names_are_found_by_nnunet_from_the_index(environment: Environment, wheel: Path, requirement: str) -> None:
     downloads = environment.folder / "downloads"
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(downloads), requirement]
     done = run([*command, *isolation("setuptools")], environment.folder)

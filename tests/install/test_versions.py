@@ -120,18 +120,13 @@ def lowest_python() -> Path:
 
 
 @pytest.fixture(scope="module", params=["lowest", "middle", "newest"])
-def environment(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Environment]:
+def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     """A new environment of these versions, deleted when its tests have run; its log stays."""
     constraints = HERE / f"{request.param}.txt"
     new = Environment(tmp_path_factory.mktemp(request.param), constraints if constraints.is_file() else None)
     base = lowest_python() if request.param == "lowest" else Path(sys.executable)
     say(request, f"{request.param}: {base}, log {new.log}")
-    if (
-        request.param == "lowest"
-        and output_of(str(base), "-c", "import sys; print(sys.version_info[1])") != "10"
-    ):
+    if request.param == "lowest" and output_of(str(base), "-c", "import sys; print(sys.version_info[1])") != "10":
         say(request, "no Python 3.10 is there: the lowest versions are tried with the next one")
     tree = new.folder / "tree"
     shutil.copytree(REPOSITORY / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
@@ -193,9 +188,7 @@ def test_rest_of_the_slice_passes_with_the_lowest(environment: Environment) -> N
 def pins(path: Path) -> dict[str, str]:
     """Name of each distribution -> its version."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    found = (
-        re.fullmatch(r"([\w.-]+)==([\d.]+)", line) for line in lines if line and not line.startswith("#")
-    )
+    found = (re.fullmatch(r"([\w.-]+)==([\d.]+)", line) for line in lines if line and not line.startswith("#"))
     return {match[1].lower(): match[2] for match in found if match}
 
 
@@ -219,9 +212,7 @@ def test_lowest_versions_are_the_bounds_of_the_metadata() -> None:
 
 
 def test_middle_pytorch_lies_between_the_lowest_and_is_allowed() -> None:
-    lowest, middle = (
-        tuple(map(int, pins(HERE / f"{name}.txt")["torch"].split("."))) for name in ("lowest", "middle")
-    )
+    lowest, middle = (tuple(map(int, pins(HERE / f"{name}.txt")["torch"].split("."))) for name in ("lowest", "middle"))
     assert lowest < middle
 
 
@@ -232,9 +223,7 @@ def test_this_python_is_found_by_its_version() -> None:
     assert python((3, 99)) is None
 
 
-def test_python_on_the_path_that_refuses_to_run_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_on_the_path_that_refuses_to_run_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shim = tmp_path / "python3.98"
     shim.write_text("#!/bin/sh\nexit 127\n", encoding="utf-8")
     shim.chmod(0o755)

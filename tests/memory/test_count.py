@@ -26,9 +26,7 @@ VOXELS = 2 * 16**3  # of a batch of the tiny setting
 
 
 def with_labels(setting: Setting, **labels: Any) -> Setting:
-    return Setting(
-        plans=setting.plans, dataset={**setting.dataset, **labels}, configuration=setting.configuration
-    )
+    return Setting(plans=setting.plans, dataset={**setting.dataset, **labels}, configuration=setting.configuration)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -46,10 +44,7 @@ def test_every_trainers_step_is_counted(trainer: str, setting: Setting) -> None:
 def test_images_and_labels_of_a_real_step_are_random(regions: bool, setting: Setting) -> None:
     labels: dict[str, Any] = {"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}}
     if regions:
-        labels = {
-            "labels": {"background": 0, "whole": [1, 2], "core": [2]},
-            "regions_class_order": [1, 2],
-        }
+        labels = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
     step = TrainerStep(with_labels(setting, **labels), "nnUNetTrainer")
     x, targets = step._batch()
     assert x.std() > 0.9
@@ -65,15 +60,11 @@ def test_optimizers_state_is_that_of_the_trainers_own(trainer: str, states: int,
 
 
 def test_a_schedule_changes_nothing(setting: Setting) -> None:
-    assert training_memory(setting, "nnUNetTrainer_4epochs_50iters") == training_memory(
-        setting, "nnUNetTrainer"
-    )
+    assert training_memory(setting, "nnUNetTrainer_4epochs_50iters") == training_memory(setting, "nnUNetTrainer")
 
 
 def test_what_a_trainer_says_in_its_init_counts(setting: Setting) -> None:
-    plain, single = (
-        training_memory(setting, name) for name in ("nnUNetTrainer", "nnUNetTrainerNoDeepSupervision")
-    )
+    plain, single = (training_memory(setting, name) for name in ("nnUNetTrainer", "nnUNetTrainerNoDeepSupervision"))
     assert single.activations < plain.activations
 
 
@@ -105,8 +96,7 @@ def test_agrees_with_the_benchmarks_count_of_the_network(trainer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "trainer",
-    ["nnUNetTrainer", pytest.param("nnUNetTrainerPartiallyInvertible", marks=pytest.mark.slow)],
+    "trainer", ["nnUNetTrainer", pytest.param("nnUNetTrainerPartiallyInvertible", marks=pytest.mark.slow)]
 )
 def test_many_samples_are_counted_from_few(trainer: str) -> None:
     setting = Source(patch=(512, 512), batch=13).setting()  # one sample is a group
@@ -134,12 +124,7 @@ def test_dtypes_are_those_of_cuda() -> None:
         with mixed_precision("cpu"):
             half = nn.Conv2d(4, 4, 1)(torch.empty(x))
             kept = [half, nn.functional.max_pool2d(half, 2), nn.InstanceNorm2d(4)(half)]
-            grown = [
-                half.softmax(1),
-                half.log_softmax(1),
-                half.sum(),
-                nn.functional.interpolate(half, scale_factor=2),
-            ]
+            grown = [half.softmax(1), half.log_softmax(1), half.sum(), nn.functional.interpolate(half, scale_factor=2)]
             grown.append(nn.functional.cross_entropy(half, torch.zeros(2, 8, 8).long()))
             targets = torch.zeros(x)
             grown.append(nn.functional.binary_cross_entropy_with_logits(half, targets))

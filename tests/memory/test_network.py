@@ -22,11 +22,7 @@ VOXELS = 8**3
 
 def chain(n: int) -> nn.Module:
     """Convolution and ReLU, n times, four channels: keeps the input and each ReLU's output."""
-    layers = [
-        layer
-        for i in range(n)
-        for layer in (nn.Conv3d(4 if i else 1, 4, 3, padding=1, bias=False), nn.ReLU())
-    ]
+    layers = [layer for i in range(n) for layer in (nn.Conv3d(4 if i else 1, 4, 3, padding=1, bias=False), nn.ReLU())]
     return nn.Sequential(*layers)
 
 

@@ -45,9 +45,7 @@ def test_checkpoint_of_either_numpy_is_read(tmp_path: Path, numpy_major: int) ->
     assert type(content["_best_ema"]) is np.float32
 
 
-def test_numbers_are_read_where_numpy_has_stubs_of_its_modules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numbers_are_read_where_numpy_has_stubs_of_its_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written_by(2, tmp_path / "checkpoint.pth")
     for name in ("core", "_core"):
         monkeypatch.setattr(np, name, object(), raising=False)

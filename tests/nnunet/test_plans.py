@@ -77,10 +77,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "orphan": ({"3d_fullres": {"inherits_from": "gone"}}, "gone does not exist"),
     "no name": ({"2d": {}}, "have the configurations 2d, got 3d_fullres: choose one"),
     **{
-        f"{key} {place}": (
-            {"3d_fullres": {**CONFIGURATION, key: value}},
-            f"3d_fullres: {key} must be .*, got",
-        )
+        f"{key} {place}": ({"3d_fullres": {**CONFIGURATION, key: value}}, f"3d_fullres: {key} must be .*, got")
         for place, (key, value) in enumerate(
             (
                 ("patch_size", "16"),
@@ -218,19 +215,14 @@ CASES: list[tuple[str, Spoil, tuple[str, ...]]] = [
     ("checkpoint_final.pth", BROKEN["binary"], ("deploy", "cascade-predict")),
     ("checkpoint_final.pth", in_checkpoint(init_args="3d_fullres"), ("deploy", "cascade-predict")),
     ("checkpoint_final.pth", in_checkpoint(network_weights=[1]), ("deploy", "cascade-predict")),
-    (
-        "checkpoint_final.pth",
-        in_checkpoint(init_args={"configuration": "gone"}),
-        ("deploy", "cascade-predict"),
-    ),
+    ("checkpoint_final.pth", in_checkpoint(init_args={"configuration": "gone"}), ("deploy", "cascade-predict")),
     ("summary.json", BROKEN["pipe"], ("compare",)),
     ("summary.json", BROKEN["nested"], ("compare",)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "command"),
-    [(name, spoil, command) for name, spoil, run in CASES for command in run],
+    ("name", "spoil", "command"), [(name, spoil, command) for name, spoil, run in CASES for command in run]
 )
 def test_every_command_ends_with_one_line(
     name: str,

@@ -51,17 +51,14 @@ def test_unknown_configuration_names_the_known_ones(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["nnUNetTrainer", "nnUNetTrainerAdam", "nnUNetTrainerReversible", "nnUNetTrainerReversible_3epochs"],
+    "name", ["nnUNetTrainer", "nnUNetTrainerAdam", "nnUNetTrainerReversible", "nnUNetTrainerReversible_3epochs"]
 )
 def test_trainers_of_nnunet_and_registered_ones_are_found(name: str) -> None:
     assert trainer_class(name).__name__ == name
 
 
 def test_unknown_trainer_is_refused_with_the_cure() -> None:
-    with pytest.raises(
-        UsageError, match=r"got nnUNetTrainerRevrsible: .* Did you mean nnUNetTrainerReversible\b"
-    ):
+    with pytest.raises(UsageError, match=r"got nnUNetTrainerRevrsible: .* Did you mean nnUNetTrainerReversible\b"):
         trainer_class("nnUNetTrainerRevrsible")
     with pytest.raises(UsageError, match=r"got Nobody: .* from\. `nnunet-ext list` shows all names\.$"):
         trainer_class("Nobody")

@@ -171,9 +171,7 @@ def test_binary_file_is_no_plans(tmp_path: Path) -> None:
 
 def test_two_data_sets_of_a_number_are_named(planned_dataset: Path) -> None:
     (planned_dataset.parent / "Dataset007_Other").mkdir()
-    with pytest.raises(
-        UsageError, match="got 7: there is Dataset007_Other, Dataset007_Tiny: give its full name"
-    ):
+    with pytest.raises(UsageError, match="got 7: there is Dataset007_Other, Dataset007_Tiny: give its full name"):
         Source(dataset="7", configuration="2d").setting()
 
 

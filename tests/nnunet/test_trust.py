@@ -160,9 +160,7 @@ class Reduce:
         return exec, ("import evil",)
 
 
-def write_model(
-    folder: Path, configurations: dict[str, dict[str, Any]], name: str, content: dict[str, Any]
-) -> Path:
+def write_model(folder: Path, configurations: dict[str, dict[str, Any]], name: str, content: dict[str, Any]) -> Path:
     """What a training leaves, of nnU-Net's trainer."""
     model = folder / f"nnUNetTrainer__nnUNetPlans__{name}"
     write_fold(model / "fold_0", {"case": [dice_counts(0.8), dice_counts(0.7)]})
@@ -187,10 +185,7 @@ def write_model(
 
 def commands(folder: Path, configuration: dict[str, Any], **checkpoint: Any) -> dict[str, list[str]]:
     """Every command that builds a network, called with a model of this configuration."""
-    cascade = {
-        "first": dict(configuration, next_stage="second"),
-        "second": dict(configuration, previous_stage="first"),
-    }
+    cascade = {"first": dict(configuration, next_stage="second"), "second": dict(configuration, previous_stage="first")}
     results = folder / "results" / "Dataset007_Toy"
     for name in cascade:
         write_model(results, cascade, name, checkpoint)
@@ -198,20 +193,7 @@ def commands(folder: Path, configuration: dict[str, Any], **checkpoint: Any) -> 
     plans = ["--plans", str(model / "plans.json")]
     (folder / "in").mkdir()
     (folder / "in" / "new_0000.nii.gz").touch()
-    cascade_of = [
-        "-d",
-        "7",
-        "-p",
-        "nnUNetPlans",
-        "-tr",
-        "nnUNetTrainer",
-        "-c",
-        "second",
-        "-f",
-        "0",
-        "-device",
-        "cpu",
-    ]
+    cascade_of = ["-d", "7", "-p", "nnUNetPlans", "-tr", "nnUNetTrainer", "-c", "second", "-f", "0", "-device", "cpu"]
     return {
         "estimate": ["estimate", *plans],
         "benchmark": ["benchmark", *plans, "-tr", "nnUNetTrainer", "--repeats", "0"],
@@ -230,9 +212,7 @@ ATTACKS = {
     "norm_op": naming("norm_op", "evil.Norm"),
     "dropout_op": naming("dropout_op", "evil.Drop", dropout_op_kwargs={}),
     "nonlin": naming("nonlin", "evil.ReLU"),
-    "hub": naming(
-        NETWORK, "torch.hub.load", repo_or_dir="HERE", model="net", source="local", skip_validation=True
-    ),
+    "hub": naming(NETWORK, "torch.hub.load", repo_or_dir="HERE", model="net", source="local", skip_validation=True),
 }
 
 
@@ -286,9 +266,7 @@ def test_no_command_unpickles_objects_of_checkpoints(
     status = cli.main(commands(tmp_path, CONFIGURATION, optimizer_state=Reduce())[command])
     error = capsys.readouterr().err
     assert status == (0 if command == "compare" else 2)
-    assert (
-        len([line for line in error.splitlines() if "is not a complete checkpoint of nnU-Net" in line]) == 1
-    )
+    assert len([line for line in error.splitlines() if "is not a complete checkpoint of nnU-Net" in line]) == 1
     assert not attack.mark.exists()
 
 

@@ -51,11 +51,7 @@ def search(target: float, formula: Formula, known: dict | None = None) -> tuple[
         )
 
     return MemorySearch(
-        target=round(target * GIB),
-        least=2,
-        guess=2 * 128**3,
-        measure=measure,
-        known=known if known is not None else {},
+        target=round(target * GIB), least=2, guess=2 * 128**3, measure=measure, known=known if known is not None else {}
     ), counted
 
 
@@ -171,9 +167,7 @@ def predicted(measured: float, *others: tuple[float, float]) -> str | None:
     total = measured * TARGET
     peak = round((total - CONTEXT_BYTES) / (1 + FRAGMENTED_SHARE))
     zero, *rest = (
-        Candidate(
-            plan={}, key=str(i), worth=-i, voxels=1e6 * voxels, weights=weights, covers_image=False, most=1
-        )
+        Candidate(plan={}, key=str(i), worth=-i, voxels=1e6 * voxels, weights=weights, covers_image=False, most=1)
         for i, (voxels, weights) in enumerate([(1.0, 1.0), *others])
     )
     known = {("0", 1): Choice(zero, 1, replace(HALF, peak=peak))}
@@ -191,9 +185,7 @@ def share_of(voxels: float, weights: float, of: float) -> float:
 
 
 @pytest.mark.parametrize(("share", "chosen"), [(0.901, "0"), (0.899, "1")])
-def test_the_largest_patch_that_fills_nine_tenths_is_preferred_to_a_fuller_one(
-    share: float, chosen: str
-) -> None:
+def test_the_largest_patch_that_fills_nine_tenths_is_preferred_to_a_fuller_one(share: float, chosen: str) -> None:
     fuller = 1.05
     found = MemorySearch(target=TARGET, least=1, guess=1e6, measure=lambda candidate, batch: HALF)
     for i, (voxels, filled) in enumerate([(1.0, share), (fuller, 0.95)]):
@@ -217,9 +209,7 @@ def test_a_prediction_within_half_a_percent_of_a_limit_is_not_trusted(share: flo
 
 
 @pytest.mark.parametrize(("difference", "chosen"), [(-0.002, "1"), (0.002, "0")])
-def test_the_weights_of_another_network_count_with_half_of_their_gradients(
-    difference: float, chosen: str
-) -> None:
+def test_the_weights_of_another_network_count_with_half_of_their_gradients(difference: float, chosen: str) -> None:
     """A network of ten times the weights fills the target up to the margin, or a little more."""
     measured, weights = 0.95, 10.0
     voxels = (0.995 + difference - share_of(0.0, weights, measured)) / (

@@ -88,9 +88,7 @@ def test_second_training_is_refused_before_it_writes(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint_latest.pth").read_bytes() == b"whole"
 
 
-def test_checkpoint_that_is_written_carries_its_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_that_is_written_carries_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     save = Host.save_checkpoint
 
@@ -108,13 +106,9 @@ def test_checkpoint_that_is_written_carries_its_process(
     assert os.listdir(tmp_path) == ["checkpoint_best.pth"]
 
 
-def test_training_removes_what_killed_ones_left_and_nothing_else(
-    tmp_path: Path, killed_partial: KilledPartial
-) -> None:
+def test_training_removes_what_killed_ones_left_and_nothing_else(tmp_path: Path, killed_partial: KilledPartial) -> None:
     killed_partial(tmp_path).write_bytes(b"ha")
-    elsewhere = (
-        tmp_path / ".partial-nnunet_ext-lostnode-4026531836-77-1-0123abcd"
-    )  # nobody else trains here now
+    elsewhere = tmp_path / ".partial-nnunet_ext-lostnode-4026531836-77-1-0123abcd"  # nobody else trains here now
     elsewhere.write_bytes(b"ha")
     foreign = tmp_path / ".partial-of-rsync"
     foreign.write_bytes(b"ha")
@@ -169,11 +163,7 @@ Trainer(Path({str(tmp_path)!r})).run_training()
 @pytest.mark.parametrize(
     ("stored", "logged", "best"),
     [
-        (
-            0.5,
-            [0.4, 0.5, 0.7],
-            0.7,
-        ),  # the last epoch was the best; its file was written before that was noted
+        (0.5, [0.4, 0.5, 0.7], 0.7),  # the last epoch was the best; its file was written before that was noted
         (0.7, [0.4, 0.7, 0.6], 0.7),
         (None, [0.3], 0.3),
         (None, [], None),
@@ -190,8 +180,7 @@ def test_best_result_counts_the_epoch_after_which_the_checkpoint_was_written(
 
 
 @pytest.mark.parametrize(
-    ("noted", "logged", "kept"),
-    [(0.5, [0.5, 0.7], b"latest"), (0.7, [0.7, 0.6], b"best"), (0.5, [0.7, 0.6], b"best")],
+    ("noted", "logged", "kept"), [(0.5, [0.5, 0.7], b"latest"), (0.7, [0.7, 0.6], b"best"), (0.5, [0.7, 0.6], b"best")]
 )
 def test_best_checkpoint_that_a_kill_prevented_is_made_from_the_latest(
     noted: float, logged: list[float], kept: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

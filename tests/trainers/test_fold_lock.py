@@ -71,9 +71,7 @@ def test_same_process_is_refused_too_and_the_first_keeps_the_folder(tmp_path: Pa
         for _ in range(2):
             with pytest.raises(UsageError, match=f"process {os.getpid()} on "), only_training(tmp_path):
                 pytest.fail("held twice")
-        code = (
-            "import sys; from pathlib import Path; from nnunet_ext.trainers.fold_lock import only_training\n"
-        )
+        code = "import sys; from pathlib import Path; from nnunet_ext.trainers.fold_lock import only_training\n"
         code += f"with only_training(Path({str(tmp_path)!r})): pass"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert "one training at a time" in other.stderr
@@ -88,9 +86,7 @@ def test_folder_is_free_after_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
-def test_file_system_without_locks_is_told_and_used(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_system_without_locks_is_told_and_used(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(_: int) -> None:
         raise OSError(code, os.strerror(code))
 

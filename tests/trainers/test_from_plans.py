@@ -40,7 +40,5 @@ def test_depth_and_options_come_from_the_plans(network: type, depth: dict[str, A
 
 def test_plans_of_another_kind_of_network_are_refused() -> None:
     plans = configuration(ReversibleUNet, n_conv_per_stage=[1, 1], embed_dim=96)
-    with pytest.raises(
-        ValueError, match=r"plans are for .*ReversibleUNet and hold embed_dim: use plans of nnU-Net"
-    ):
+    with pytest.raises(ValueError, match=r"plans are for .*ReversibleUNet and hold embed_dim: use plans of nnU-Net"):
         build_from_plans(ReversibleUNet, plans, 1, 2, True)

@@ -170,9 +170,7 @@ def test_another_network_is_refused() -> None:
         implicit_network(nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize(
-    ("trainer", "width"), [(nnUNetTrainerImplicit, 512), (nnUNetTrainerImplicitLite, 256)]
-)
+@pytest.mark.parametrize(("trainer", "width"), [(nnUNetTrainerImplicit, 512), (nnUNetTrainerImplicitLite, 256)])
 def test_options_come_from_the_plans_else_from_the_trainer(trainer: Any, width: int) -> None:
     plain = configuration(ImplicitUNet, n_conv_per_stage=[2, 2])
     planned = configuration(ImplicitUNet, n_conv_per_stage=[2, 2], decoder_width=32, mesh_spacing=2)
@@ -187,9 +185,7 @@ def test_a_variant_is_a_class_attribute() -> None:
     class Variant(nnUNetTrainerImplicit):
         decoder_width, n_points, frequencies = 24, 77, 0
 
-    built = Variant.build_network_architecture(
-        None, configuration(ImplicitUNet, n_conv_per_stage=[2, 2]), 1, 2
-    )
+    built = Variant.build_network_architecture(None, configuration(ImplicitUNet, n_conv_per_stage=[2, 2]), 1, 2)
     assert (built.point_decoder.width, built.n_points, built.point_decoder.encoded) == (24, 77, 0)
 
 

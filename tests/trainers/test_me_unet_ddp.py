@@ -16,10 +16,7 @@ from tests.trainers import me_unet_ddp_worker
 
 
 @pytest.mark.parametrize("name", me_unet_ddp_worker.NETWORKS)
-@pytest.mark.parametrize(
-    ("compiled", "options"),
-    [(False, {}), (True, {}), (False, {"gradient_as_bucket_view": True})],
-)
+@pytest.mark.parametrize(("compiled", "options"), [(False, {}), (True, {}), (False, {"gradient_as_bucket_view": True})])
 def test_two_ranks_have_the_gradients_of_one_process(
     name: str, compiled: bool, options: dict[str, Any], ranks: Ranks
 ) -> None:
@@ -33,9 +30,7 @@ def test_gradients_of_the_cascade_are_averaged_in_one_message(monkeypatch: pytes
         parameter.grad = torch.randn_like(parameter)
     expected = [1.5 * parameter.grad for parameter in trained]
     messages: list[int] = []
-    monkeypatch.setattr(
-        dist, "all_reduce", lambda message: messages.append(message.numel()) or message.mul_(3)
-    )
+    monkeypatch.setattr(dist, "all_reduce", lambda message: messages.append(message.numel()) or message.mul_(3))
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     MeCascadeTrainerMixin._average_over_ranks(SimpleNamespace(network=network))
     assert messages == [sum(parameter.numel() for parameter in trained)]

@@ -14,9 +14,7 @@ from nnunet_ext.trainers.softmax_weighted_ce import SoftmaxWeightedCrossEntropy,
 def test_weights_are_the_softmax_of_the_negative_shares() -> None:
     labels = torch.tensor([0] * 6 + [1] * 3 + [2])
     shares = torch.tensor([0.6, 0.3, 0.1])
-    torch.testing.assert_close(
-        class_weights(labels, 3, -100), 3 * torch.exp(-shares) / torch.exp(-shares).sum()
-    )
+    torch.testing.assert_close(class_weights(labels, 3, -100), 3 * torch.exp(-shares) / torch.exp(-shares).sum())
 
 
 def test_a_class_that_is_everywhere_weighs_e_times_less_than_an_absent_one() -> None:

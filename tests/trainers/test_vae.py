@@ -66,11 +66,7 @@ def test_terms_are_logged_every_epoch() -> None:
     trainer.loss(([], reconstruction(1.0)), None)  # type: ignore[attr-defined]
     trainer.on_train_epoch_end([{}])
     trainer.on_train_epoch_end([])
-    assert lines == [
-        "host 1",
-        "segmentation loss 2.0000, L2 of the reconstruction 1.0000, KL 1.0000",
-        "host 0",
-    ]
+    assert lines == ["host 1", "segmentation loss 2.0000, L2 of the reconstruction 1.0000, KL 1.0000", "host 0"]
 
 
 def test_previous_stage_of_a_cascade_is_not_reconstructed() -> None:
@@ -130,9 +126,7 @@ def test_reconstruction_gets_better_in_training(network_class: type[nn.Module]) 
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
-def test_pretrained_weights_with_a_branch_fit_a_network_without(
-    network_class: type[nn.Module], tmp_path: Path
-) -> None:
+def test_pretrained_weights_with_a_branch_fit_a_network_without(network_class: type[nn.Module], tmp_path: Path) -> None:
     values = {**arguments("3d"), "deep_supervision": True}
     torch.manual_seed(0)
     with_vae, without = network_class(1, 2, vae=True, **values), network_class(1, 2, **values)

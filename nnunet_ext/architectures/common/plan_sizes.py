@@ -7,10 +7,7 @@ from math import prod
 from numbers import Integral
 from typing import Any
 
-from dynamic_network_architectures.building_blocks.helper import (
-    convert_conv_op_to_dim,
-    maybe_convert_scalar_to_list,
-)
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, maybe_convert_scalar_to_list
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.onednn import is_exporting
@@ -83,9 +80,7 @@ def check_stages(kind: str, n_stages: int, least: int = 2) -> None:
         ValueError: fewer stages than `least`.
     """
     if n_stages < least:
-        raise ValueError(
-            f"A {kind} needs at least {least} stages, got n_stages={n_stages}: plan a larger patch."
-        )
+        raise ValueError(f"A {kind} needs at least {least} stages, got n_stages={n_stages}: plan a larger patch.")
 
 
 def check_odd(kernels: Sequence[Sequence[int]]) -> None:

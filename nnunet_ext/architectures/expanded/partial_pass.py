@@ -42,10 +42,7 @@ class ExpandedPass(nn.Module):
         decoder = _replaced(network.decoder, **_without_finest(network.decoder))
         decoder.deep_supervision = deep_supervision
         self.deep = nn.Sequential(encoder, decoder)
-        self._levels: tuple[Any, Any] = (
-            self.shallow,
-            self.deep,
-        )  # what is called; a tuple is not in state_dict
+        self._levels: tuple[Any, Any] = (self.shallow, self.deep)  # what is called; a tuple is not in state_dict
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits."""

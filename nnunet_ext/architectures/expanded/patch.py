@@ -42,9 +42,7 @@ def factors(k: Any, dim: int) -> tuple[float, ...]:
     values = [k] * dim if isinstance(k, (int, float)) else k
     numbers = isinstance(values, Sequence) and all(isinstance(value, (int, float)) for value in values)
     if not numbers or len(values) != dim:
-        raise ValueError(
-            f"k of meU-net needs one number or {dim} of them, one per axis of the patch, got {k!r}."
-        )
+        raise ValueError(f"k of meU-net needs one number or {dim} of them, one per axis of the patch, got {k!r}.")
     if not all(1 <= value < inf for value in values):
         raise ValueError(
             f"k of meU-net is the size of the expanded patch over that of the standard patch and must be at least 1, "

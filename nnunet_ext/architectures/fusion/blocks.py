@@ -63,13 +63,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         for name in ("kernel_size", "stride"):
-            object.__setattr__(
-                self, name, tuple(maybe_convert_scalar_to_list(self.conv_op, getattr(self, name)))
-            )
+            object.__setattr__(self, name, tuple(maybe_convert_scalar_to_list(self.conv_op, getattr(self, name))))
         if self.divisor < 2:
-            raise ValueError(
-                f"A FasterFusion block needs a divisor of at least 2, got {self.divisor}: use 2, 4 or 8."
-            )
+            raise ValueError(f"A FasterFusion block needs a divisor of at least 2, got {self.divisor}: use 2, 4 or 8.")
         if self.input_channels % self.inputs or self.input_channels // self.inputs < self.divisor:
             raise ValueError(
                 f"A FasterFusion block needs at least {self.divisor} channels (its divisor) in each of its "
@@ -246,9 +242,7 @@ class FasterFusionBlock(_Block):
                 f"and dropout, as it was built, got {parts}: predict with it as it was trained."
             )
         weight = self.spatial.weight
-        fused = fused_block(
-            form, self.geometry, copy.deepcopy(self.nonlin), device=weight.device, dtype=weight.dtype
-        )
+        fused = fused_block(form, self.geometry, copy.deepcopy(self.nonlin), device=weight.device, dtype=weight.dtype)
         scale, shift = _scale_and_shift(self.norm)
         projection = _double(self.projection.weight).flatten(1)  # (C_o, 2 C_o)
         n = self.geometry.spatial_output
@@ -357,9 +351,7 @@ class DenseBlock(FusedBlock):
 _FORMS: dict[str, type[FusedBlock]] = {"hybrid": HybridBlock, "t": TShapedBlock, "dense": DenseBlock}
 
 
-def fused_block(
-    form: Form, geometry: Geometry, nonlin: nn.Module | None = None, **factory: Any
-) -> FusedBlock:
+def fused_block(form: Form, geometry: Geometry, nonlin: nn.Module | None = None, **factory: Any) -> FusedBlock:
     """Make an empty fused block, into which the state_dict of an equal one loads; `factory`: device and dtype.
 
     Raises:
@@ -370,9 +362,7 @@ def fused_block(
     return _FORMS[form](geometry, nonlin, **factory)
 
 
-def _batch_norm(
-    conv_op: Callable[..., Any], channels: int, norm_op_kwargs: Mapping[str, Any] | None
-) -> nn.Module:
+def _batch_norm(conv_op: Callable[..., Any], channels: int, norm_op_kwargs: Mapping[str, Any] | None) -> nn.Module:
     """Make a batch norm with the eps and momentum of any norm's arguments."""
     kwargs = {key: value for key, value in (norm_op_kwargs or {}).items() if key in ("eps", "momentum")}
     return get_matching_batchnorm(dimension=convert_conv_op_to_dim(conv_op))(channels, **kwargs)

@@ -71,9 +71,7 @@ def _pairs(network: nn.Module) -> Iterator[tuple[Any, Any]]:
         if not isinstance(sequence, nn.Sequential):
             continue
         passing = (_DropoutNd, nn.Identity)
-        layers: list[Any] = [
-            layer for layer in sequence if not any(is_standard(layer, kind) for kind in passing)
-        ]
+        layers: list[Any] = [layer for layer in sequence if not any(is_standard(layer, kind) for kind in passing)]
         for conv, norm in itertools.pairwise(layers):
             if not (is_standard(conv, _ConvNd) and is_standard(norm, _BatchNorm)):
                 continue

@@ -217,8 +217,7 @@ class PointDecoder(nn.Module):
         if self.skip == 0:
             self.skip = -1
         self.layers = nn.ModuleList(
-            WeightNormLinear((width if i else d_in) + (d_in if i == self.skip else 0), width)
-            for i in range(depth)
+            WeightNormLinear((width if i else d_in) + (d_in if i == self.skip else 0), width) for i in range(depth)
         )
         self.activation = ReLUDropout(dropout)
         self.seg_layers = SegmentationHeads(width, num_classes)
@@ -256,12 +255,7 @@ class PointDecoder(nn.Module):
         parts = [*per_level[:n_fine], *(c[:, : 2 * k] for c, k in zip(columns, used, strict=False))]
         fine_weight = torch.cat(parts, 1) if parts else None
         return Maps(
-            fine=levels[:n_fine],
-            product=product,
-            tables=encodings,
-            weights=weights,
-            fine_weight=fine_weight,
-            bias=bias,
+            fine=levels[:n_fine], product=product, tables=encodings, weights=weights, fine_weight=fine_weight, bias=bias
         )
 
     def decode(self, maps: Maps, points: Tensor) -> Tensor:

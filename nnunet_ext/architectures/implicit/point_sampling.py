@@ -93,18 +93,11 @@ class PointSampler:
         if not 0 <= self.boundary_share <= 1:
             raise ValueError(f"boundary_share must lie in 0 to 1, got {self.boundary_share}.")
         if min(self.sigma) < 0:
-            raise ValueError(
-                f"sigma must not be negative, got {self.sigma}: 0 leaves points at the boundary."
-            )
+            raise ValueError(f"sigma must not be negative, got {self.sigma}: 0 leaves points at the boundary.")
 
     @classmethod
     def for_spacing(
-        cls,
-        n_points: int,
-        boundary_share: float,
-        sigma: float,
-        spacing: Sequence[float],
-        class_balanced: bool = False,
+        cls, n_points: int, boundary_share: float, sigma: float, spacing: Sequence[float], class_balanced: bool = False
     ) -> PointSampler:
         """Make a sampler whose sigma, in voxels of the finest axis, is the same length (mm) along the other axes."""
         scaled = tuple(float(sigma * min(spacing) / s) for s in spacing)
@@ -128,9 +121,7 @@ class PointSampler:
         patch = target.shape[2:]
         k = points_per_patch(self.n_points, patch)
         shape, device = (len(target), k), target.device
-        uniform = torch.stack(
-            [torch.randint(n, shape, device=device, generator=generator) for n in patch], dim=-1
-        )
+        uniform = torch.stack([torch.randint(n, shape, device=device, generator=generator) for n in patch], dim=-1)
         n_boundary = round(self.boundary_share * k)
         if n_boundary == 0:
             return uniform
@@ -162,9 +153,7 @@ def _draw(weights: Tensor, n: int, generator: torch.Generator | None) -> tuple[T
 
     Shape: (B, V) -> (B, n), (B,).
     """
-    kind = (
-        torch.float32 if weights.device.type == "mps" else torch.float64
-    )  # sums of millions of voxels stay exact
+    kind = torch.float32 if weights.device.type == "mps" else torch.float64  # sums of millions of voxels stay exact
     cumulated = weights.to(kind).cumsum(1)
     total = cumulated[:, -1:]
     drawn = torch.rand(len(weights), n, device=weights.device, dtype=kind, generator=generator) * total

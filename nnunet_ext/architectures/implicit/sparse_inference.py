@@ -170,12 +170,7 @@ class SparsePrediction:
     """
 
     def __init__(
-        self,
-        decode: Decode,
-        mesh: Mesh,
-        refinement: Refinement,
-        regions: bool,
-        assumed_share: float | None = None,
+        self, decode: Decode, mesh: Mesh, refinement: Refinement, regions: bool, assumed_share: float | None = None
     ) -> None:
         self._decode, self._mesh, self._refinement, self._regions = decode, mesh, refinement, regions
         self._assumed_share = assumed_share
@@ -275,9 +270,7 @@ class SparsePrediction:
         mesh = self._mesh
         centres = flat_index(mesh.centres(finest.device), mesh.patch)
         deviation = torch.zeros(1, *mesh.patch, device=finest.device)
-        for (
-            channel
-        ) in finest:  # one by one: a map of all differences would be the largest tensor of prediction
+        for channel in finest:  # one by one: a map of all differences would be the largest tensor of prediction
             at_centres = channel.flatten()[centres].view(1, *mesh.size)
             deviation += (channel - mesh.filled(at_centres)).float().square()
         return deviation

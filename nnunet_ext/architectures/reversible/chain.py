@@ -71,9 +71,7 @@ class Chain:
             return _recomputed(self, x)
         return tuple(torch.cat(halves, dim=1) for halves in self.advance(x, Pass()))
 
-    def advance(
-        self, x: Tensor, forward: Pass, matrices: Sequence[Tensor | None] | None = None
-    ) -> list[Halves]:
+    def advance(self, x: Tensor, forward: Pass, matrices: Sequence[Tensor | None] | None = None) -> list[Halves]:
         """Run the steps: halves of the last feature map, then of the taps.
 
         Args:
@@ -105,9 +103,7 @@ class Chain:
         if not self.exact:
             return x
         if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"exact=True needs streams in float32 or float64, got {x.dtype}: use autocast instead."
-            )
+            raise ValueError(f"exact=True needs streams in float32 or float64, got {x.dtype}: use autocast instead.")
         return RoundStraightThrough.apply(x)
 
     def groups(self, x: Tensor) -> list[slice]:
@@ -163,9 +159,7 @@ class _Recomputed(torch.autograd.Function):
     """The whole chain; matrices and parameters are explicit inputs, so that hooks, DDP and `autograd.grad` see them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, chain: Chain, places: Places, x: Tensor, *weights: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, chain: Chain, places: Places, x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
         ctx.chain, ctx.places = chain, places
         ctx.autocast = Autocast.now(x.device.type)
         ctx.modes = Modes(chain.steps)

@@ -55,9 +55,7 @@ class _Convolution(torch.autograd.Function):
     """A convolution of `x` in `dtype` that keeps `x` as it came; `geometry` are the arguments of aten."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *geometry: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *geometry: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_size = None if bias is None else list(bias.shape)
         ctx.dtype, ctx.geometry = dtype, geometry
@@ -69,12 +67,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
         found = torch.ops.aten.convolution_backward(
-            gradient.to(ctx.dtype),
-            x.to(ctx.dtype),
-            weight.to(ctx.dtype),
-            ctx.bias_size,
-            *ctx.geometry,
-            needed,
+            gradient.to(ctx.dtype), x.to(ctx.dtype), weight.to(ctx.dtype), ctx.bias_size, *ctx.geometry, needed
         )
         dtypes = (x.dtype, weight.dtype, weight.dtype)
         gradients = [None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]

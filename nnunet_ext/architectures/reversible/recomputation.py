@@ -120,11 +120,7 @@ class Modes:
 
 
 def _mode(part: nn.Module) -> dict[str, Any]:
-    return (
-        {"training": part.training, "p": part.p}
-        if isinstance(part, _DropoutNd)
-        else {"training": part.training}
-    )
+    return {"training": part.training, "p": part.p} if isinstance(part, _DropoutNd) else {"training": part.training}
 
 
 # What PyTorch and nnU-Net define here draws no random numbers, but for the exceptions; of other modules it is unknown.
@@ -252,10 +248,7 @@ def standing(tensors: Iterable[tuple[Held, str, Tensor | None]]) -> Iterator[Non
 
 
 def recompute(
-    module: nn.Module,
-    source: Tensor,
-    seen: Seen | None,
-    weights: Iterable[tuple[Held, str, Tensor | None]] = (),
+    module: nn.Module, source: Tensor, seen: Seen | None, weights: Iterable[tuple[Held, str, Tensor | None]] = ()
 ) -> Tensor:
     """Evaluate `module` once more as it was `seen`, with `weights`; running statistics are not counted twice."""
     present = [
@@ -264,9 +257,7 @@ def recompute(
         for name, buffer in part._buffers.items()
         if buffer is not None
     ]
-    buffers = [
-        (held, name, buffer.clone()) for held, name, buffer in [*present, *(seen.buffers if seen else ())]
-    ]
+    buffers = [(held, name, buffer.clone()) for held, name, buffer in [*present, *(seen.buffers if seen else ())]]
     random = None if seen is None else seen.random
     with nullcontext() if random is None else _replayed(random, source), standing([*weights, *buffers]):
         result: Tensor = module(source)
@@ -281,9 +272,7 @@ def _replayed(random: RandomState, x: Tensor) -> Iterator[None]:
         yield
 
 
-def run_recomputed(
-    module: nn.Module, recomputed: bool, *inputs: Tensor, group_elements: int | None = None
-) -> Tensor:
+def run_recomputed(module: nn.Module, recomputed: bool, *inputs: Tensor, group_elements: int | None = None) -> Tensor:
     """Run a module; in training it keeps its inputs only and is run again, with modes and weights of now.
 
     Args:

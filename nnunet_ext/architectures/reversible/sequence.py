@@ -44,9 +44,7 @@ class ReversibleSequence(nn.Module):
         self.exact_range = exact_range or ExactRange()
         modes = {coupling.exact for coupling in self.couplings}
         if len(modes) != 1:
-            raise ValueError(
-                f"A ReversibleSequence needs couplings that are all exact or all not, got {modes}."
-            )
+            raise ValueError(f"A ReversibleSequence needs couplings that are all exact or all not, got {modes}.")
         self.exact = bool(modes.pop())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,9 +23,7 @@ GROUP_ELEMENTS = 2**23
 class ReversiblePlan(PlanArguments):
     """Arguments of plans, and the layers that reversible networks build from them."""
 
-    def conv(
-        self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]
-    ) -> nn.Module:
+    def conv(self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]) -> nn.Module:
         """A bare convolution: (B, C_in, *spatial) -> (B, C_out, *spatial / stride)."""
         padding = [(k - 1) // 2 for k in kernel_size]
         return self.conv_op(in_channels, out_channels, kernel_size, stride, padding, bias=self.conv_bias)
@@ -80,9 +78,7 @@ class ReversiblePlan(PlanArguments):
         return independent and not self.norm_op_kwargs.get("track_running_stats", False)
 
     def stages(
-        self,
-        blocks_per_stage: PerStage | None,
-        fit: Callable[[list[int], list[list[int]]], list[int]] | None = None,
+        self, blocks_per_stage: PerStage | None, fit: Callable[[list[int], list[list[int]]], list[int]] | None = None
     ) -> list[StageSpec]:
         """Check what the plans say of the stages, finest first.
 

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.reversible.mixed_precision import lowered
-from nnunet_ext.architectures.reversible.recomputation import (
-    Autocast,
-    Leaves,
-    Places,
-    Seed,
-    Seen,
-    recompute,
-)
+from nnunet_ext.architectures.reversible.recomputation import Autocast, Leaves, Places, Seed, Seen, recompute
 from nnunet_ext.architectures.reversible.steps import Halves, Step, halves_of, join, part
 
 
@@ -87,9 +80,7 @@ class Walk:
         self._step = self._n_steps = 0
         self.taps: list[Tensor | None] = []
 
-    def back(
-        self, steps: Sequence[Step], state: State, taps: list[Tensor | None], seen: Sequence[Seen | None]
-    ) -> None:
+    def back(self, steps: Sequence[Step], state: State, taps: list[Tensor | None], seen: Sequence[Seen | None]) -> None:
         """Walk one group of samples back to the chain's input.
 
         Args:
@@ -118,11 +109,7 @@ class Walk:
         return d_x
 
     def undo(
-        self,
-        module: nn.Module,
-        finish: Callable[[Tensor, Tensor], Tensor],
-        state: State,
-        ends_step: bool = False,
+        self, module: nn.Module, finish: Callable[[Tensor, Tensor], Tensor], state: State, ends_step: bool = False
     ) -> None:
         """Invert one half, ``other = result - finish(module(given))``, and pass the gradient of `result` to `given`.
 

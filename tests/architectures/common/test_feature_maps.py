@@ -19,12 +19,8 @@ class CountedResidual(CountedFeatureMaps, ResidualEncoderUNet):  # type: ignore[
 
 @pytest.mark.parametrize("case", PATCHES)
 def test_convolutions_are_counted_as_nnunet_counts_them(case: str) -> None:
-    counted, host = (
-        (CountedResidual, ResidualEncoderUNet) if case == "resenc" else (CountedPlain, PlainConvUNet)
-    )
-    ours, theirs = (
-        kind(2, num_classes=3, **arguments(case), deep_supervision=False) for kind in (counted, host)
-    )
+    counted, host = (CountedResidual, ResidualEncoderUNet) if case == "resenc" else (CountedPlain, PlainConvUNet)
+    ours, theirs = (kind(2, num_classes=3, **arguments(case), deep_supervision=False) for kind in (counted, host))
     ours.train()
     found = ours.compute_conv_feature_map_size(PATCHES[case])
     assert found == theirs.compute_conv_feature_map_size(PATCHES[case])

@@ -83,9 +83,7 @@ def test_logits_are_exactly_those_of_the_second_level(case: tuple[str, str]) -> 
 def test_deep_supervision_gives_all_levels_from_the_second_on(case: tuple[str, str]) -> None:
     network = build(case)
     expected = network(image(case))[1:]
-    torch.testing.assert_close(
-        ExpandedPass(network, deep_supervision=True)(image(case)), expected, rtol=0, atol=0
-    )
+    torch.testing.assert_close(ExpandedPass(network, deep_supervision=True)(image(case)), expected, rtol=0, atol=0)
     assert len(network(image(case))) == len(expected) + 1
 
 
@@ -112,9 +110,7 @@ def test_only_the_finest_level_and_the_way_out_of_it_get_no_gradient(case: tuple
     last = tuple(f"decoder.{part}.1." for part in ("stages", "transpconvs", "transitions", "seg_layers"))
     assert without == {name for name in found if name.startswith((*finest, *last))} | way_out
     assert way_out
-    assert all(
-        g.isfinite().all() and g.any() for name, g in found.items() if g is not None and "bias" not in name
-    )
+    assert all(g.isfinite().all() and g.any() for name, g in found.items() if g is not None and "bias" not in name)
 
 
 def test_weights_are_shared_and_the_network_stays_as_it_was(case: tuple[str, str]) -> None:
@@ -126,9 +122,7 @@ def test_weights_are_shared_and_the_network_stays_as_it_was(case: tuple[str, str
     torch.testing.assert_close(network(image(case)), expected, rtol=0, atol=0)
 
 
-def test_samples_in_groups_give_the_same_logits(
-    case: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_in_groups_give_the_same_logits(case: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     network = build(case).double()
     x = image(case, batch=5).double()
     expected = ExpandedPass(network)(x)
@@ -140,14 +134,10 @@ def test_batch_norm_of_the_finest_level_counts_no_statistics_and_keeps_its_mode(
     network = build(("3d", "host"), norm_op=nn.BatchNorm3d)
     frozen = network.encoder.stages[1][0].convs[1]
     frozen.eval()  # a mode of its own must stay
-    norms = {
-        n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm3d) and "all_modules" not in n
-    }
+    norms = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm3d) and "all_modules" not in n}
     ExpandedPass(network)(image(("3d", "host")))
     counted = {name for name, norm in norms.items() if norm.num_batches_tracked}
-    shallow = {
-        name for name in norms if name.startswith(("encoder.stages.0.", "encoder.stages.1.0.convs.0."))
-    }
+    shallow = {name for name in norms if name.startswith(("encoder.stages.0.", "encoder.stages.1.0.convs.0."))}
     assert shallow
     assert not counted & shallow
     assert "encoder.stages.2.0.convs.0.norm" in counted

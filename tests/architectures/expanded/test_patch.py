@@ -22,9 +22,7 @@ from nnunet_ext.architectures.expanded.patch import divisors, expanded_patch, st
         ((32, 32), 1, (8, 8), (32, 32)),
     ],
 )
-def test_standard_patch_is_the_nearest_multiple_of_the_divisor(
-    patch: Any, k: Any, divisor: Any, expected: Any
-) -> None:
+def test_standard_patch_is_the_nearest_multiple_of_the_divisor(patch: Any, k: Any, divisor: Any, expected: Any) -> None:
     assert standard_patch(patch, k, divisor) == expected
 
 
@@ -54,13 +52,9 @@ def test_k_of_the_wrong_shape_is_refused(k: Any) -> None:
         standard_patch((96, 96, 96), k, (8, 8, 8))
 
 
-@pytest.mark.parametrize(
-    ("patch", "k"), [((96, 96, 96), 13), ((96, 96, 16), 2.1), ((96, 8, 96), [1, 1.01, 1])]
-)
+@pytest.mark.parametrize(("patch", "k"), [((96, 96, 96), 13), ((96, 96, 16), 2.1), ((96, 8, 96), [1, 1.01, 1])])
 def test_standard_patch_under_the_divisor_is_refused(patch: Any, k: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"smaller than the product of the strides, \[8, 8, 8\]: use a smaller k"
-    ):
+    with pytest.raises(ValueError, match=r"smaller than the product of the strides, \[8, 8, 8\]: use a smaller k"):
         standard_patch(patch, k, (8, 8, 8))
 
 

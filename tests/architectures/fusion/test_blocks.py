@@ -28,13 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 def block(dtype: torch.dtype = torch.float64, conv_bias: bool = True, eps: float = 1e-5, **sizes: Any):
     """A block in evaluation whose norm has seen something."""
     torch.manual_seed(0)
-    sizes = {
-        "conv_op": nn.Conv3d,
-        "input_channels": 8,
-        "output_channels": 12,
-        "kernel_size": 3,
-        "stride": 1,
-    } | sizes
+    sizes = {"conv_op": nn.Conv3d, "input_channels": 8, "output_channels": 12, "kernel_size": 3, "stride": 1} | sizes
     made = FasterFusionBlock(
         Geometry(**sizes), conv_bias=conv_bias, norm_op_kwargs={"eps": eps}, nonlin=nn.LeakyReLU(inplace=True)
     )
@@ -131,9 +125,7 @@ def test_activations_keep_their_size_through_ten_blocks() -> None:
     from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
 
     for _ in range(10):
-        made = (
-            FasterFusionBlock(g, nonlin=nn.LeakyReLU(inplace=True)).apply(FasterFusionUNet.initialize).train()
-        )
+        made = FasterFusionBlock(g, nonlin=nn.LeakyReLU(inplace=True)).apply(FasterFusionUNet.initialize).train()
         x = made(x).detach()
         assert 0.75 < float(x.std()) < 0.92  # LeakyReLU of a normal of variance 2: 0.83
 

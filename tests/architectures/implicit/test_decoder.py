@@ -93,9 +93,7 @@ def test_split_equals_concatenation(grid: str, n: int, dtype: torch.dtype, toler
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"depth": 1}, {"depth": 3}, {"depth": 4}, {"frequencies": 0}, {"frequencies": 10}]
-)
+@pytest.mark.parametrize("changes", [{"depth": 1}, {"depth": 3}, {"depth": 4}, {"frequencies": 0}, {"frequencies": 10}])
 def test_split_equals_concatenation_with_other_options(changes: dict[str, Any]) -> None:
     features, p = maps("3d"), points("3d", 300)
     found, wanted = (decoder("3d", s, **changes)(features, p, (16, 16, 16)) for s in (True, False))

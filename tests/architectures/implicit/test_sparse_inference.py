@@ -11,12 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunet_ext.architectures.implicit.sparse_inference import (
-    Mesh,
-    Refinement,
-    SparsePrediction,
-    dense_logits,
-)
+from nnunet_ext.architectures.implicit.sparse_inference import Mesh, Refinement, SparsePrediction, dense_logits
 
 PATCH = (32, 32, 32)
 

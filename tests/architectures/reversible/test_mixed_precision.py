@@ -35,9 +35,7 @@ def test_output_and_gradients_equal_the_plain_module(name: str, autocast: bool) 
         found.append([y.detach(), leaf.grad, *(p.grad.clone() for p in conv.parameters())])
     for ours, plain in zip(*found, strict=True):
         assert ours.dtype == plain.dtype
-        torch.testing.assert_close(
-            ours, plain, rtol=0 if not autocast else 1e-2, atol=0 if not autocast else 1e-2
-        )
+        torch.testing.assert_close(ours, plain, rtol=0 if not autocast else 1e-2, atol=0 if not autocast else 1e-2)
 
 
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:

@@ -85,11 +85,7 @@ def test_modes_and_buffers_may_change_between_forward_and_backward(
                 module.p = 0.9
         # What is kept by PyTorch's own batch norm may not change in evaluation, as everywhere.
         for name, module in changed.named_modules():
-            if (
-                between in ("fill", "data")
-                and ".couplings." in f".{name}"
-                and isinstance(module, nn.BatchNorm3d)
-            ):
+            if between in ("fill", "data") and ".couplings." in f".{name}" and isinstance(module, nn.BatchNorm3d):
                 (module.running_var.data if between == "data" else module.running_var).fill_(0.01)
 
     found = step(network, change)
@@ -99,9 +95,7 @@ def test_modes_and_buffers_may_change_between_forward_and_backward(
 
 
 @pytest.mark.parametrize("network_class", NETWORKS)
-@pytest.mark.parametrize(
-    "preactivation", [True, False]
-)  # without it nnU-Net's blocks, whose layers have two names
+@pytest.mark.parametrize("preactivation", [True, False])  # without it nnU-Net's blocks, whose layers have two names
 def test_a_step_counts_running_statistics_once(network_class: type[nn.Module], preactivation: bool) -> None:
     states = []
     for reversible in (True, False):

@@ -20,17 +20,11 @@ BATCH_NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def shift(channels: int, dim: int = 3, extra: nn.Module | None = None, groups: int = 2) -> nn.Module:
-    layers = [
-        nn.GroupNorm(groups, channels),
-        nn.LeakyReLU(inplace=True),
-        CONVS[dim](channels, channels, 3, padding=1),
-    ]
+    layers = [nn.GroupNorm(groups, channels), nn.LeakyReLU(inplace=True), CONVS[dim](channels, channels, 3, padding=1)]
     return nn.Sequential(*layers, *([extra] if extra is not None else []))
 
 
-def pair(
-    n: int, channels: int = 8, dim: int = 3, extra=None, exact: bool = False, dtype=torch.float64, **options
-):
+def pair(n: int, channels: int = 8, dim: int = 3, extra=None, exact: bool = False, dtype=torch.float64, **options):
     """A reversible sequence and its twin that keeps everything, with equal weights."""
     torch.manual_seed(n)
 
@@ -159,9 +153,7 @@ def test_autocast_cache_of_the_engine_does_not_cut_gradients_of_shared_weights()
     for module in (ours, plain):
         conv = module.couplings[0].f[2]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = (module(image(dtype=torch.float32)).sum() * 0) + conv(
-                image(4, dtype=torch.float32)
-            ).float().sum()
+            loss = (module(image(dtype=torch.float32)).sum() * 0) + conv(image(4, dtype=torch.float32)).float().sum()
         loss.backward()
         found.append(conv.weight.grad)
     torch.testing.assert_close(*found)
@@ -281,9 +273,7 @@ def test_batch_norm_counts_a_step_once_with_equal_gradients(dim: int) -> None:
     assert relative_error(gradients(ours, x), gradients(plain, x)) <= 1e-10
     for mine, theirs in zip(ours.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
-    assert all(
-        m.num_batches_tracked == 1 for m in ours.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    )
+    assert all(m.num_batches_tracked == 1 for m in ours.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
 
 def test_tracked_instance_norm_counts_a_step_once() -> None:
