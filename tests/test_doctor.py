@@ -142,6 +142,7 @@ def test_class_that_ended_an_earlier_process_is_said_and_not_looked_up_again(
     assert noted["ReversibleUNetPlanner"] == "planner ReversibleUNetPlanner"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_interpreter")
 def test_switched_off_autoload_is_a_failure_with_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.AUTOLOAD, "0")

@@ -485,9 +485,8 @@ def test_every_weight_of_blocks_gets_a_finite_gradient(options: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-@pytest.mark.parametrize(
-    "options", ["both", *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS if o != "both")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
 def test_compiled_blocks_have_the_same_gradients_and_predictions(options: str) -> None:
     torch._dynamo.reset()
     network = build(**OPTIONS[options])

@@ -252,7 +252,9 @@ def test_memory_at_full_size_is_a_fraction_of_default_nnunet(
     assert ours.peak <= peak * default_memory.peak
 
 
-@pytest.mark.parametrize("network_class", NETWORKS)
+@pytest.mark.parametrize(
+    "network_class", [PartiallyInvertibleUNet, pytest.param(InvertibleUNet, marks=pytest.mark.slow)]
+)
 def test_vae_branch_costs_little_memory(network_class: type[nn.Module]) -> None:
     without, with_vae = memory(network_class), memory(network_class, vae=True)
     assert with_vae.held <= 1.15 * without.held

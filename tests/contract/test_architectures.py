@@ -19,6 +19,7 @@ from tests.contract.plans import PATCHES, arguments
 
 ARCHITECTURES = registry.names("architectures")
 CHANNELS, CLASSES, BATCH = 2, 3, 2
+SLOW_BUT_3D = [pytest.param(case, marks=[] if case == "3d" else [pytest.mark.slow]) for case in PATCHES]
 NARROW = {"ImplicitUNet": {"decoder_width": 64}}  # as narrow as the plans' stages
 
 
@@ -173,6 +174,7 @@ def test_cast_to_half_precision_it_predicts_nearly_the_same(name: str, dtype: to
     assert torch.nn.functional.cosine_similarity(found.float().flatten(), expected.flatten(), dim=0) > 0.99
 
 
+@pytest.mark.parametrize("case", SLOW_BUT_3D)
 def test_backward_outside_autocast_is_close_to_float32(name: str, case: str) -> None:
     network = build(name, case, deep_supervision=True).train()
     expected = torch.cat([g.flatten() for g in train_gradients(network, image(case))])
@@ -185,7 +187,7 @@ def test_backward_outside_autocast_is_close_to_float32(name: str, case: str) -> 
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.95
 
 
-@pytest.mark.parametrize("case", ["3d", *(pytest.param(c, marks=pytest.mark.slow) for c in PATCHES if c != "3d")])
+@pytest.mark.parametrize("case", SLOW_BUT_3D)
 def test_compiled_network_has_the_same_gradients(name: str, case: str) -> None:
     torch._dynamo.reset()
     network = build(name, case, deep_supervision=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from nnunet_ext import registry
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.protocols import only_predicts
+from tests.contract.variants import slow_variants
 
 TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
 # Four stages have more convolutions than PyTorch's recompile limit, 8; meU-net takes a smaller patch out of this one.
@@ -183,18 +184,8 @@ WHOLE = [
 ]
 
 
-# Differ from another trainer of their network by a width, a norm or a branch left out.
-VARIANTS = ("FasterFusionFast", "HalfWidthBN", "ImplicitLite", "InvertibleNoVAE", "PartiallyInvertibleNoVAE")
-
-
 @pytest.mark.parametrize(("dtype", "configuration", "backend"), [*FAST, *WHOLE])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name.removeprefix("nnUNetTrainer") in VARIANTS else [])
-        for name in TRAINERS
-    ],
-)
+@pytest.mark.parametrize("name", slow_variants(TRAINERS))
 def test_compiled_training_in_mixed_precision_is_the_uncompiled_one(
     name: str,
     dtype: torch.dtype,

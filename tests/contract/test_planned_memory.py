@@ -23,7 +23,6 @@ from nnunet_ext.nnunet.setting import Setting
 CASES = [
     ("ReversibleUNetPlanner", "ct", 8),
     ("ReversibleUNetPlanner", "tiny", 4),
-    ("FasterFusionUNetPlanner", "mri", 11),
     ("FasterFusionUNetPlanner", "2d", 80),
     ("MeCascadePlanner", "ct", 8),
     ("ImplicitUNetPlanner", "microct", 4),

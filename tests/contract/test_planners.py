@@ -72,6 +72,7 @@ def large_image_plan(planner_class: type[ExperimentPlanner], identifier: int, ta
     return planner.get_plans_for_configuration([1.0] * 3, [400.0] * 3, "data", 400.0**3 * 100, {})
 
 
+@pytest.mark.slow
 def test_reversible_planner_spends_the_memory_on_a_larger_patch(dataset: Callable[[str], int]) -> None:
     identifier = dataset("labels")
     ours = large_image_plan(registry.resolve("planners", "ReversibleUNetPlanner"), identifier, 8)

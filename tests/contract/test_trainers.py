@@ -22,6 +22,7 @@ from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.protocols import only_predicts
 from nnunet_ext.trainers.nnUNetTrainerImplicit import nnUNetTrainerImplicit
 from nnunet_ext.trainers.nnUNetTrainerImplicitLite import nnUNetTrainerImplicitLite
+from tests.contract.variants import slow_variants
 
 CPU = torch.device("cpu")
 TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
@@ -47,7 +48,7 @@ def test_at_least_one_trainer_is_registered() -> None:
     assert TRAINERS
 
 
-@pytest.mark.parametrize("registered", registry.names("trainers"))
+@pytest.mark.parametrize("registered", slow_variants(registry.names("trainers")))
 def test_passes_the_check_that_others_are_given(registered: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 2D, 3D and anisotropic, with channels, regions and the ignore label; see docs/how-to/add-a-method.md."""
     for attribute in ("decoder_width", "decoder_depth"):  # wide ones take most of the time

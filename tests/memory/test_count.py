@@ -86,7 +86,9 @@ def test_loss_of_many_classes_counts_in_float32() -> None:
     assert many.peak - few.peak > 16 * 30 * VOXELS
 
 
-@pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerReversible", "nnUNetTrainerMeUNet"])
+@pytest.mark.parametrize(
+    "trainer", ["nnUNetTrainer", pytest.param("nnUNetTrainerReversible", marks=pytest.mark.slow), "nnUNetTrainerMeUNet"]
+)
 def test_agrees_with_the_benchmarks_count_of_the_network(trainer: str) -> None:
     setting = Source(patch=(96, 96, 96)).setting()
     counted = measure_step(setting.training_builder(trainer), 1, (96, 96, 96), 2, torch.bfloat16)

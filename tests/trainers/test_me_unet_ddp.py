@@ -16,7 +16,10 @@ from tests.trainers import me_unet_ddp_worker
 
 
 @pytest.mark.parametrize("name", me_unet_ddp_worker.NETWORKS)
-@pytest.mark.parametrize(("compiled", "options"), [(False, {}), (True, {}), (False, {"gradient_as_bucket_view": True})])
+@pytest.mark.parametrize(
+    ("compiled", "options"),
+    [(False, {}), pytest.param(True, {}, marks=pytest.mark.slow), (False, {"gradient_as_bucket_view": True})],
+)
 def test_two_ranks_have_the_gradients_of_one_process(
     name: str, compiled: bool, options: dict[str, Any], ranks: Ranks
 ) -> None:

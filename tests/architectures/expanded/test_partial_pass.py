@@ -158,7 +158,7 @@ def test_backward_outside_autocast_is_close_to_float32(case: tuple[str, str]) ->
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.97
 
 
-@pytest.mark.parametrize("kind", ["host", "reversible"])
+@pytest.mark.parametrize("kind", [pytest.param("host", marks=pytest.mark.slow), "reversible"])
 def test_compiled_beside_a_compiled_network_has_the_same_gradients(kind: str) -> None:
     torch._dynamo.reset()
     case = ("3d", kind)

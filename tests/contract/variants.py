@@ -1,0 +1,21 @@
+"""Trainers that differ from another of their network by a width, a norm or a branch left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+VARIANTS = {
+    "nnUNetTrainerFasterFusionFast",
+    "nnUNetTrainerHalfWidthBN",
+    "nnUNetTrainerImplicitLite",
+    "nnUNetTrainerInvertibleNoVAE",
+    "nnUNetTrainerPartiallyInvertibleNoVAE",
+}
+
+
+def slow_variants(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; those of variants are slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in names]
