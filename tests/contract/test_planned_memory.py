@@ -72,6 +72,19 @@ def plan_with(planner: str, number: int, target: float, **arguments: Any) -> dic
     return plans
 
 
+@pytest.mark.usefixtures("memory_by_voxels")
+def test_a_second_stage_that_does_not_fit_gets_fewer_voxels(
+    number: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = plan_with("FasterFusionUNetPlanner", number("ct", classes=30, shape=(500, 400, 400)), 8)
+    full, cascade = (plans["configurations"][name] for name in ("3d_fullres", "3d_cascade_fullres"))
+    voxels = [math.prod(entry["patch_size"]) * entry["batch_size"] for entry in (full, cascade)]
+    assert voxels[1] < voxels[0]
+    printed = capsys.readouterr().out
+    assert f"3d_fullres: patch {'x'.join(map(str, full['patch_size']))}, batch {full['batch_size']}" in printed
+    assert printed.count("    default: patch ") == 4
+
+
 @pytest.mark.slow
 def test_planning_prints_what_the_plans_hold_and_default_beside_it(
     workspace: Path, number: Callable[..., int], capsys: pytest.CaptureFixture[str]
