@@ -553,7 +553,7 @@ def test_dropout_and_missing_nonlinearity_of_the_plans_are_kept() -> None:
     assert distance(network.fuse()(image()), network(image())) <= 1e-5
 
 
-@pytest.mark.parametrize("host", ["plain", "resenc"])
+@pytest.mark.parametrize("host", ["plain", pytest.param("resenc", marks=pytest.mark.slow)])
 def test_planned_memory_follows_what_training_keeps(host: str) -> None:
     kwargs = FULL | {"deep_supervision": True}
     if host == "resenc":

@@ -21,7 +21,6 @@ from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.nnunet.setting import Setting
 
 CASES = [
-    ("ReversibleUNetPlanner", "ct", 8),
     ("ReversibleUNetPlanner", "tiny", 4),
     ("FasterFusionUNetPlanner", "2d", 80),
     ("MeCascadePlanner", "ct", 8),

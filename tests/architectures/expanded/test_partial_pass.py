@@ -221,7 +221,14 @@ def two_passes() -> nn.Module:
     return TwoPasses(default_network(), lambda _: [128] * 3)
 
 
-@pytest.mark.parametrize(("size", "to_p", "to_kp"), [(160, 1.05, 0.55), (192, 1.05, 0.35), (224, 1.40, 0.35)])
+@pytest.mark.parametrize(
+    ("size", "to_p", "to_kp"),
+    [
+        pytest.param(160, 1.05, 0.55, marks=pytest.mark.slow),
+        (192, 1.05, 0.35),
+        pytest.param(224, 1.40, 0.35, marks=pytest.mark.slow),
+    ],
+)
 def test_peak_of_a_step_is_that_of_the_small_patch(size: int, to_p: float, to_kp: float) -> None:
     peak = measure_step(two_passes, 1, [size] * 3).peak
     assert peak <= to_p * measure_step(default_network, 1, [128] * 3).peak
