@@ -33,9 +33,7 @@ os.environ.update(
     nnUNet_compile="false",
 )
 
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (  # noqa: E402
-    DatasetFingerprintExtractor,
-)
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor  # noqa: E402
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess  # noqa: E402
 
 from nnunet_ext.memory.count import TrainingMemory  # noqa: E402
