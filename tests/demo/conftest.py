@@ -80,6 +80,19 @@ class FakeNnunet:
         shutil.copytree(demo.data / "labelsTs", options["-o"])
 
 
+@pytest.fixture
+def demo(tmp_path: Path) -> Demo:
+    """One training on the phantom, in a folder of this test."""
+    return Demo(
+        root=tmp_path / "demo",
+        raw=None,
+        trainers=("nnUNetTrainer",),
+        schedule="3epochs_2iters",
+        configuration="3d_fullres",
+        device="cpu",
+    )
+
+
 @pytest.fixture(scope="session")
 def few_scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A phantom of few and coarse scans."""

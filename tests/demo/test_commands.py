@@ -33,18 +33,6 @@ print("started")
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> Demo:
-    return Demo(
-        root=tmp_path / "demo",
-        raw=None,
-        trainers=("nnUNetTrainer",),
-        schedule="3epochs",
-        configuration="3d_fullres",
-        device="cpu",
-    )
-
-
-@pytest.fixture
 def run(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Install a Python script as the command nnUNetv2_fake, run it, and return what was said of its output."""
 

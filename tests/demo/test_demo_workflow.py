@@ -39,18 +39,6 @@ def write_report(demo: Demo, *_: Any) -> None:
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> Demo:
-    return Demo(
-        root=tmp_path / "demo",
-        raw=None,
-        trainers=("nnUNetTrainer",),
-        schedule="3epochs_2iters",
-        configuration="3d_fullres",
-        device="cpu",
-    )
-
-
-@pytest.fixture
 def run(demo: Demo, nnunet: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the demo with a report without numbers, return what it says; arguments replace what the user asks for."""
     monkeypatch.setattr(report, "write", write_report)
