@@ -15,12 +15,14 @@ from typing import Any
 from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
 from nnunet_ext.architectures.reversible.decoder import StagedDecoder
 from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
-from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec, check_patch
+from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec
 
 
 class Encoder(nn.Module):
@@ -40,6 +42,15 @@ class Encoder(nn.Module):
         )
         self.stages = nn.ModuleList(coupling.sequence(plan, stage, stage.encoder_blocks) for stage in stages)
         self.reversible = coupling.reversible
+
+    def check_patch(self, x: Tensor) -> None:
+        """Refuse an image that the strides do not divide.
+
+        Raises:
+            ValueError: names the divisor of each axis.
+        """
+        strides = [transition.stride for transition in self.transitions if isinstance(transition, _ConvNd)]
+        check_patch_size(x, patch_divisors(strides))
 
     @uncompiled
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -114,7 +125,7 @@ class ReversibleUNet(CountedFeatureMaps):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
-        check_patch(x, self.stages)
+        self.encoder.check_patch(x)
         return self.decoder(self.encoder(x))
 
     @staticmethod

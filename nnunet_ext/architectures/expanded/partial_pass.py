@@ -41,7 +41,8 @@ class ExpandedPass(nn.Module):
         self.shallow, encoder = _split(network.encoder)
         decoder = _replaced(network.decoder, **_without_finest(network.decoder))
         decoder.deep_supervision = deep_supervision
-        self.deep = nn.Sequential(encoder, decoder)
+        # Its forward is the network's own, so that what recomputes feature maps does so here too.
+        self.deep = _replaced(network, encoder=encoder, decoder=decoder)
         self._levels: tuple[Any, Any] = (self.shallow, self.deep)  # what is called; a tuple is not in state_dict
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
