@@ -149,7 +149,7 @@ def grid_row(planner: str, key: str, number: int, target: float) -> Row:
     # Sample by sample, unless that takes minutes; tests compare both.
     counting = count_memory if plan["batch_size"] <= 16 else lambda s, t, _: training_memory(s, t)
     trainings = found.settings_of(plan)
-    counted = max(counting(s, found.trainer, plan["batch_size"]).total for s in trainings) / GIB
+    counted = max(counting(s, found.trainer, plan["batch_size"]).expected for s in trainings) / GIB
     noted = plan["memory"]
     standard = plan.get("me_unet", {}).get("standard_patch_size")
     return Row(
@@ -175,7 +175,7 @@ def default_row(planner: Any, key: str, target: float) -> Row:
     fingerprint = FINGERPRINTS[key]
     voxels = float(prod(fingerprint.shape) * fingerprint.cases)
     plan = default_choice(planner, list(fingerprint.spacing), list(map(float, fingerprint.shape)), voxels)
-    counted = round(training_memory(planner.setting_of(plan), "nnUNetTrainer").total / GIB, 3)
+    counted = round(training_memory(planner.setting_of(plan), "nnUNetTrainer").expected / GIB, 3)
     patch, batch = tuple(plan["patch_size"]), int(plan["batch_size"])
     return Row(
         planner=DEFAULT,

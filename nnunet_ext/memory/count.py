@@ -1,7 +1,8 @@
-"""Memory of a training on an NVIDIA GPU, counted on shapes: what `nnunet-ext estimate` says and the planners plan with.
+"""Memory of a training on an NVIDIA GPU, counted on shapes: what all commands say and the planners plan with.
 
 The step of the trainer runs under PyTorch's fake tensors with the dtypes of CUDA's autocast (`memory.autocast`), not
-compiled. What is not a tensor of PyTorch is an allowance.
+compiled. What is not a tensor of PyTorch is an allowance. Three words: *held* is alive after the forward pass, *peak*
+the most at any time of a step, *expected* the peak with the allowance (docs/how-to/benchmark.md).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class TrainingMemory:
         parameters: Weights and buffers of the network.
         gradients: Gradients of the weights.
         optimizer: State of the optimiser.
-        activations: Images, labels, what is kept for backward and loss, alive after the forward pass in addition to
-            the above. Of several passes the largest.
+        held: Images, labels, what is kept for backward and loss: alive after the forward pass in addition to weights
+            and optimiser. Of several passes the largest.
         peak: The most that tensors need at any time of a step, all of the above included where alive.
         workspace: Copies of input and output of the largest convolution, which cuDNN makes in the layout of its
             tensor cores.
@@ -46,7 +47,7 @@ class TrainingMemory:
     parameters: int
     gradients: int
     optimizer: int
-    activations: int
+    held: int
     peak: int
     workspace: int
 
@@ -56,8 +57,8 @@ class TrainingMemory:
         return CONTEXT_BYTES + self.workspace + round(FRAGMENTED_SHARE * self.peak)
 
     @property
-    def total(self) -> int:
-        """What the GPU must have."""
+    def expected(self) -> int:
+        """What the GPU must have: peak and allowance."""
         return self.peak + self.allowance
 
     def extended(self, other: TrainingMemory, steps: float) -> TrainingMemory:
@@ -67,7 +68,7 @@ class TrainingMemory:
 
     def as_dict(self) -> dict[str, int]:
         """All figures, for JSON."""
-        return {**asdict(self), "allowance": self.allowance, "total": self.total}
+        return {**asdict(self), "allowance": self.allowance, "expected": self.expected}
 
 
 class _StepTracker(StorageTracker):
@@ -114,7 +115,7 @@ def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
     few = 8 * _group(setting)
     while 1.5 * few < batch:
         low = count_memory(setting, trainer, few)
-        if low.activations > 3 * low.gradients:  # else the optimiser's step is the peak, not the samples
+        if low.held > 3 * low.gradients:  # else the optimiser's step is the peak, not the samples
             many = few + few // 2
             return low.extended(count_memory(setting, trainer, many), (batch - few) / (many - few))
         few *= 2
@@ -153,15 +154,15 @@ def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_s
         parameters = tracker.current
         step.make_state()
         always = tracker.peak = tracker.current
-        activations = 0
+        held = 0
         for _ in step.passes():
-            activations = max(activations, tracker.current - always)
+            held = max(held, tracker.current - always)
         gradients = sum(_bytes(p) for p in step.parameters if p.requires_grad)
         return TrainingMemory(
             parameters=parameters,
             gradients=gradients,
             optimizer=always - parameters,
-            activations=activations,
+            held=held,
             peak=tracker.peak,
             workspace=tracker.largest_convolution,
         )

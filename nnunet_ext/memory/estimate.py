@@ -37,7 +37,7 @@ class Measured:
         """Next to what was counted, each with what it can be compared with."""
         rows = (
             ("allocated, with workspaces", self.allocated, "peak + workspaces", memory.peak + memory.workspace),
-            ("reserved and outside", self.reserved + self.outside, "expected", memory.total),
+            ("reserved and outside", self.reserved + self.outside, "expected", memory.expected),
         )
         for what, found, name, counted in rows:
             yield (
@@ -71,7 +71,7 @@ class Estimate:
     @property
     def enough(self) -> int | None:
         """Smallest common size of a GPU in GB that has it; None where none has."""
-        return next((size for size in COMMON_SIZES if size * GIB >= self.memory.total), None)
+        return next((size for size in COMMON_SIZES if size * GIB >= self.memory.expected), None)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: sizes in bytes."""
@@ -84,7 +84,7 @@ class Estimate:
             "bytes": self.memory.as_dict(),
             "smallest_common_gpu_GB": self.enough,
             "gpu": None if self.gpu is None else {"name": self.gpu[0], "bytes": self.gpu[1]},
-            "fits_gpu": None if self.gpu is None else self.memory.total <= self.gpu[1],
+            "fits_gpu": None if self.gpu is None else self.memory.expected <= self.gpu[1],
             "measured_peak_bytes": self.measured and self.measured.allocated,
             "measured_reserved_bytes": self.measured and self.measured.reserved,
             "measured_outside_bytes": self.measured and self.measured.outside,
@@ -96,16 +96,16 @@ class Estimate:
         patch = "x".join(map(str, setting.patch_size))
         yield (
             f"{self.trainer}, {setting.plans.get('plans_name', '')}, {setting.configuration}: patch {patch}, batch "
-            f"{setting.batch_size}, mixed precision"
+            f"{setting.batch_size}, float16 autocast"
         )
         parts = {
             "parameters": memory.parameters,
             "gradients": memory.gradients,
             "optimiser": memory.optimizer,
-            "activations held": memory.activations,
-            "peak of the step": memory.peak,
+            "held": memory.held,
+            "peak": memory.peak,
             "allowance for CUDA": memory.allowance,
-            "expected": memory.total,
+            "expected": memory.expected,
         }
         for name, size in parts.items():
             yield f"  {name:<20}{size / GIB:8.2f} GB"
@@ -116,13 +116,13 @@ class Estimate:
             yield from self.measured.lines(memory)
 
     def _verdict(self) -> str:
-        total = self.memory.total
+        expected = self.memory.expected
         if self.gpu is None:
-            sizes = [f"{size}" for size in COMMON_SIZES if size * GIB >= total]
+            sizes = [f"{size}" for size in COMMON_SIZES if size * GIB >= expected]
             found = ", ".join(sizes[:4])
             return f"No GPU here. Enough: GPUs of {found} GB and more." if sizes else "No common GPU has that much."
         name, size = self.gpu
-        if total <= size:
+        if expected <= size:
             return f"This GPU has it: {name}, {size / GIB:.1f} GB."
         return f"This GPU does not have it: {name}, {size / GIB:.1f} GB; choose a smaller batch or patch."
 

@@ -199,7 +199,7 @@ class MemoryPlanner(ExperimentPlanner):
     def step_memory(self, plan: dict[str, Any]) -> TrainingMemory:
         """Memory of the training that a configuration is planned for; of several trainings the largest."""
         found = (training_memory(setting, self.trainer) for setting in self.settings_of(plan))
-        return max(found, key=lambda memory: memory.total)
+        return max(found, key=lambda memory: memory.expected)
 
     def settings_of(self, plan: dict[str, Any]) -> list[Setting]:
         """The trainings that a configuration is planned for."""
@@ -246,7 +246,7 @@ class MemoryPlanner(ExperimentPlanner):
         choice = search.run(candidates)
         if choice is None:
             smallest = min(candidates, key=lambda c: c.worth)
-            least = self._measured(smallest, self.UNet_min_batch_size).total
+            least = self._measured(smallest, self.UNet_min_batch_size).expected
             raise ValueError(
                 f"{type(self).__name__} finds no patch that trains in {self.UNet_vram_target_GB:g} GB: the smallest, "
                 f"{'x'.join(map(str, smallest.plan['patch_size']))} with batch {self.UNet_min_batch_size}, needs "
@@ -290,7 +290,7 @@ class MemoryPlanner(ExperimentPlanner):
         """Patch, batch and topology of a cascade's second stage, where it does not fit with those of its host."""
         plan = {**host, "previous_stage": _LOWRES}
         target = round(self.UNet_vram_target_GB * GIB)
-        if self.step_memory(plan).total <= target:
+        if self.step_memory(plan).expected <= target:
             return {}
         fitted = self._fitted(plan, self._asked[host["data_identifier"]])
         return {

@@ -59,7 +59,7 @@ class Choice:
     @property
     def growing(self) -> float:
         """Bytes that depend on the voxels."""
-        return self.memory.total - _fixed(self.memory)
+        return self.memory.expected - _fixed(self.memory)
 
 
 @dataclass(kw_only=True)
@@ -90,7 +90,7 @@ class MemorySearch:
             candidate, batch = self.predicted(ordered) or (ordered[-1], self.least)
             known = self.known.get((candidate.key, batch))
             if known is not None:
-                return replace(known, candidate=candidate) if known.memory.total <= self.target else None
+                return replace(known, candidate=candidate) if known.memory.expected <= self.target else None
             self._measure(candidate, batch)
         return self._best_known(ordered)
 
@@ -127,7 +127,7 @@ class MemorySearch:
         """
         known = self.known.get((candidate.key, batch))
         if known is not None:
-            return known.memory.total
+            return known.memory.expected
         voxels = batch * candidate.voxels
         near, *others = sorted(self.known.values(), key=lambda choice: abs(log(choice.voxels / voxels)))
         akin = [o for o in others if o.batch == near.batch or o.candidate.key == near.candidate.key]
@@ -147,9 +147,9 @@ class MemorySearch:
         fitting = [
             replace(choice, candidate=mine[key])
             for (key, batch), choice in self.known.items()
-            if key in mine and choice.memory.total <= self.target and self.least <= batch <= mine[key].most
+            if key in mine and choice.memory.expected <= self.target and self.least <= batch <= mine[key].most
         ]
-        filled = [c for c in fitting if c.memory.total >= FILLED * self.target]
+        filled = [c for c in fitting if c.memory.expected >= FILLED * self.target]
         return max(filled or fitting, key=lambda c: (c.candidate.worth, c.batch), default=None)
 
 

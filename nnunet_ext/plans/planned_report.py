@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def figures(memory: TrainingMemory) -> dict[str, Any]:
     """Figures of a memory for the plans; 1 GB is 2**30 bytes."""
     parts = {name: round(size / GIB, 3) for name, size in memory.as_dict().items()}
-    return {"expected_GB": round(memory.total / GIB, 3), "parts_GB": parts}
+    return {"expected_GB": round(memory.expected / GIB, 3), "parts_GB": parts}
 
 
 def memory_entry(choice: Choice, target: int, trainer: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def memory_entry(choice: Choice, target: int, trainer: str) -> dict[str, Any]:
 
 def _limit(choice: Choice, target: int) -> str:
     """What keeps patch and batch from being larger."""
-    if choice.memory.total >= FILLED * target:
+    if choice.memory.expected >= FILLED * target:
         return "memory"
     if not choice.candidate.covers_image:
         return "steps between patches"
@@ -66,7 +66,7 @@ def report(planner: MemoryPlanner, plans: Mapping[str, Any], asked: Mapping[str,
         )
         if plan.get("data_identifier") in asked:
             default = default_choice(planner, *asked[plan["data_identifier"]])
-            expected = training_memory(planner.setting_of(default), registry.CORE_TRAINER).total
+            expected = training_memory(planner.setting_of(default), registry.CORE_TRAINER).expected
             lines.append(f"    default: {_sizes(default)}: {expected / GIB:.2f} GB expected")
     lines.append("  1 GB is 2**30 bytes; expected is the step's peak with an allowance for CUDA.\n")
     return "\n".join(lines)

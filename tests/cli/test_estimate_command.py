@@ -24,18 +24,26 @@ def test_parts_add_up_and_gpus_are_named(planned_dataset: Path, capsys: pytest.C
     found = json.loads(capsys.readouterr().out)
     assert (found["trainer"], found["patch_size"], found["batch_size"]) == ("nnUNetTrainer", [16] * 3, 1)
     size = found["bytes"]
-    assert size["total"] == size["peak"] + size["allowance"]
+    assert size["expected"] == size["peak"] + size["allowance"]
     assert found["smallest_common_gpu_GB"] == 4
     assert cli.main(["estimate", "-d", "7", "-c", "2d", "-tr", "nnUNetTrainerReversible_4epochs"]) == 0
     out = capsys.readouterr().out
-    for text in ("patch 16x16, batch 12", "activations held", "optimiser", "allowance", "expected"):
+    for text in (
+        "patch 16x16, batch 12",
+        "float16 autocast",
+        "  held ",
+        "  peak ",
+        "optimiser",
+        "allowance",
+        "  expected ",
+    ):
         assert text in out
     assert max(map(len, out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(24, "This GPU has it"), (8, "This GPU does not have it")])
 def test_says_whether_this_gpu_has_it(size: int, verdict: str) -> None:
-    memory = TrainingMemory(parameters=0, gradients=0, optimizer=0, activations=0, peak=10 * GIB, workspace=0)
+    memory = TrainingMemory(parameters=0, gradients=0, optimizer=0, held=0, peak=10 * GIB, workspace=0)
     found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", size * GIB))
     text = "\n".join(found.lines())
     assert verdict in text
@@ -44,7 +52,7 @@ def test_says_whether_this_gpu_has_it(size: int, verdict: str) -> None:
         Estimate(
             tiny(),
             "nnUNetTrainer",
-            TrainingMemory(parameters=0, gradients=0, optimizer=0, activations=0, peak=999 * GIB, workspace=0),
+            TrainingMemory(parameters=0, gradients=0, optimizer=0, held=0, peak=999 * GIB, workspace=0),
         ).enough
         is None
     )
@@ -52,7 +60,7 @@ def test_says_whether_this_gpu_has_it(size: int, verdict: str) -> None:
 
 def test_measured_memory_stands_beside_what_it_can_be_compared_with() -> None:
     memory = TrainingMemory(
-        parameters=0, gradients=0, optimizer=0, activations=0, peak=10 * GIB, workspace=2 * GIB
+        parameters=0, gradients=0, optimizer=0, held=0, peak=10 * GIB, workspace=2 * GIB
     )  # 13 GB expected with the allowance
     measured = Measured(allocated=15 * GIB, reserved=16 * GIB, outside=4 * GIB)
     found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", 24 * GIB), measured)

@@ -146,7 +146,7 @@ def memory_by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
     def step_memory(self: MemoryPlanner, plan: dict[str, Any]) -> TrainingMemory:
         channels = 1.5 if "previous_stage" in plan else 1  # a cascade's second stage has more of them
         size = round(2000 * channels * plan["batch_size"] * self.memory_voxels(plan))
-        return TrainingMemory(parameters=0, gradients=0, optimizer=0, activations=size, peak=size, workspace=0)
+        return TrainingMemory(parameters=0, gradients=0, optimizer=0, held=size, peak=size, workspace=0)
 
     monkeypatch.setattr(MemoryPlanner, "step_memory", step_memory)
     of_default = TrainingMemory(**dict.fromkeys(TrainingMemory.__dataclass_fields__, 0))

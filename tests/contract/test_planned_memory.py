@@ -106,7 +106,7 @@ def test_planning_prints_what_the_plans_hold_and_default_beside_it(
         total = (
             training_memory(
                 Setting(plans=plans, dataset=content, configuration=name), "nnUNetTrainerFasterFusionBN"
-            ).total
+            ).expected
             / GIB
         )
         assert 7.2 <= total <= 8

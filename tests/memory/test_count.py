@@ -36,8 +36,8 @@ def test_every_trainers_step_is_counted(trainer: str, setting: Setting) -> None:
     assert memory.gradients == weights
     assert weights <= memory.parameters < 1.1 * weights + 64  # with statistics of batch norm
     assert memory.optimizer >= weights
-    assert memory.peak >= memory.parameters + memory.optimizer + memory.activations
-    assert memory.total == memory.peak + memory.allowance
+    assert memory.peak >= memory.parameters + memory.optimizer + memory.held
+    assert memory.expected == memory.peak + memory.allowance
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -65,7 +65,7 @@ def test_a_schedule_changes_nothing(setting: Setting) -> None:
 
 def test_what_a_trainer_says_in_its_init_counts(setting: Setting) -> None:
     plain, single = (training_memory(setting, name) for name in ("nnUNetTrainer", "nnUNetTrainerNoDeepSupervision"))
-    assert single.activations < plain.activations
+    assert single.held < plain.held
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_regions_and_ignore_label_are_counted(labels: dict[str, Any], setting: S
 def test_loss_of_many_classes_counts_in_float32() -> None:
     few, many = (training_memory(tiny(classes=n), "nnUNetTrainer") for n in (10, 40))
     # Softmax, one-hot labels and log-softmax are kept; the gradient of the last two comes on top.
-    assert many.activations - few.activations > 12 * 30 * VOXELS
+    assert many.held - few.held > 12 * 30 * VOXELS
     assert many.peak - few.peak > 16 * 30 * VOXELS
 
 
@@ -109,14 +109,12 @@ def test_many_samples_are_counted_from_few(trainer: str) -> None:
 
 def test_a_line_goes_through_both_counts() -> None:
     a, b = (
-        TrainingMemory(parameters=1, gradients=1, optimizer=1, activations=10, peak=20, workspace=3),
-        TrainingMemory(parameters=1, gradients=1, optimizer=1, activations=14, peak=30, workspace=5),
+        TrainingMemory(parameters=1, gradients=1, optimizer=1, held=10, peak=20, workspace=3),
+        TrainingMemory(parameters=1, gradients=1, optimizer=1, held=14, peak=30, workspace=5),
     )
     assert a.extended(b, 0) == a
     assert a.extended(b, 1) == b
-    assert a.extended(b, 2.5) == TrainingMemory(
-        parameters=1, gradients=1, optimizer=1, activations=20, peak=45, workspace=8
-    )
+    assert a.extended(b, 2.5) == TrainingMemory(parameters=1, gradients=1, optimizer=1, held=20, peak=45, workspace=8)
 
 
 def test_dtypes_are_those_of_cuda() -> None:

@@ -45,7 +45,7 @@ def search(target: float, formula: Formula, known: dict | None = None) -> tuple[
             parameters=weights,
             gradients=weights,
             optimizer=weights,
-            activations=0,
+            held=0,
             peak=round(formula(candidate.voxels, batch)),
             workspace=0,
         )
@@ -64,7 +64,7 @@ def test_the_largest_patch_that_fills_the_target_is_found_with_few_measurements(
     found, counted = search(target, plain)
     choice = found.run(candidates())
     assert choice is not None
-    assert FILLED * target * GIB <= choice.memory.total <= target * GIB
+    assert FILLED * target * GIB <= choice.memory.expected <= target * GIB
     assert choice.batch == 2
     assert len(counted) <= 4
     fitting = [c for c in candidates() if 1.05 * plain(c.voxels, 2) + GIB // 2 <= 0.99 * target * GIB]
@@ -76,7 +76,7 @@ def test_the_whole_image_gets_a_larger_batch() -> None:
     assert choice is not None
     assert choice.candidate.covers_image
     assert choice.batch > 20
-    assert choice.memory.total >= FILLED * 8 * GIB
+    assert choice.memory.expected >= FILLED * 8 * GIB
 
 
 def test_the_data_set_limits_the_batch() -> None:
@@ -122,8 +122,8 @@ def test_the_target_is_filled_with_few_measurements_whatever_grows(kind: str, mo
     found, counted = search(target, formula)
     choice = found.run(candidates(image))
     assert choice is not None
-    assert choice.memory.total <= target * GIB
-    assert choice.memory.total >= FILLED * target * GIB or choice.candidate.covers_image
+    assert choice.memory.expected <= target * GIB
+    assert choice.memory.expected >= FILLED * target * GIB or choice.candidate.covers_image
     assert len(counted) <= most
 
 
@@ -133,7 +133,7 @@ def test_what_no_measurement_predicts_still_fits(seed: int) -> None:
     choice = search(target, formula)[0].run(candidates(image))
     assert choice is not None
     assert round(formula(round(choice.candidate.voxels), choice.batch)) == choice.memory.peak
-    assert choice.memory.total <= target * GIB
+    assert choice.memory.expected <= target * GIB
 
 
 @pytest.mark.parametrize("target", [4, 5, 11, 24])
@@ -141,7 +141,7 @@ def test_the_second_measurement_tells_what_does_not_grow(target: float) -> None:
     found, counted = search(target, lambda voxels, batch: 3 * GIB + 1000 * voxels * batch)
     choice = found.run(candidates())
     assert choice is not None
-    assert FILLED * target * GIB <= choice.memory.total <= target * GIB
+    assert FILLED * target * GIB <= choice.memory.expected <= target * GIB
     assert len(counted) <= 3
 
 
@@ -153,7 +153,7 @@ def test_the_search_gives_up_after_seventeen_measurements() -> None:
 
 TARGET = 10 * GIB
 HALF = TrainingMemory(
-    parameters=10**8, gradients=10**8, optimizer=10**8, activations=0, peak=0, workspace=0
+    parameters=10**8, gradients=10**8, optimizer=10**8, held=0, peak=0, workspace=0
 )  # of a network of one unit of weights
 
 
