@@ -73,7 +73,7 @@ def _dropout(
 
 
 @contextmanager
-def mixed_precision(device: str) -> Iterator[None]:
+def mixed_precision(device: str, enabled: bool = True) -> Iterator[None]:
     """Autocast of float16 as nnU-Net trains on CUDA, on "cpu" with the sizes of CUDA inside `CudaAutocast`."""
-    with torch.autocast(device, dtype=torch.float16):
+    with torch.autocast(device, dtype=torch.float16, enabled=enabled):
         yield

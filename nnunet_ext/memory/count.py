@@ -71,8 +71,8 @@ class TrainingMemory:
         return {**asdict(self), "allowance": self.allowance, "expected": self.expected}
 
 
-class _StepTracker(StorageTracker):
-    """Follows storages, notes the largest convolution, and answers questions for values that shapes can't tell."""
+class StepTracker(StorageTracker):
+    """Follows a trainer's step, notes its largest convolution, answers questions for values that shapes can't tell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def _bytes(x: Tensor) -> int:
     return prod(x.shape) * x.element_size()
 
 
-def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
+def training_memory(setting: Setting, trainer: str, mixed: bool = True) -> TrainingMemory:
     """Count the memory of a training; asked again for the same, it remembers.
 
     Networks that recompute do so in groups of samples. Beyond twelve groups memory is counted for eight and for twelve,
@@ -107,6 +107,7 @@ def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
     Args:
         setting: Plans, data set and configuration.
         trainer: Name, also of nnU-Net's own and with a schedule's suffix.
+        mixed: Whether in float16 autocast with the dtypes of CUDA, or in float32.
 
     Raises:
         UsageError: no trainer has this name.
@@ -114,12 +115,12 @@ def training_memory(setting: Setting, trainer: str) -> TrainingMemory:
     batch = setting.batch_size
     few = 8 * _group(setting)
     while 1.5 * few < batch:
-        low = count_memory(setting, trainer, few)
+        low = count_memory(setting, trainer, few, mixed)
         if low.held > 3 * low.gradients:  # else the optimiser's step is the peak, not the samples
             many = few + few // 2
-            return low.extended(count_memory(setting, trainer, many), (batch - few) / (many - few))
+            return low.extended(count_memory(setting, trainer, many, mixed), (batch - few) / (many - few))
         few *= 2
-    return count_memory(setting, trainer, batch)
+    return count_memory(setting, trainer, batch, mixed)
 
 
 def _group(setting: Setting) -> int:
@@ -129,19 +130,22 @@ def _group(setting: Setting) -> int:
     return max(1, GROUP_ELEMENTS // (finest * prod(setting.patch_size)))
 
 
-def count_memory(setting: Setting, trainer: str, batch_size: int) -> TrainingMemory:
+def count_memory(setting: Setting, trainer: str, batch_size: int, mixed: bool = True) -> TrainingMemory:
     """Count the memory of a training at this batch size, whatever the plans say.
 
     Args:
-        setting, trainer: Arguments of `training_memory`.
+        setting, trainer, mixed: Arguments of `training_memory`.
         batch_size: Patches per step.
     """
     setting.check_code()
-    return _counted(json.dumps(setting.plans), json.dumps(setting.dataset), setting.configuration, trainer, batch_size)
+    plans, dataset = json.dumps(setting.plans), json.dumps(setting.dataset)
+    return _counted(plans, dataset, setting.configuration, trainer, batch_size, mixed)
 
 
 @lru_cache(maxsize=1024)
-def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_size: int) -> TrainingMemory:
+def _counted(
+    plans: str, dataset: str, configuration: str, trainer: str, batch_size: int, mixed: bool
+) -> TrainingMemory:
     from nnunet_ext.memory.step import TrainerStep
 
     content = json.loads(plans)
@@ -149,8 +153,8 @@ def _counted(plans: str, dataset: str, configuration: str, trainer: str, batch_s
     setting = Setting(
         plans=content, dataset=json.loads(dataset), configuration=configuration, trusted=True
     )  # checked before
-    with torch.device("cpu"), FakeTensorMode(), CudaAutocast(), _StepTracker() as tracker:
-        step = TrainerStep(setting, trainer)
+    with torch.device("cpu"), FakeTensorMode(), CudaAutocast(), StepTracker() as tracker:
+        step = TrainerStep(setting, trainer, mixed=mixed)
         parameters = tracker.current
         step.make_state()
         always = tracker.peak = tracker.current

@@ -10,6 +10,7 @@ import torch
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.count import FRAGMENTED_SHARE, TrainingMemory, training_memory
+from nnunet_ext.memory.gpu import GpuStepMemory, measure_gpu_step
 from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
@@ -17,37 +18,6 @@ from nnunet_ext.printable import one_line
 from nnunet_ext.protocols import only_predicts
 
 COMMON_SIZES = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GB of GPUs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What a real step took of a GPU.
-
-    Args:
-        allocated: Bytes of PyTorch's allocator in use at most: tensors, and workspaces of cuDNN and cuBLAS.
-        reserved: Bytes that the allocator held of the GPU at most.
-        outside: Bytes of the GPU in use in addition to these afterwards: CUDA's context, libraries, other programs.
-    """
-
-    allocated: int
-    reserved: int
-    outside: int
-
-    def lines(self, memory: TrainingMemory) -> Iterator[str]:
-        """Next to what was counted, each with what it can be compared with."""
-        rows = (
-            ("allocated, with workspaces", self.allocated, "peak + workspaces", memory.peak + memory.workspace),
-            ("reserved and outside", self.reserved + self.outside, "expected", memory.expected),
-        )
-        for what, found, name, counted in rows:
-            yield (
-                f"Measured {what}: {found / GIB:.2f} GB; {name} as counted: {counted / GIB:.2f} GB "
-                f"({counted / found - 1:+.1%})."
-            )
-        yield (
-            f"Reserved by PyTorch: {self.reserved / GIB:.2f} GB. Outside of it (context, libraries, other programs): "
-            f"{self.outside / GIB:.2f} GB."
-        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +36,7 @@ class Estimate:
     trainer: str
     memory: TrainingMemory
     gpu: tuple[str, int] | None = None
-    measured: Measured | None = None
+    measured: GpuStepMemory | None = None
 
     @property
     def enough(self) -> int | None:
@@ -85,7 +55,8 @@ class Estimate:
             "smallest_common_gpu_GB": self.enough,
             "gpu": None if self.gpu is None else {"name": self.gpu[0], "bytes": self.gpu[1]},
             "fits_gpu": None if self.gpu is None else self.memory.expected <= self.gpu[1],
-            "measured_peak_bytes": self.measured and self.measured.allocated,
+            "measured_held_bytes": self.measured and self.measured.held,
+            "measured_peak_bytes": self.measured and self.measured.peak,
             "measured_reserved_bytes": self.measured and self.measured.reserved,
             "measured_outside_bytes": self.measured and self.measured.outside,
         }
@@ -110,10 +81,12 @@ class Estimate:
         for name, size in parts.items():
             yield f"  {name:<20}{size / GIB:8.2f} GB"
         share = f"{FRAGMENTED_SHARE:.0%}"
-        yield f"1 GB is 2**30 bytes. The allowance is assumed: context, workspaces, {share} of the peak."
+        yield "Held: alive after the forward pass, beside weights and optimiser. Peak: the most at any time of a step."
+        yield f"Expected: peak + allowance, which is assumed: context, workspaces, {share} of the peak."
+        yield "1 GB is 2**30 bytes."
         yield self._verdict()
         if self.measured is not None:
-            yield from self.measured.lines(memory)
+            yield from _beside(self.measured, memory)
 
     def _verdict(self) -> str:
         expected = self.memory.expected
@@ -150,24 +123,22 @@ def estimate(setting: Setting, trainer: str, measure: bool = False) -> Estimate:
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         gpu = found.name, int(found.total_memory)
-    return Estimate(setting, trainer, memory, gpu, _measured(setting, trainer) if measure else None)
+    return Estimate(setting, trainer, memory, gpu, measure_gpu_step(setting, trainer) if measure else None)
 
 
-def _measured(setting: Setting, trainer: str) -> Measured:
-    """Memory of the second of two real steps; the first lets cuDNN try its algorithms."""
-    from nnunet_ext.memory.step import TrainerStep
-
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        step = TrainerStep(setting, trainer, "cuda")
-        step.make_state()
-        for _ in range(2):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            for _ in step.passes():
-                pass
-        torch.cuda.synchronize()
-        free, size = torch.cuda.mem_get_info()
-        outside = size - free - torch.cuda.memory_reserved()
-        return Measured(
-            allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), outside=outside
+def _beside(measured: GpuStepMemory, memory: TrainingMemory) -> Iterator[str]:
+    """What was measured next to what was counted, each with what it can be compared with."""
+    rows = (
+        ("held", measured.held, "held", memory.held),
+        ("peak, with workspaces", measured.peak, "peak + workspaces", memory.peak + memory.workspace),
+        ("reserved and outside", measured.reserved + measured.outside, "expected", memory.expected),
+    )
+    for what, found, name, counted in rows:
+        yield (
+            f"Measured {what}: {found / GIB:.2f} GB; {name} as counted: {counted / GIB:.2f} GB "
+            f"({counted / found - 1:+.1%})."
         )
+    yield (
+        f"Reserved by PyTorch: {measured.reserved / GIB:.2f} GB. Outside of it (context, libraries, other programs): "
+        f"{measured.outside / GIB:.2f} GB."
+    )

@@ -5,7 +5,8 @@ Losses and optimisers of trainers are not in these figures; `nnunet_ext.memory.c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ext.architectures.deployed import NothingToFuseError, fused
+from nnunet_ext.memory.autocast import CudaAutocast
 from nnunet_ext.memory.tracker import StorageTracker
 from nnunet_ext.protocols import DrawsInputs, RefinesAsAsked, WrapsNetwork
 
@@ -51,20 +53,27 @@ def measure_step(
         input_channels: Channels of the image.
         patch_size: Voxels per axis.
         batch_size: Patches per step.
-        autocast_dtype: Run the forward pass under CPU autocast of this dtype; None: float32.
+        autocast_dtype: Run the forward pass under autocast of this dtype, float16 with CUDA's choice of dtypes and
+            bfloat16 with the CPU's; None: float32.
     """
     with FakeTensorMode():
         network = build().train()
         parameters = sum(p.numel() * p.element_size() for p in network.parameters())
         with StorageTracker() as tracker:
-            enabled = autocast_dtype is not None
-            with torch.autocast("cpu", dtype=autocast_dtype or torch.bfloat16, enabled=enabled):
+            with _autocast(autocast_dtype):
                 outputs = training_outputs(network, torch.empty(batch_size, input_channels, *patch_size))
             held = tracker.current
             loss = surrogate_loss(outputs)
             del outputs
             loss.backward()
             return StepMemory(held=held, peak=tracker.peak, parameters=parameters)
+
+
+@contextmanager
+def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    rules = CudaAutocast() if dtype == torch.float16 else nullcontext()
+    with rules, torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        yield
 
 
 def training_outputs(network: nn.Module, x: Tensor) -> Any:
@@ -107,8 +116,7 @@ def measure_inference(
     """
     with FakeTensorMode(), torch.inference_mode():
         network = with_assumed_share(build().eval())
-        enabled = autocast_dtype is not None
-        with StorageTracker() as tracker, torch.autocast("cpu", autocast_dtype or torch.bfloat16, enabled=enabled):
+        with StorageTracker() as tracker, _autocast(autocast_dtype):
             network(torch.empty(1, input_channels, *patch_size))
             return tracker.peak
 

@@ -7,7 +7,7 @@ Images and labels are random. What a trainer does in addition on the GPU (augmen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class TrainerStep:
         setting: Plans, data set and configuration.
         trainer: Name, also of nnU-Net's own and with a schedule's suffix.
         device: "cpu" for fake tensors, or "cuda".
+        mixed: Whether the step runs in float16 autocast, as nnU-Net trains on CUDA, or in float32.
+        compiler: Compiles in place what the step runs; None: nothing is compiled.
 
     Attributes:
         parameters: Parameters of the network, all of them.
@@ -65,8 +67,16 @@ class TrainerStep:
         UsageError: no trainer has this name.
     """
 
-    def __init__(self, setting: Setting, trainer: str, device: str = "cpu") -> None:
-        self._setting, self._device = setting, device
+    def __init__(
+        self,
+        setting: Setting,
+        trainer: str,
+        device: str = "cpu",
+        *,
+        mixed: bool = True,
+        compiler: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self._setting, self._device, self._mixed = setting, device, mixed
         found = _quiet(trainer_class(trainer))
         self._trainer = found(
             dict(setting.plans), setting.configuration, 0, dict(setting.dataset), torch.device(device)
@@ -78,12 +88,14 @@ class TrainerStep:
         self.parameters = list(network.parameters())
         is_form = isinstance(found, HasTrainingForm)
         self._form = found.training_form(network, setting.configuration_manager) if is_form else network
+        if compiler is not None:
+            compiler(self._form)
         self._optimizer = self._trainer.configure_optimizers()[0]
         for group in self._optimizer.param_groups:
             if "foreach" in group:
                 group["foreach"] = True  # as on CUDA, where it is the default
         # A fake one would take the step for one that overflowed, and leave out the optimiser.
-        self._scaler = torch.amp.GradScaler(device, enabled=device != "cpu")
+        self._scaler = torch.amp.GradScaler(device, enabled=mixed and device != "cpu")
 
     def make_state(self) -> None:
         """Let the optimiser make its state, as in the first step of a training."""
@@ -96,7 +108,7 @@ class TrainerStep:
         """Yield the loss of each pass before its backward pass; those of meU-net run one after the other."""
         x, targets = self._batch()
         for part, data in passes_of(self._form, x):
-            with mixed_precision(self._device):
+            with mixed_precision(self._device, self._mixed):
                 outputs = training_outputs(part, data)
                 loss = self._loss(outputs, targets)
             yield loss

@@ -11,7 +11,8 @@ import torch
 
 from nnunet_ext import cli
 from nnunet_ext.memory.count import TrainingMemory
-from nnunet_ext.memory.estimate import Estimate, Measured
+from nnunet_ext.memory.estimate import Estimate
+from nnunet_ext.memory.gpu import GpuStepMemory
 from nnunet_ext.memory.tracker import GIB
 from tests.settings import tiny
 
@@ -60,18 +61,19 @@ def test_says_whether_this_gpu_has_it(size: int, verdict: str) -> None:
 
 def test_measured_memory_stands_beside_what_it_can_be_compared_with() -> None:
     memory = TrainingMemory(
-        parameters=0, gradients=0, optimizer=0, held=0, peak=10 * GIB, workspace=2 * GIB
+        parameters=0, gradients=0, optimizer=0, held=6 * GIB, peak=10 * GIB, workspace=2 * GIB
     )  # 13 GB expected with the allowance
-    measured = Measured(allocated=15 * GIB, reserved=16 * GIB, outside=4 * GIB)
+    measured = GpuStepMemory(held=5 * GIB, peak=15 * GIB, reserved=16 * GIB, outside=4 * GIB)
     found = Estimate(tiny(), "nnUNetTrainer", memory, ("Acme", 24 * GIB), measured)
     text = "\n".join(found.lines())
-    assert "Measured allocated, with workspaces: 15.00 GB; peak + workspaces as counted: 12.00 GB (-20.0%)" in text
+    assert "Measured held: 5.00 GB; held as counted: 6.00 GB (+20.0%)" in text
+    assert "Measured peak, with workspaces: 15.00 GB; peak + workspaces as counted: 12.00 GB (-20.0%)" in text
     assert "Measured reserved and outside: 20.00 GB; expected as counted: 13.00 GB (-35.0%)" in text
     assert "Reserved by PyTorch: 16.00 GB." in text
     assert "Outside of it (context, libraries, other programs): 4.00 GB." in text
     assert max(map(len, text.splitlines())) <= 110
     sizes = found.as_dict()
-    for key, size in (("peak", 15), ("reserved", 16), ("outside", 4)):
+    for key, size in (("held", 5), ("peak", 15), ("reserved", 16), ("outside", 4)):
         assert sizes[f"measured_{key}_bytes"] == size * GIB
     assert Estimate(tiny(), "nnUNetTrainer", memory).as_dict()["measured_outside_bytes"] is None
 

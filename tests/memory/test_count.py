@@ -1,4 +1,4 @@
-"""Counted trainings: against parts known by hand, against the benchmark's own count, for every registered trainer."""
+"""Counted trainings: against parts known by hand, against the count of the network alone, for every registered trainer."""
 
 from __future__ import annotations
 
@@ -89,10 +89,11 @@ def test_loss_of_many_classes_counts_in_float32() -> None:
 @pytest.mark.parametrize(
     "trainer", ["nnUNetTrainer", pytest.param("nnUNetTrainerReversible", marks=pytest.mark.slow), "nnUNetTrainerMeUNet"]
 )
-def test_agrees_with_the_benchmarks_count_of_the_network(trainer: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, None])
+def test_agrees_with_the_count_of_the_network_alone(trainer: str, dtype: torch.dtype | None) -> None:
     setting = Source(patch=(96, 96, 96)).setting()
-    counted = measure_step(setting.training_builder(trainer), 1, (96, 96, 96), 2, torch.bfloat16)
-    memory = training_memory(setting, trainer)
+    counted = measure_step(setting.training_builder(trainer), 1, (96, 96, 96), 2, dtype)
+    memory = training_memory(setting, trainer, mixed=dtype is not None)
     # There the loss is a stand-in, and weights and momentum are left out.
     assert memory.peak == pytest.approx(counted.peak + 2 * counted.parameters, rel=0.1)
 

@@ -66,6 +66,17 @@ def test_mixed_precision_holds_less() -> None:
     assert half.held < 0.8 * full.held
 
 
+@pytest.mark.parametrize(("dtype", "element"), [(torch.float16, 2), (torch.bfloat16, 4)])
+def test_only_float16_has_the_dtypes_of_cuda(dtype: torch.dtype, element: int) -> None:
+    # CUDA pools in float16, the CPU in float32: the largest moment holds the image, its copy or the map, and the pooled.
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv3d(1, 8, 1, bias=False), nn.MaxPool3d(1))
+
+    peak = measure_inference(build, 1, (8, 8, 8), dtype)
+    assert peak >= VOXELS * (4 + 8 * 2 + 8 * element)
+    assert (peak < VOXELS * (4 + 8 * 2 + 8 * 4)) is (element == 2)
+
+
 def test_inference_peaks_at_the_input_and_two_maps(setting: Setting) -> None:
     # The caller holds the input; ReLU makes its map while that of the convolution is alive.
     assert measure_inference(lambda: chain(3), 1, (8, 8, 8)) == 4 * VOXELS * (1 + 4 + 4)
