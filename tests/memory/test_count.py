@@ -1,4 +1,4 @@
-"""Counted trainings: against parts known by hand, against the count of the network alone, for every registered trainer."""
+"""Counted trainings: against parts known by hand, against the network's alone, for every registered trainer."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_mixed_precision_holds_less() -> None:
 
 @pytest.mark.parametrize(("dtype", "element"), [(torch.float16, 2), (torch.bfloat16, 4)])
 def test_only_float16_has_the_dtypes_of_cuda(dtype: torch.dtype, element: int) -> None:
-    # CUDA pools in float16, the CPU in float32: the largest moment holds the image, its copy or the map, and the pooled.
+    # CUDA pools in float16, the CPU in float32; alive are the image, the map and the pooled one.
     def build() -> nn.Module:
         return nn.Sequential(nn.Conv3d(1, 8, 1, bias=False), nn.MaxPool3d(1))
 
