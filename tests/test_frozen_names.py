@@ -33,6 +33,8 @@ TRAINERS = {
     "nnUNetTrainerReversible",
 }
 PLANNERS = {
+    "CountedMemoryPlanner",
+    "CountedMemoryResEncPlanner",
     "FasterFusionUNetPlanner",
     "ImplicitUNetPlanner",
     "InvertibleUNetPlanner",

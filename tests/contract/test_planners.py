@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncM,
+)
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -99,6 +103,27 @@ def test_other_spacing_or_preprocessor_gets_its_own_data(dataset: Callable[[str]
     other = planner(dataset("labels"), preprocessor_name="Mine")
     assert other.generate_data_identifier("3d_fullres") == "nnUNetReversiblePlans_3d_fullres"
     assert planner(dataset("labels")).generate_data_identifier("3d_lowres") == "nnUNetReversiblePlans_3d_lowres"
+
+
+@pytest.mark.usefixtures("memory_by_voxels")
+@pytest.mark.parametrize(
+    ("planner", "host", "name", "trainer"),
+    [
+        ("CountedMemoryPlanner", ExperimentPlanner, "nnUNetCountedMemoryPlans", "nnUNetTrainer"),
+        ("CountedMemoryResEncPlanner", nnUNetPlannerResEncM, "nnUNetCountedMemoryResEncPlans", "nnUNetTrainer"),
+    ],
+)
+def test_planners_of_nnunets_own_network_change_nothing_but_patch_and_batch(
+    planner: str, host: type[ExperimentPlanner], name: str, trainer: str, dataset: Callable[[str], int], workspace: Path
+) -> None:
+    plans = plan(planner, dataset("labels"), workspace)
+    assert plans["plans_name"] == name
+    ours = plans["configurations"]["3d_fullres"]
+    assert ours["memory"]["trainer"] == trainer
+    with torch.device("meta"):
+        theirs = host(dataset("labels")).plan_experiment()["configurations"]["3d_fullres"]
+    assert list(ours["patch_size"]) == list(theirs["patch_size"])  # which covers the image
+    assert ours["architecture"] == json.loads(json.dumps(theirs["architecture"]))
 
 
 @pytest.mark.usefixtures("memory_by_voxels")
