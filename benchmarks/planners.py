@@ -28,7 +28,16 @@ from typing import Any
 from nnunet_ext.escaping import markdown_table
 
 TARGETS = (4.0, 8.0, 11.0, 24.0, 80.0)
-DEFAULT = "ExperimentPlanner"
+DEFAULT, RES_ENC = "ExperimentPlanner", "nnUNetPlannerResEncM"
+# nnU-Net's own planners, with those that fill the target with the same network and trainer, and recompute in it.
+COUNTED = {DEFAULT: "CountedMemoryPlanner", RES_ENC: "CountedMemoryResEncPlanner"}
+RECOMPUTED = {DEFAULT: "ActivationCheckpointingPlanner", RES_ENC: "ActivationCheckpointingResEncPlanner"}
+NAMES = {
+    DEFAULT: "default nnU-Net",
+    COUNTED[DEFAULT]: f"default filled, `{COUNTED[DEFAULT]}`",
+    RES_ENC: "default ResEnc M",
+    COUNTED[RES_ENC]: f"default ResEnc M filled, `{COUNTED[RES_ENC]}`",
+}
 TABLE_BEGIN, TABLE_END = "<!-- planners:begin -->", "<!-- planners:end -->"
 
 
@@ -81,6 +90,11 @@ class Row:
     limit: str
     standard_patch: tuple[int, ...] | None
     seconds: float
+
+    @property
+    def voxels(self) -> int:
+        """Of a batch."""
+        return self.batch * prod(self.patch)
 
     @property
     def is_true(self) -> bool:
@@ -166,42 +180,44 @@ def grid_row(planner: str, key: str, number: int, target: float) -> Row:
     )
 
 
-def default_row(planner: Any, key: str, target: float) -> Row:
-    """What default nnU-Net chooses, and the memory that it needs."""
-    from nnunet_ext.memory.count import training_memory
-    from nnunet_ext.memory.tracker import GIB
-    from nnunet_ext.plans.planned_report import default_choice
+def default_row(planner: str, key: str, number: int, target: float) -> Row:
+    """What nnU-Net's own planner chooses for the network that a counted one plans, and the memory that it needs."""
+    from nnunet_ext import registry
+    from nnunet_ext.plans.rivals import Hosts
 
     fingerprint = FINGERPRINTS[key]
     voxels = float(prod(fingerprint.shape) * fingerprint.cases)
-    plan = default_choice(planner, list(fingerprint.spacing), list(map(float, fingerprint.shape)), voxels)
-    counted = round(training_memory(planner.setting_of(plan), "nnUNetTrainer").expected / GIB, 3)
-    patch, batch = tuple(plan["patch_size"]), int(plan["batch_size"])
+    hosts = Hosts(registry.resolve("planners", COUNTED[planner])(number, target))
+    found = hosts.default((list(fingerprint.spacing), list(map(float, fingerprint.shape)), voxels))
     return Row(
-        planner=DEFAULT,
+        planner=planner,
         fingerprint=key,
         target=target,
-        patch=patch,
-        batch=batch,
-        expected=counted,
-        counted=counted,
+        patch=tuple(found.plan["patch_size"]),
+        batch=found.plan["batch_size"],
+        expected=round(found.expected, 3),
+        counted=round(found.expected, 3),
         limit="",
         standard_patch=None,
         seconds=0.0,
     )
 
 
+def in_order(planners: Sequence[str]) -> list[str]:
+    """First what nnU-Net plans of its own networks, the same filled, and with their activations recomputed."""
+    first = [name for default in COUNTED for name in (default, COUNTED[default], RECOMPUTED[default])]
+    return [*(name for name in first if name in (*planners, *COUNTED)), *(n for n in planners if n not in first)]
+
+
 def grid(planners: Sequence[str], keys: Sequence[str], targets: Sequence[float]) -> Iterator[Row]:
     """Default nnU-Net, then every planner, for each data set and target."""
-    from nnunet_ext import registry
-
     with workspace() as folder:
         for number, key in enumerate(keys, start=1):
             write_dataset(folder, number, FINGERPRINTS[key])
             for target in targets:
-                yield default_row(registry.resolve("planners", "MeUNetPlanner")(number, target), key, target)
-                for planner in planners:
-                    yield grid_row(planner, key, number, target)
+                for planner in in_order(planners):
+                    row = default_row if planner in COUNTED else grid_row
+                    yield row(planner, key, number, target)
 
 
 def random_rows(planners: Sequence[str], count: int, seed: int) -> Iterator[Row]:
@@ -236,8 +252,15 @@ def size(found: Row) -> str:
     return f"{text} (P {'x'.join(map(str, inner))})" if inner and inner != found.patch else text
 
 
+def gain(found: Row, rows: Sequence[Row]) -> str:
+    """Voxels of a batch over those of the same network filled without a method, as text; nothing where not known."""
+    filled = COUNTED[RES_ENC if "ResEnc" in found.planner else DEFAULT]
+    of_same = [r for r in rows if (r.planner, r.fingerprint, r.target) == (filled, found.fingerprint, found.target)]
+    return f", {found.voxels / of_same[0].voxels:.2f}x" if of_same else ""
+
+
 def comparison(rows: Sequence[Row]) -> str:
-    """Table of patch and batch, default against each planner."""
+    """Table of patch and batch, nnU-Net's own network against each planner."""
     keys = list(dict.fromkeys(found.fingerprint for found in rows))
     titles = []
     for key in keys:
@@ -246,13 +269,12 @@ def comparison(rows: Sequence[Row]) -> str:
     lines = []
     for planner in dict.fromkeys(found.planner for found in rows):
         cells = [
-            f"{size(found)}: {found.counted:.1f} GB"
+            f"{size(found)}: {found.counted:.1f} GB{gain(found, rows)}"
             for key in keys
             for found in rows
             if (found.planner, found.fingerprint) == (planner, key)
         ]
-        name = "default nnU-Net" if planner == DEFAULT else f"`{planner}`"
-        lines.append([name, *cells])
+        lines.append([NAMES.get(planner, f"`{planner}`"), *cells])
     return markdown_table(["planner", *titles], lines)
 
 
@@ -269,7 +291,7 @@ def document(rows: Sequence[Row], command: str) -> str:
     ]
     cells = []
     for found in rows:
-        mark = "" if found.planner == DEFAULT or found.is_true else " (not as promised)"
+        mark = "" if found.planner in COUNTED or found.is_true else " (not as promised)"
         share = found.counted / found.target
         figures = (f"{n:.2f}" for n in (found.expected, found.counted, share))
         where = (found.fingerprint, f"{found.target:g}", f"{found.planner}{mark}", size(found))
@@ -306,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output.mkdir(parents=True, exist_ok=True)
             (args.output / "planners.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
             (args.output / "planners.md").write_text(document(rows, command))
-    return int(any(found.planner != DEFAULT and not found.is_true for found in rows))
+    return int(any(found.planner not in COUNTED and not found.is_true for found in rows))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.plans.memory_search import Candidate, Choice, MemorySearch
 from nnunet_ext.plans.patch_shapes import image_size, patch_shapes
 from nnunet_ext.plans.planned_report import memory_entry, report
+from nnunet_ext.plans.rivals import LOWRES, Asked
 from nnunet_ext.plans.shared_data import settled
 
 # Voxels of a batch that default nnU-Net trains in 8 GB.
 _VOXELS_PER_GB = {2: 12 * 512**2 / 8, 3: 2 * 128**3 / 8}
 # With two, nnU-Net's weights of deep supervision add up to nothing.
 _FEWEST_STAGES = 3
-_LOWRES, _CASCADE = "3d_lowres", "3d_cascade_fullres"
+_CASCADE = "3d_cascade_fullres"
+_FITTED = ("patch_size", "batch_size", "architecture", "memory", "me_unet")
 
 
 class MemoryPlanner(ExperimentPlanner):
@@ -81,7 +83,7 @@ class MemoryPlanner(ExperimentPlanner):
             )
         self.UNet_class = self.network_class
         # Of each configuration: what nnU-Net asked for, by the identifier of its data.
-        self._asked: dict[str, tuple[Any, Any, float]] = {}
+        self._asked: dict[str, Asked] = {}
         self._known: dict[tuple[int, bool], dict[tuple[str, int], Choice]] = {}
 
     def determine_transpose(self) -> tuple[list[int], list[int]]:
@@ -140,7 +142,7 @@ class MemoryPlanner(ExperimentPlanner):
             spacing, median_shape, data_identifier, approximate_n_voxels_dataset, {}
         )
         plan["architecture"]["arch_kwargs"].update(self.network_options)
-        return self._fitted(plan, asked, draft=data_identifier.endswith(_LOWRES))
+        return self._fitted(plan, asked, draft=data_identifier.endswith(LOWRES))
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Fit the cascade too, whose input has more channels; print what was chosen and why; write as nnU-Net does.
@@ -149,7 +151,10 @@ class MemoryPlanner(ExperimentPlanner):
         """
         configurations = plans["configurations"]
         if _CASCADE in configurations:
-            configurations[_CASCADE].update(self._cascade(configurations["3d_fullres"]))
+            host = configurations["3d_fullres"]
+            fitted = self.second_stage(host)
+            if fitted["memory"] != host["memory"]:
+                configurations[_CASCADE].update({key: fitted[key] for key in _FITTED if key in fitted})
         print(report(self, plans, self._asked))
         recursive_fix_for_json_export(plans)
         folder = Path(nnUNet_preprocessed, self.dataset_name)
@@ -201,6 +206,29 @@ class MemoryPlanner(ExperimentPlanner):
         found = (training_memory(setting, self.trainer) for setting in self.settings_of(plan))
         return max(found, key=lambda memory: memory.expected)
 
+    def second_stage(self, host: dict[str, Any]) -> dict[str, Any]:
+        """The second stage of nnU-Net's cascade: its host's patch and batch, or its own where these don't fit.
+
+        Args:
+            host: Configuration as planned, without the channels that a first stage adds.
+        """
+        plan = {**host, "previous_stage": LOWRES}
+        if self.step_memory(plan).expected <= self._target:
+            return plan
+        return self._fitted(plan, self._asked[host["data_identifier"]])
+
+    def measured(self, plan: dict[str, Any], asked: Asked) -> TrainingMemory:
+        """Memory of a configuration; what was counted of it before is known, and searches that follow begin with it.
+
+        Args:
+            plan: A configuration of this planner's network.
+            asked: What the plan was asked for.
+        """
+        candidate, batch, known = self._candidate(plan, 1.0, asked), plan["batch_size"], self._known_of(plan)
+        if (candidate.key, batch) not in known:
+            known[candidate.key, batch] = Choice(candidate, batch, self._measured(candidate, batch))
+        return known[candidate.key, batch].memory
+
     def settings_of(self, plan: dict[str, Any]) -> list[Setting]:
         """The trainings that a configuration is planned for."""
         return [self.setting_of(plan)]
@@ -221,7 +249,7 @@ class MemoryPlanner(ExperimentPlanner):
             plans=plans, dataset=self.dataset_json, configuration="planned", trusted=True
         )  # the planner's own network
 
-    def _fitted(self, plan: dict[str, Any], asked: tuple[Any, Any, float], draft: bool = False) -> dict[str, Any]:
+    def _fitted(self, plan: dict[str, Any], asked: Asked, draft: bool = False) -> dict[str, Any]:
         """The plan with the patch and the batch that fit; a draft may be a prediction that nnU-Net will discard."""
         candidates = self._candidates(plan, asked)
         if not candidates:
@@ -229,13 +257,12 @@ class MemoryPlanner(ExperimentPlanner):
                 f"{type(self).__name__} needs images that a network of {_FEWEST_STAGES} stages can halve twice, got a "
                 f"typical size of {list(asked[1])} voxels: use a finer target spacing."
             )
-        dim, target = len(plan["patch_size"]), round(self.UNet_vram_target_GB * GIB)
         search = MemorySearch(
-            target=target,
+            target=self._target,
             least=self.UNet_min_batch_size,
-            guess=_VOXELS_PER_GB[dim] * self.UNet_vram_target_GB,
+            guess=_VOXELS_PER_GB[len(plan["patch_size"])] * self.UNet_vram_target_GB,
             measure=self._measured,
-            known=self._known.setdefault((dim, "previous_stage" in plan), {}),
+            known=self._known_of(plan),
         )
         if draft and search.known:
             ordered = sorted(candidates, key=lambda c: c.worth, reverse=True)
@@ -255,49 +282,48 @@ class MemoryPlanner(ExperimentPlanner):
         return {
             **choice.candidate.plan,
             "batch_size": choice.batch,
-            "memory": memory_entry(choice, target, self.trainer),
+            "memory": memory_entry(choice, self._target, self.trainer),
         }
 
-    def _candidates(self, plan: dict[str, Any], asked: tuple[Any, Any, float]) -> list[Candidate]:
-        spacing, median_shape, n_voxels = asked
-        image = image_size(list(median_shape)[: len(spacing)])
+    def _candidates(self, plan: dict[str, Any], asked: Asked) -> list[Candidate]:
+        spacing, median_shape, _ = asked
         found: dict[str, Candidate] = {}
-        for shape, distortion in patch_shapes([float(s) for s in spacing], image).items():
+        shapes = patch_shapes([float(s) for s in spacing], image_size(list(median_shape)[: len(spacing)]))
+        for shape, distortion in shapes.items():
             planned = self.with_patch(plan, shape)
             if planned is None:
                 continue
-            patch, arguments = planned["patch_size"], planned["architecture"]["arch_kwargs"]
-            key = json.dumps([patch, arguments["strides"], arguments["kernel_sizes"], planned.get("me_unet")])
-            allowed = round(n_voxels * self.max_dataset_covered / prod(patch))
-            decisive = self.decisive_patch(planned)
-            candidate = Candidate(
-                plan=planned,
-                key=key,
-                worth=prod(decisive) / sqrt(distortion),
-                voxels=self.memory_voxels(planned),
-                weights=_weights(arguments),
-                covers_image=all(n >= size for n, size in zip(decisive, image, strict=True)),
-                most=max(self.UNet_min_batch_size, allowed),
-            )
-            if key not in found or candidate.worth > found[key].worth:
-                found[key] = candidate
+            candidate = self._candidate(planned, distortion, asked)
+            if candidate.key not in found or candidate.worth > found[candidate.key].worth:
+                found[candidate.key] = candidate
         return list(found.values())
+
+    def _candidate(self, plan: dict[str, Any], distortion: float, asked: Asked) -> Candidate:
+        spacing, median_shape, n_voxels = asked
+        patch, arguments = plan["patch_size"], plan["architecture"]["arch_kwargs"]
+        decisive, image = self.decisive_patch(plan), image_size(list(median_shape)[: len(spacing)])
+        allowed = round(n_voxels * self.max_dataset_covered / prod(patch))
+        return Candidate(
+            plan=plan,
+            key=json.dumps([patch, arguments["strides"], arguments["kernel_sizes"], plan.get("me_unet")]),
+            worth=prod(decisive) / sqrt(distortion),
+            voxels=self.memory_voxels(plan),
+            weights=_weights(arguments),
+            covers_image=all(n >= size for n, size in zip(decisive, image, strict=True)),
+            most=max(self.UNet_min_batch_size, allowed),
+        )
+
+    def _known_of(self, plan: dict[str, Any]) -> dict[tuple[str, int], Choice]:
+        """What was counted of networks like that of a plan."""
+        return self._known.setdefault((len(plan["patch_size"]), "previous_stage" in plan), {})
+
+    @property
+    def _target(self) -> int:
+        """Bytes."""
+        return round(self.UNet_vram_target_GB * GIB)
 
     def _measured(self, candidate: Candidate, batch: int) -> TrainingMemory:
         return self.step_memory({**candidate.plan, "batch_size": batch})
-
-    def _cascade(self, host: dict[str, Any]) -> dict[str, Any]:
-        """Patch, batch and topology of a cascade's second stage, where it does not fit with those of its host."""
-        plan = {**host, "previous_stage": _LOWRES}
-        target = round(self.UNet_vram_target_GB * GIB)
-        if self.step_memory(plan).expected <= target:
-            return {}
-        fitted = self._fitted(plan, self._asked[host["data_identifier"]])
-        return {
-            key: fitted[key]
-            for key in ("patch_size", "batch_size", "architecture", "memory", "me_unet")
-            if key in fitted
-        }
 
 
 def _weights(arguments: Mapping[str, Any]) -> float:

@@ -1,18 +1,15 @@
-"""What a planner chose and why, and what default nnU-Net would have chosen for the same GPU."""
+"""What a planner chose and why, next to what nnU-Net's own network gets of the same GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-
-from nnunet_ext import registry
-from nnunet_ext.memory.count import TrainingMemory, training_memory
+from nnunet_ext.memory.count import TrainingMemory
 from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.nnunet.plans import configuration
 from nnunet_ext.plans.memory_search import FILLED, Choice
+from nnunet_ext.plans.rivals import Asked, Hosts, Planned, Rivals
 
 if TYPE_CHECKING:
     from nnunet_ext.plans.memory_planner import MemoryPlanner
@@ -46,41 +43,51 @@ def _limit(choice: Choice, target: int) -> str:
 _REASONS = {
     "memory": "the next larger one does not fit",
     "image": "the patch covers a typical image, and one more in the batch does not fit",
-    "data set": "the patch covers a typical image, and the batch at most 5 % of the data set",
+    "data set": "the patch covers a typical image, and the batch at most {share:g} % of the data set",
     "steps between patches": "no patch that the strides divide fills the target better",
 }
 
 
-def report(planner: MemoryPlanner, plans: Mapping[str, Any], asked: Mapping[str, tuple[Any, Any, float]]) -> str:
-    """A text with two lines per configuration."""
+def report(planner: MemoryPlanner, plans: Mapping[str, Any], asked: Mapping[str, Asked]) -> str:
+    """A text on every configuration, next to nnU-Net's own network in the same target; the plans note it too."""
+    hosts = Hosts(planner)
     target = planner.UNet_vram_target_GB
-    lines = [f"\nPatch and batch for {target:g} GB, counted for {planner.trainer}; and default nnU-Net's:"]
-    for name, plan in plans["configurations"].items():
-        if "memory" not in plan:
+    lines = [
+        f"\nPatch and batch for {target:g} GB, counted for {planner.trainer}; nnU-Net's own network beside it, as "
+        "nnU-Net plans it (default), and filling the target by the same count (filled):"
+    ]
+    for name, noted in plans["configurations"].items():
+        if "memory" not in noted:
             continue
-        memory = plan["memory"]
-        plan = configuration(plans, name)
-        lines.append(
-            f"  {name}: {_sizes(plan)}: {memory['expected_GB']:.2f} GB expected; limit is the {memory['limit']}: "
-            f"{_REASONS[memory['limit']]}"
-        )
+        memory, plan = noted["memory"], configuration(plans, name)
+        planned, limit = Planned(plan, memory["expected_GB"]), memory["limit"]
+        reason = _REASONS[limit].format(share=100 * planner.max_dataset_covered)
+        lines.append(f"  {name}: {_expected(planned)}; limit is the {limit}: {reason}")
         if plan.get("data_identifier") in asked:
-            default = default_choice(planner, *asked[plan["data_identifier"]])
-            expected = training_memory(planner.setting_of(default), registry.CORE_TRAINER).expected
-            lines.append(f"    default: {_sizes(default)}: {expected / GIB:.2f} GB expected")
+            rivals = hosts.rivals(planned, asked[plan["data_identifier"]])
+            memory["compared"] = rivals.entry(planned)
+            lines += [f"    {line}" for line in _comparison(planned, rivals)]
     lines.append("  1 GB is 2**30 bytes; expected is the step's peak with an allowance for CUDA.\n")
     return "\n".join(lines)
 
 
-def default_choice(planner: MemoryPlanner, spacing: Any, median_shape: Any, n_voxels: float) -> dict[str, Any]:
-    """The configuration that nnU-Net's default planner makes of the same data for the same target."""
-    default = ExperimentPlanner(planner.dataset_name, planner.UNet_vram_target_GB)
-    with torch.device("meta"):  # it builds networks only for their sizes
-        plan: dict[str, Any] = default.get_plans_for_configuration(spacing, median_shape, "default", n_voxels, {})
-    return {**plan, "patch_size": [int(n) for n in plan["patch_size"]]}
+def _comparison(planned: Planned, rivals: Rivals) -> Iterator[str]:
+    named = {rivals.name: rivals.default, f"{rivals.name} filled": rivals.filled}
+    for name, rival in named.items():
+        if rival is None:
+            yield f"{name}: no patch fits the target"
+        elif rival is not planned:
+            yield f"{name}: {_expected(rival)}"
+    yield from rivals.sentences(planned)
 
 
-def _sizes(plan: Mapping[str, Any]) -> str:
-    sizes = f"patch {'x'.join(map(str, plan['patch_size']))}, batch {plan['batch_size']}"
-    noted = plan.get("me_unet")
-    return f"{sizes} (standard patch {'x'.join(map(str, noted['standard_patch_size']))})" if noted else sizes
+def _expected(planned: Planned) -> str:
+    plan, noted = planned.plan, planned.plan.get("me_unet")
+    standard = f" (standard patch {_size(noted['standard_patch_size'])})" if noted else ""
+    return (
+        f"patch {_size(plan['patch_size'])}, batch {plan['batch_size']}{standard}: {planned.expected:.2f} GB expected"
+    )
+
+
+def _size(patch: Sequence[int]) -> str:
+    return "x".join(map(str, patch))

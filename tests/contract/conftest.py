@@ -149,8 +149,6 @@ def memory_by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
         return TrainingMemory(parameters=0, gradients=0, optimizer=0, held=size, peak=size, workspace=0)
 
     monkeypatch.setattr(MemoryPlanner, "step_memory", step_memory)
-    of_default = TrainingMemory(**dict.fromkeys(TrainingMemory.__dataclass_fields__, 0))
-    monkeypatch.setattr("nnunet_ext.plans.planned_report.training_memory", lambda *_: of_default)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.planners import FINGERPRINTS, TABLE_BEGIN, TABLE_END, grid_row, size, write_dataset
+from benchmarks.planners import (
+    COUNTED,
+    DEFAULT,
+    FINGERPRINTS,
+    NAMES,
+    TABLE_BEGIN,
+    TABLE_END,
+    default_row,
+    grid_row,
+    size,
+    write_dataset,
+)
 from nnunet_ext import registry
 from nnunet_ext.memory.count import training_memory
 from nnunet_ext.memory.network import measure_step
@@ -21,6 +32,7 @@ from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.nnunet.setting import Setting
 
 CASES = [
+    ("CountedMemoryPlanner", "ct", 8),
     ("ReversibleUNetPlanner", "tiny", 4),
     ("FasterFusionUNetPlanner", "2d", 80),
     ("MeCascadePlanner", "ct", 8),
@@ -144,6 +156,8 @@ def test_a_missing_fingerprint_is_said(workspace: Path, number: Callable[[str], 
 def test_table_of_the_documentation_is_the_commands(number: Callable[[str], int]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "plan-memory.md").read_text(encoding="utf-8")
     table = page[page.index(TABLE_BEGIN) : page.index(TABLE_END)]
-    row = grid_row("FasterFusionUNetPlanner", "ct", number("ct"), 8)
-    (line,) = (line for line in table.splitlines() if "FasterFusionUNetPlanner" in line)
-    assert f"| {size(row)}: {row.counted:.1f} GB |" in line
+    default, filled = default_row(DEFAULT, "ct", number("ct"), 8), grid_row(COUNTED[DEFAULT], "ct", number("ct"), 8)
+    for row in (default, filled, grid_row("FasterFusionUNetPlanner", "ct", number("ct"), 8)):
+        name = NAMES.get(row.planner, f"`{row.planner}`")
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {size(row)}: {row.counted:.1f} GB, {row.voxels / filled.voxels:.2f}x |" in line
