@@ -20,7 +20,6 @@ from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.reversible.chain import Chain
 from nnunet_ext.architectures.reversible.coupling import ExactRange
 from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze
-from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
 from nnunet_ext.architectures.reversible.stages import (
     CouplingSpec,
@@ -29,7 +28,7 @@ from nnunet_ext.architectures.reversible.stages import (
     check_patch,
     group_elements,
 )
-from nnunet_ext.architectures.reversible.steps import Tap
+from nnunet_ext.architectures.reversible.transitions import Head, Tap
 from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
 
 _logger = logging.getLogger("nnunet_ext")
@@ -115,20 +114,13 @@ class Decoder(nn.Module):
         )
 
     def steps(self) -> Iterator[Any]:
-        """Steps of the chain from the bottleneck to the last feature map; taps where heads need one."""
-        for i, (ascent, stage) in enumerate(zip(self.ascents, self.stages, strict=True)):
+        """Steps of the chain from the bottleneck to the last feature map; heads where logits are wanted."""
+        last = len(self.stages) - 1
+        for i, (ascent, stage, head) in enumerate(zip(self.ascents, self.stages, self.seg_layers, strict=True)):
             yield ascent
             yield from stage.children()
-            if self.deep_supervision and i < len(self.stages) - 1:
-                yield Tap()
-
-    def heads(self, last: Tensor, taps: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Logits of the last feature map, or with deep supervision of all levels, largest first."""
-        if not self.deep_supervision:
-            logits: Tensor = convolve(self.seg_layers[-1], last)
-            return logits
-        maps = [*taps, last]
-        return [convolve(head, x) for head, x in zip(self.seg_layers, maps, strict=True)][::-1]
+            if self.deep_supervision or i == last:
+                yield Head(head)
 
 
 class InvertibleUNet(VAENetwork, CountedFeatureMaps):
@@ -195,21 +187,24 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
         check_patch(x, self.stages)
         with_vae = self.vae is not None and self.training
-        last, *taps = self.chain(with_vae)(convolve(self.encoder.stem, x))
+        found = list(self.chain(with_vae)(x))
+        logits = found[:0:-1] if with_vae else found[::-1]
+        outputs = logits if self.decoder.deep_supervision else logits[0]
         if not with_vae:
-            return self.decoder.heads(last, taps)
-        reconstruction = self.vae(taps[0], x[:, : self.image_channels])  # type: ignore[misc]
-        return self.decoder.heads(last, taps[1:]), reconstruction
+            return outputs
+        return outputs, self.vae(found[0], x[:, : self.image_channels])  # type: ignore[misc]
 
     def chain(self, bottleneck_tap: bool = False) -> Chain:
-        """The bijection from the first feature map to the last."""
+        """The whole network: what it gives are the bottleneck where asked for, then logits, coarsest first."""
         tap = [Tap()] if bottleneck_tap else []
-        steps = [*self.encoder.steps(), *tap, *self.decoder.steps()]
         return Chain(
-            steps=steps,
+            steps=[*self.encoder.steps(), *tap, *self.decoder.steps()],
+            enter=self.encoder.stem,
+            gives_last=False,
             exact=self.exact,
             reversible=self.reversible,
             group_elements=self.group_elements,
+            channels=self.stages[0].channels,
             exact_range=self.exact_range,
         )
 

@@ -8,30 +8,35 @@ pooling nor concatenated feature maps are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import get_matching_pool_op
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.reversible.chain import Chain
 from nnunet_ext.architectures.reversible.decoder import StagedDecoder
-from nnunet_ext.architectures.reversible.recomputation import run_recomputed, uncompiled
+from nnunet_ext.architectures.reversible.mixed_precision import lowered
+from nnunet_ext.architectures.reversible.recomputation import uncompiled
 from nnunet_ext.architectures.reversible.stages import (
-    GROUP_ELEMENTS,
     CouplingSpec,
     ReversiblePlan,
     StageSpec,
     check_patch,
+    group_elements,
 )
+from nnunet_ext.architectures.reversible.transitions import Down, Join, Tap
 from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
+
+_INTERPOLATED = 8  # channels that are interpolated at a time
 
 
 class Encoder(nn.Module):
     """Stages from the finest to the coarsest: max pooling (but for the first), convolution with norm, couplings.
 
-    Shape: (B, C_in, *patch) -> list of (B, C_s, *patch / cumulative stride).
+    Shape: (B, C_in, *patch) -> (B, C_s, *patch / cumulative stride) in every stage.
     """
 
     def __init__(
@@ -52,17 +57,14 @@ class Encoder(nn.Module):
             for above, stage in zip(stages, lower, strict=False)
         )
         self.stages = nn.ModuleList(coupling.sequence(plan, stage, stage.encoder_blocks) for stage in stages)
-        self.reversible = coupling.reversible
-        self.recomputed = coupling.reversible and plan.samples_are_independent
 
-    @uncompiled
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the output of every stage; these are the skips."""
-        first, *lower = self.stages
-        skips = [first(run_recomputed(self.stem, self.recomputed, x))]
+    def steps(self) -> Iterator[Any]:
+        """Steps of the chain from the first feature map to the coarsest."""
+        first, *lower = cast(Any, self.stages)
+        yield from first.couplings.children()
         for transition, stage in zip(self.transitions, lower, strict=True):
-            skips.append(stage(run_recomputed(transition, self.recomputed, skips[-1])))
-        return skips
+            yield Down(transition)
+            yield from stage.couplings.children()
 
 
 class Up(nn.Module):
@@ -81,23 +83,23 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Join the coarser level with the skip."""
-        joined: Tensor = self.conv(torch.cat((self.upsample(x), skip), dim=1))
+        # CUDA's autocast interpolates in float32: a few channels at a time, which the convolution lowers anyway.
+        above = [lowered(self.upsample(channels)) for channels in x.split(_INTERPOLATED, dim=1)]
+        joined: Tensor = self.conv(torch.cat([*above, skip], dim=1))
         return joined
 
 
 class Decoder(StagedDecoder):
     """Stages from the coarsest to the finest: `Up`, couplings, a head.
 
-    Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
+    Shape: (B, num_classes, *patch / scale) in every stage.
     """
+
+    joins = Join
 
     def transition(self, plan: ReversiblePlan, coarse: StageSpec, fine: StageSpec) -> nn.Module:
         """Build an `Up`."""
         return Up(plan, coarse, fine)
-
-    def join(self, transition: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-        """Concatenate the skip, and keep nothing of it."""
-        return run_recomputed(transition, self.recomputed, x, skip, group_elements=GROUP_ELEMENTS)
 
 
 class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
@@ -140,16 +142,36 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
         self.stages = plan.stages(blocks_per_stage)
         self.input_channels = input_channels
         self.image_channels = input_channels if image_channels is None else image_channels
+        self.reversible, self.exact = reversible, exact
+        self.group_elements = group_elements(plan)
         coupling = CouplingSpec(reversible=reversible, exact=exact, preactivation=preactivation)
+        self.exact_range = coupling.exact_range
         self.encoder = Encoder(input_channels, plan, self.stages, coupling)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
         self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None
 
+    @uncompiled
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
         """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
         check_patch(x, self.stages)
-        skips = self.encoder(x)
-        outputs: Tensor | list[Tensor] = self.decoder(skips)
-        if self.vae is None or not self.training:
+        with_vae = self.vae is not None and self.training
+        found = list(self.chain(with_vae)(x))
+        logits = found[:0:-1] if with_vae else found[::-1]
+        outputs = logits if self.decoder.deep_supervision else logits[0]
+        if not with_vae:
             return outputs
-        return outputs, self.vae(skips[-1], x[:, : self.image_channels])
+        return outputs, self.vae(found[0], x[:, : self.image_channels])  # type: ignore[misc]
+
+    def chain(self, bottleneck_tap: bool = False) -> Chain:
+        """The whole network: what it gives are the bottleneck where asked for, then logits, coarsest first."""
+        tap = [Tap()] if bottleneck_tap else []
+        return Chain(
+            steps=[*self.encoder.steps(), *tap, *self.decoder.steps()],
+            enter=self.encoder.stem,
+            gives_last=False,
+            exact=self.exact,
+            reversible=self.reversible,
+            group_elements=self.group_elements,
+            channels=self.stages[0].channels,
+            exact_range=self.exact_range,
+        )

@@ -9,7 +9,7 @@ As in the paper, skips are added, not concatenated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
@@ -19,16 +19,17 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
+from nnunet_ext.architectures.reversible.chain import Chain
 from nnunet_ext.architectures.reversible.decoder import StagedDecoder
-from nnunet_ext.architectures.reversible.mixed_precision import convolve
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
-from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec
+from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec, group_elements
+from nnunet_ext.architectures.reversible.transitions import Down, Up
 
 
 class Encoder(nn.Module):
     """Stages from the finest to the coarsest: a bare (strided) convolution, then couplings.
 
-    Shape: (B, C_in, *patch) -> list of (B, C_s, *patch / cumulative stride).
+    Shape: (B, C_in, *patch) -> (B, C_s, *patch / cumulative stride) in every stage.
     """
 
     def __init__(
@@ -41,7 +42,6 @@ class Encoder(nn.Module):
             for below, stage in zip(channels, stages, strict=False)
         )
         self.stages = nn.ModuleList(coupling.sequence(plan, stage, stage.encoder_blocks) for stage in stages)
-        self.reversible = coupling.reversible
 
     def check_patch(self, x: Tensor) -> None:
         """Refuse an image that the strides do not divide.
@@ -52,37 +52,34 @@ class Encoder(nn.Module):
         strides = [transition.stride for transition in self.transitions if isinstance(transition, _ConvNd)]
         check_patch_size(x, patch_divisors(strides))
 
-    @uncompiled
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the output of every stage; these are the skips."""
-        skips = []
-        for transition, stage in zip(self.transitions, self.stages, strict=True):
-            x = stage(convolve(transition, x))
-            skips.append(x)
-        return skips
+    def steps(self) -> Iterator[Any]:
+        """Steps of the chain from the first feature map to the coarsest."""
+        levels: Any = zip(self.transitions, self.stages, strict=True)
+        for i, (transition, stage) in enumerate(levels):
+            if i:
+                yield Down(transition)
+            yield from stage.couplings.children()
 
 
 class Decoder(StagedDecoder):
     """Stages from the coarsest to the finest: a transposed convolution, the skip added, couplings, a head.
 
-    Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
+    Shape: (B, num_classes, *patch / scale) in every stage.
     """
+
+    joins = Up
 
     def transition(self, plan: ReversiblePlan, coarse: StageSpec, fine: StageSpec) -> nn.Module:
         """Build a transposed convolution."""
         transposed = get_matching_convtransp(conv_op=plan.conv_op)
         return transposed(coarse.channels, fine.channels, coarse.stride, coarse.stride, bias=plan.conv_bias)
 
-    def join(self, transition: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-        """Add the skip."""
-        return convolve(transition, x) + skip
-
 
 class ReversibleUNet(CountedFeatureMaps):
     """Partially reversible U-Net (Bruegger et al. 2019): training memory independent of the blocks per stage.
 
-    Of each stage, encoder and decoder, training keeps one feature map. Built from nnU-Net's plans, default or
-    ResEnc; arguments that are not listed mean what they mean there.
+    Training keeps one feature map per stage of the decoder, in autocast's dtype; skips are found again. Built from
+    nnU-Net's plans, default or ResEnc; arguments that are not listed mean what they mean there.
 
     Args:
         input_channels: Channels of the image.
@@ -119,14 +116,33 @@ class ReversibleUNet(CountedFeatureMaps):
         plan = ReversiblePlan(**plan_arguments)
         self.stages = plan.stages(blocks_per_stage)
         self.input_channels = input_channels
+        self.reversible, self.exact = reversible, exact
+        self.group_elements = group_elements(plan)
         coupling = CouplingSpec(reversible=reversible, exact=exact, preactivation=preactivation)
+        self.exact_range = coupling.exact_range
         self.encoder = Encoder(input_channels, plan, self.stages, coupling)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
 
+    @uncompiled
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
         self.encoder.check_patch(x)
-        return self.decoder(self.encoder(x))
+        logits = list(self.chain()(x))[::-1]
+        return logits if self.decoder.deep_supervision else logits[0]
+
+    def chain(self) -> Chain:
+        """The whole network, from the image to the logits of every head, coarsest first."""
+        stem, *_ = self.encoder.transitions
+        return Chain(
+            steps=[*self.encoder.steps(), *self.decoder.steps()],
+            enter=None if isinstance(stem, nn.Identity) else stem,
+            gives_last=False,
+            exact=self.exact,
+            reversible=self.reversible,
+            group_elements=self.group_elements,
+            channels=self.stages[0].channels,
+            exact_range=self.exact_range,
+        )
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from nnunet_ext.architectures.reversible.stages import GROUP_ELEMENTS
 from nnunet_ext.memory.autocast import CudaAutocast
 from nnunet_ext.memory.tracker import GIB, StorageTracker
 from nnunet_ext.nnunet.setting import Setting
@@ -61,11 +60,6 @@ class TrainingMemory:
         """What the GPU must have: peak and allowance."""
         return self.peak + self.allowance
 
-    def extended(self, other: TrainingMemory, steps: float) -> TrainingMemory:
-        """On the line through this and another one, `steps` times their distance from this."""
-        here, there = asdict(self), asdict(other)
-        return TrainingMemory(**{n: round(a + steps * (there[n] - a)) for n, a in here.items()})
-
     def as_dict(self) -> dict[str, int]:
         """All figures, for JSON."""
         return {**asdict(self), "allowance": self.allowance, "expected": self.expected}
@@ -101,9 +95,6 @@ def _bytes(x: Tensor) -> int:
 def training_memory(setting: Setting, trainer: str, mixed: bool = True) -> TrainingMemory:
     """Count the memory of a training; asked again for the same, it remembers.
 
-    Networks that recompute do so in groups of samples. Beyond twelve groups memory is counted for eight and for twelve,
-    from where on it grows by the same for every sample (tests/memory/test_count.py).
-
     Args:
         setting: Plans, data set and configuration.
         trainer: Name, also of nnU-Net's own and with a schedule's suffix.
@@ -112,22 +103,7 @@ def training_memory(setting: Setting, trainer: str, mixed: bool = True) -> Train
     Raises:
         UsageError: no trainer has this name.
     """
-    batch = setting.batch_size
-    few = 8 * _group(setting)
-    while 1.5 * few < batch:
-        low = count_memory(setting, trainer, few, mixed)
-        if low.held > 3 * low.gradients:  # else the optimiser's step is the peak, not the samples
-            many = few + few // 2
-            return low.extended(count_memory(setting, trainer, many, mixed), (batch - few) / (many - few))
-        few *= 2
-    return count_memory(setting, trainer, batch, mixed)
-
-
-def _group(setting: Setting) -> int:
-    """Samples that are recomputed at a time on the finest level."""
-    features = setting.configuration_manager.network_arch_init_kwargs.get("features_per_stage", 32)
-    finest = features if isinstance(features, int) else features[0]
-    return max(1, GROUP_ELEMENTS // (finest * prod(setting.patch_size)))
+    return count_memory(setting, trainer, setting.batch_size, mixed)
 
 
 def count_memory(setting: Setting, trainer: str, batch_size: int, mixed: bool = True) -> TrainingMemory:

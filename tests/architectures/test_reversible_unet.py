@@ -10,7 +10,6 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.memory.network import StepMemory, measure_step
 from nnunet_ext.memory.tracker import GIB
@@ -93,13 +92,26 @@ def test_impossible_plans_are_refused_with_rule_and_value(changes: dict[str, Any
 
 
 def test_norms_over_the_batch_are_not_recomputed_in_groups() -> None:
-    grouped = {
-        norm: [m.group_elements for m in network.modules() if isinstance(m, ReversibleSequence)]
-        for norm in (nn.BatchNorm3d, nn.InstanceNorm3d)
-        for network in [ReversibleUNet(1, 2, **arguments([4, 6], norm_op=norm))]
-    }
-    assert set(grouped[nn.BatchNorm3d]) == {None}
-    assert None not in grouped[nn.InstanceNorm3d]
+    batch, instance = (
+        ReversibleUNet(1, 2, **arguments([4, 6], norm_op=n)) for n in (nn.BatchNorm3d, nn.InstanceNorm3d)
+    )
+    x = torch.empty(9, 1, 128, 128, 128, device="meta")
+    assert batch.chain().groups(x) == [slice(0, 9)]
+    assert instance.chain().groups(x) == [slice(0, 3), slice(3, 6), slice(6, 9)]  # no more than four
+
+
+def test_image_and_its_gradient_pass_through_the_groups() -> None:
+    torch.manual_seed(0)
+    ours = ReversibleUNet(1, 3, **arguments([4, 6, 8])).double()
+    plain = ReversibleUNet(1, 3, reversible=False, **arguments([4, 6, 8])).double()
+    plain.load_state_dict(ours.state_dict())
+    ours.group_elements = 1
+    found = []
+    for network in (ours, plain):
+        x = torch.linspace(-1, 1, 5 * 8**3, dtype=torch.float64).view(5, 1, 8, 8, 8).requires_grad_()
+        found.append([*[x, *step(network, x)][1:], x.grad])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 def reversible_memory(blocks: int, **changes: Any) -> StepMemory:
@@ -120,16 +132,18 @@ def test_tracker_gives_the_known_figures_of_default_nnunet(default_memory: StepM
 @pytest.mark.parametrize("blocks", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_held_and_peak_at_full_size_do_not_depend_on_depth(blocks: int, default_memory: StepMemory) -> None:
     memory = reversible_memory(blocks)
-    assert memory.held / GIB <= 1.4
-    assert memory.peak <= 0.42 * default_memory.peak
+    assert memory.held / GIB <= 0.75
+    assert memory.peak <= 0.26 * default_memory.peak
 
 
-def test_mixed_precision_keeps_the_streams_and_no_copies_of_them() -> None:
-    values = arguments(DEFAULT)
-    ours = measure_step(lambda: ReversibleUNet(1, 3, **values), 1, (128,) * 3, 2, torch.bfloat16)
-    plain = measure_step(lambda: PlainConvUNet(1, num_classes=3, **values), 1, (128,) * 3, 2, torch.bfloat16)
-    assert ours.held <= 0.41 * plain.held
-    assert ours.peak <= 0.69 * plain.peak
+def test_mixed_precision_halves_what_is_kept() -> None:
+    float32, low = (
+        measure_step(lambda: ReversibleUNet(1, 3, **arguments(DEFAULT)), 1, (128,) * 3, 2, dtype)
+        for dtype in (None, torch.bfloat16)
+    )
+    # 16 bits and 8 of rounding error instead of 32; logits are a part of both.
+    assert low.held <= 0.8 * float32.held
+    assert low.peak <= 0.8 * float32.peak
 
 
 def test_without_reversibility_depth_costs_memory() -> None:

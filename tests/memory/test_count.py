@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext import registry
 from nnunet_ext.memory.autocast import CudaAutocast, mixed_precision
-from nnunet_ext.memory.count import TrainingMemory, count_memory, training_memory
+from nnunet_ext.memory.count import training_memory
 from nnunet_ext.memory.network import count_parameters, measure_step
 from nnunet_ext.memory.step import TrainerStep
 from nnunet_ext.nnunet.setting import Setting
@@ -96,26 +95,6 @@ def test_agrees_with_the_count_of_the_network_alone(trainer: str, dtype: torch.d
     memory = training_memory(setting, trainer, mixed=dtype is not None)
     # There the loss is a stand-in, and weights and momentum are left out.
     assert memory.peak == pytest.approx(counted.peak + 2 * counted.parameters, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    "trainer", ["nnUNetTrainer", pytest.param("nnUNetTrainerPartiallyInvertible", marks=pytest.mark.slow)]
-)
-def test_many_samples_are_counted_from_few(trainer: str) -> None:
-    setting = Source(patch=(512, 512), batch=13).setting()  # one sample is a group
-    extended, exact = training_memory(setting, trainer), count_memory(setting, trainer, 13)
-    for found, wanted in zip(astuple(extended), astuple(exact), strict=True):
-        assert found == pytest.approx(wanted, rel=0.001)
-
-
-def test_a_line_goes_through_both_counts() -> None:
-    a, b = (
-        TrainingMemory(parameters=1, gradients=1, optimizer=1, held=10, peak=20, workspace=3),
-        TrainingMemory(parameters=1, gradients=1, optimizer=1, held=14, peak=30, workspace=5),
-    )
-    assert a.extended(b, 0) == a
-    assert a.extended(b, 1) == b
-    assert a.extended(b, 2.5) == TrainingMemory(parameters=1, gradients=1, optimizer=1, held=20, peak=45, workspace=8)
 
 
 def test_dtypes_are_those_of_cuda() -> None:

@@ -6,39 +6,18 @@ New against the paper: the exact mode, in which float32 inverts bit for bit.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nnunet_ext.architectures.reversible.steps import Evaluate, Halves, Pass, Step, Streams, evaluate
+from nnunet_ext.architectures.reversible.steps import Evaluate, Halves, Pass, Step, Streams, evaluate, rounded
 
 if TYPE_CHECKING:
     from nnunet_ext.architectures.reversible.walk import State, Walk
 
-EXACT_STEP = 2.0**-12
 EXACT_RANGE = 2.0**12
-
-
-class RoundStraightThrough(torch.autograd.Function):
-    """Round to multiples of `EXACT_STEP`; the gradient passes unchanged."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        """Round."""
-        return torch.round(x / EXACT_STEP) * EXACT_STEP  # powers of two: both scalings are exact
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """Pass the gradient on."""
-        return grad
 
 
 class ExactRange:
@@ -71,7 +50,7 @@ class ExactRange:
             )
 
 
-class AdditiveCoupling(Step):
+class AdditiveCoupling(nn.Module, Step):
     """A bijection of two equally shaped tensors, whatever `f` and `g` compute.
 
     forward: ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``; inverse: ``x2 = y2 - g(y1)``, ``x1 = y1 - f(x2)``
@@ -132,4 +111,4 @@ class AdditiveCoupling(Step):
                 f"f and g of an AdditiveCoupling must keep the shape of their input, got {tuple(shift.shape)} "
                 f"from {tuple(given.shape)}."
             )
-        return RoundStraightThrough.apply(shift.to(given.dtype)) if self.exact else shift
+        return rounded(shift.to(given.dtype)) if self.exact else shift

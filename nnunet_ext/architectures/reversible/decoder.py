@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from nnunet_ext.architectures.reversible.mixed_precision import convolve
-from nnunet_ext.architectures.reversible.recomputation import uncompiled
 from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec
+from nnunet_ext.architectures.reversible.transitions import Head, Transition
 
 
 class StagedDecoder(nn.Module):
@@ -19,10 +19,13 @@ class StagedDecoder(nn.Module):
         plan: Arguments of the plans.
         stages: Stages of the network, finest first.
         coupling: How couplings are built.
-        deep_supervision: Return a list of logits, largest first.
+        deep_supervision: Give logits of every stage.
 
-    Shape: list of skips -> (B, num_classes, *patch), or with deep supervision a list of them, largest first.
+    Attributes:
+        joins: Kind of step that leads up and joins with the skip.
     """
+
+    joins: type[Transition]
 
     def __init__(
         self,
@@ -34,8 +37,6 @@ class StagedDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
-        self.reversible = coupling.reversible
-        self.recomputed = coupling.reversible and plan.samples_are_independent
         pairs = list(zip(stages[::-1], stages[-2::-1], strict=False))  # (coarser, finer), coarsest first
         self.transitions = nn.ModuleList(self.transition(plan, coarse, fine) for coarse, fine in pairs)
         self.stages = nn.ModuleList(coupling.sequence(plan, fine, fine.decoder_blocks) for _, fine in pairs)
@@ -48,18 +49,12 @@ class StagedDecoder(nn.Module):
         """Build what leads from a coarser stage to a finer one."""
         raise NotImplementedError
 
-    def join(self, transition: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-        """Lead a feature map up and join it with the skip of the finer stage."""
-        raise NotImplementedError
-
-    @uncompiled
-    def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
-        """Return logits of the finest stage, or with deep supervision of every stage, largest first."""
-        x = skips[-1]
-        outputs = []
+    def steps(self) -> Iterator[Any]:
+        """Steps of the chain from the coarsest feature map to the finest; heads where logits are wanted."""
         last = len(self.stages) - 1
-        for i, skip in enumerate(skips[-2::-1]):
-            x = self.stages[i](self.join(self.transitions[i], x, skip))
+        levels: Any = zip(self.transitions, self.stages, self.seg_layers, strict=True)
+        for i, (transition, stage, head) in enumerate(levels):
+            yield self.joins(transition)
+            yield from stage.couplings.children()
             if self.deep_supervision or i == last:
-                outputs.append(convolve(self.seg_layers[i], x))
-        return outputs[::-1] if self.deep_supervision else outputs[0]
+                yield Head(head)

@@ -114,7 +114,7 @@ class Squeeze(nn.Module):
             return (matrix @ y.flatten(2)).view(y.shape)
 
 
-class Descend(Step):
+class Descend(nn.Module, Step):
     """Leave a skip behind and squeeze the other channels; the inverse joins them again.
 
     Args:
@@ -134,22 +134,25 @@ class Descend(Step):
 
     def invert(self, streams: Streams) -> Streams:
         """Go back up."""
-        *skips, rest = streams.skips
+        *skips, (first, second) = streams.skips
         taken = self.squeeze.inverse(torch.cat(streams.halves, dim=1))
-        return Streams(join(taken, rest), tuple(skips))
+        return Streams(join(taken, (first, second)), tuple(skips))
 
     def walk_back(self, state: State, walk: Walk) -> None:
         """Go back up."""
-        y, d_y = state.whole()
+        y, d_y = state.take_streams()
         x = walk.moved(self.squeeze.inverse, y)
-        state.join(x, walk.pulled(self.squeeze.forward, x, d_y))
+        del y
+        found = [x, walk.pulled(self.squeeze.forward, x, d_y)]
+        del x, d_y
+        state.join(found)
 
     def matrix(self) -> Tensor | None:
         """That of the squeeze."""
         return self.squeeze.matrix()
 
 
-class Ascend(Step):
+class Ascend(nn.Module, Step):
     """Unsqueeze a feature map and join it with the skip of its level; the inverse is a `Descend`.
 
     Args:
@@ -164,9 +167,9 @@ class Ascend(Step):
 
     def run(self, streams: Streams, forward: Pass) -> Streams:
         """Go one level up."""
-        *skips, rest = streams.skips
+        *skips, (first, second) = streams.skips
         taken = self.squeeze.inverse(torch.cat(streams.halves, dim=1), forward.matrix)
-        return Streams(join(taken, rest), tuple(skips))
+        return Streams(join(taken, (first, second)), tuple(skips))
 
     def invert(self, streams: Streams) -> Streams:
         """Go back down."""
@@ -177,7 +180,8 @@ class Ascend(Step):
         """Go back down."""
         y, d_y = state.part(self.squeeze.channels)
         x = walk.moved(self.squeeze, y)
-        state.set(x, walk.pulled(self.squeeze.inverse, x, d_y))
+        del y
+        state.set_streams(x, walk.pulled(self.squeeze.inverse, x, d_y))
 
     def matrix(self) -> Tensor | None:
         """That of the squeeze."""

@@ -1,9 +1,4 @@
-"""Mixed precision next to float32 streams: what is cast for a convolution is cast again, not kept, for backward.
-
-Under autocast a convolution keeps the low-precision copy of its input. Where the float32 original is kept anyway,
-as the output of a reversible sequence, that copy costs half as much again: for the partially reversible U-Net 2.1
-instead of 1.4 GiB (tests/architectures/test_reversible_unet.py).
-"""
+"""Mixed precision of reversible chains: what is kept has low precision, streams are float32 while they are walked."""
 
 from __future__ import annotations
 
@@ -14,14 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.common.onednn import is_transformed
-
 
 def lowered(x: Tensor) -> Tensor:
     """`x` in the dtype of autocast, where it is enabled and `x` is float32; otherwise `x` itself."""
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32, where autocast is enabled and `x` is of lower precision; otherwise `x` itself."""
+    if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+        return x.float()
+    return x
+
+
+_SCALE = 2.0**10  # brings what rounding to float16 leaves of numbers about one into the range of an 8-bit float
+_LARGEST = torch.finfo(torch.float8_e5m2).max
+
+
+def rounding_error(x: Tensor, low: Tensor) -> Tensor | None:
+    """What was lost when `x` became `low`, in 8 bits a number; None where nothing was.
+
+    A walk back starts from what is kept. Without these bits the rounding of the last feature map runs through all
+    inversions before it, and adds as much error to the gradients as the low precision of the convolutions does
+    (tests/architectures/reversible/test_mixed_precision.py).
+    """
+    if low.dtype == x.dtype or x.device.type == "mps":  # which has no such dtype
+        return None
+    return (x - low).mul_(_SCALE).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e5m2)
+
+
+def restored(low: Tensor, error: Tensor | None) -> Tensor:
+    """`low` in float32, with its rounding error taken back."""
+    x = low.float()
+    return x if error is None else x.add_(error.float(), alpha=1 / _SCALE)
 
 
 def full_precision_products() -> AbstractContextManager[None]:
@@ -51,39 +73,46 @@ def _full_precision_products() -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
-class _Convolution(torch.autograd.Function):
-    """A convolution of `x` in `dtype` that keeps `x` as it came; `geometry` are the arguments of aten."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *geometry: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_size = None if bias is None else list(bias.shape)
-        ctx.dtype, ctx.geometry = dtype, geometry
-        bias = None if bias is None else bias.to(dtype)
-        return torch.ops.aten.convolution(x.to(dtype), weight.to(dtype), bias, *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        found = torch.ops.aten.convolution_backward(
-            gradient.to(ctx.dtype), x.to(ctx.dtype), weight.to(ctx.dtype), ctx.bias_size, *ctx.geometry, needed
-        )
-        dtypes = (x.dtype, weight.dtype, weight.dtype)
-        gradients = [None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
-        return (*gradients, None, *(None for _ in ctx.geometry))
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Return ``conv(x)`` for an `x` that is kept anyway: under autocast no low-precision copy of it is kept.
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether a module computes `torch.ops.aten.convolution` of its own weights and nothing else."""
+    plain = type(module) in _CONVOLUTIONS and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return plain and not hooked and set(module._parameters) == {"weight", "bias"}
+
+
+def convolution_gradients(
+    conv: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient: Tensor,
+    *,
+    dtype: torch.dtype | None,
+    needs_input: bool,
+) -> list[Tensor | None]:
+    """Gradients of x, weight and bias for ``conv(x)``; None where none is wanted.
 
     Args:
-        conv: A convolution or transposed convolution of any dimension.
+        conv: A plain convolution or transposed convolution of any dimension.
         x: (B, C, *spatial).
+        weight, bias: Those that it was evaluated with.
+        gradient: Gradient of the result.
+        dtype: Dtype in which autocast evaluated it; None: that of x.
+        needs_input: Whether the gradient of x is wanted.
     """
-    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
-    if not casts or conv.padding_mode != "zeros" or is_transformed():
-        return conv(x)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return _Convolution.apply(x, conv.weight, conv.bias, dtype, *geometry)
+    dtype = dtype or x.dtype
+    needed = [needs_input, weight.requires_grad, bias is not None and bias.requires_grad]
+    found = torch.ops.aten.convolution_backward(
+        gradient.to(dtype),
+        x.to(dtype),
+        weight.detach().to(dtype),
+        None if bias is None else list(bias.shape),
+        *geometry,
+        needed,
+    )
+    wanted = zip(found, (x.dtype, weight.dtype, weight.dtype), needed, strict=True)
+    return [g.to(d) if is_needed else None for g, d, is_needed in wanted]

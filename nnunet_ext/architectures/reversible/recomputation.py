@@ -42,6 +42,15 @@ class Autocast:
         enabled = torch.is_autocast_enabled(device_type)
         return cls(device_type, enabled, torch.get_autocast_dtype(device_type))
 
+    @property
+    def low(self) -> torch.dtype | None:
+        """Dtype of low precision in which it evaluates; None where it is off."""
+        return self.dtype if self.enabled else None
+
+    def lowered(self, x: Tensor) -> Tensor:
+        """`x` in that dtype where x is float32; otherwise `x` itself."""
+        return x.to(self.dtype) if self.enabled and x.dtype == torch.float32 else x
+
     def enter(self) -> AbstractContextManager[Any]:
         """Re-enter it, without its cache of cast weights: what is cached without gradients would lose them."""
         if self.dtype is None:
@@ -131,6 +140,7 @@ _DRAWS_NOTHING = {
     ),
     *(f"torch.nn.modules.{name}" for name in ("normalization", "padding", "pooling", "upsampling")),
     "dynamic_network_architectures.building_blocks.simple_conv_blocks",
+    "nnunet_ext.architectures.partially_invertible_unet",
 }
 _EXCEPTIONS = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
@@ -248,7 +258,10 @@ def standing(tensors: Iterable[tuple[Held, str, Tensor | None]]) -> Iterator[Non
 
 
 def recompute(
-    module: nn.Module, source: Tensor, seen: Seen | None, weights: Iterable[tuple[Held, str, Tensor | None]] = ()
+    module: nn.Module,
+    sources: Sequence[Tensor],
+    seen: Seen | None,
+    weights: Iterable[tuple[Held, str, Tensor | None]] = (),
 ) -> Tensor:
     """Evaluate `module` once more as it was `seen`, with `weights`; running statistics are not counted twice."""
     present = [
@@ -259,8 +272,8 @@ def recompute(
     ]
     buffers = [(held, name, buffer.clone()) for held, name, buffer in [*present, *(seen.buffers if seen else ())]]
     random = None if seen is None else seen.random
-    with nullcontext() if random is None else _replayed(random, source), standing([*weights, *buffers]):
-        result: Tensor = module(source)
+    with nullcontext() if random is None else _replayed(random, sources[0]), standing([*weights, *buffers]):
+        result: Tensor = module(*sources)
         return result
 
 

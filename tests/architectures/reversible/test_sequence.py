@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -138,13 +139,32 @@ def test_backward_outside_autocast_recomputes_in_the_dtype_of_the_forward_pass(d
         y = ours(image(dtype=torch.float32))
     y.sum().backward()
     assert seen == [dtype, dtype]
-    assert y.dtype == torch.float32
+    assert y.dtype == dtype
 
 
-def test_streams_become_float32_under_autocast() -> None:
-    ours, _ = pair(1, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ours(image(dtype=torch.bfloat16)).dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, None])
+@pytest.mark.parametrize("reversible", [True, False])
+def test_streams_are_float32_inside_and_low_outside(
+    dtype: torch.dtype, given: torch.dtype | None, reversible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pair(2, dtype=torch.float32)[not reversible]
+    inside: set[torch.dtype] = set()
+    run = AdditiveCoupling.forward
+
+    def noted(self: AdditiveCoupling, *args: Any) -> Any:
+        halves = run(self, *args)
+        inside.update(half.dtype for half in (*args[:2], *halves))
+        return halves
+
+    monkeypatch.setattr(AdditiveCoupling, "forward", noted)
+    x = image(dtype=given or dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = module(x)
+    y.float().square().sum().backward()
+    assert inside == {torch.float32}
+    assert y.dtype == dtype
+    assert x.grad.dtype == x.dtype
 
 
 def test_autocast_cache_of_the_engine_does_not_cut_gradients_of_shared_weights() -> None:
