@@ -20,7 +20,6 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
 )
 
-from nnunet_ext import registry
 from nnunet_ext.memory.tracker import GIB
 
 if TYPE_CHECKING:
@@ -111,9 +110,13 @@ class Hosts:
     """
 
     def __init__(self, planner: MemoryPlanner) -> None:
+        # Here, because they are planners too.
+        from nnunet_ext.plans.counted_memory_planner import CountedMemoryPlanner
+        from nnunet_ext.plans.counted_memory_res_enc_planner import CountedMemoryResEncPlanner
+
         res_enc = isinstance(planner, ResEncUNetPlanner)
         self._name = "default ResEnc M" if res_enc else "default"
-        counted = registry.resolve("planners", "CountedMemoryResEncPlanner" if res_enc else "CountedMemoryPlanner")
+        counted = CountedMemoryResEncPlanner if res_enc else CountedMemoryPlanner
         data, target = planner.dataset_name, planner.UNet_vram_target_GB
         self._is_filled = type(planner) is counted
         self._counted: MemoryPlanner = planner if self._is_filled else counted(data, target)
