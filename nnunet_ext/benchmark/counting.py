@@ -1,4 +1,9 @@
-"""What is counted of one trainer's network, the same on every machine: size, memory, memory against depth, passes."""
+"""What is counted of one trainer, the same on every machine: size, memory, memory against depth, passes.
+
+Memory of training is that of the trainer's own step, with its loss and optimiser, in float16 autocast with CUDA's
+dtypes: the count of `nnunet-ext estimate`, `compare` and the planners (`memory.count`), so that all of them say the
+same number, and what a GPU's step can be held against. float32 comes second.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext.benchmark.records import DepthPoint, Method
 from nnunet_ext.benchmark.request import BenchmarkRequest
+from nnunet_ext.memory.compiled import held_when_compiled
+from nnunet_ext.memory.count import training_memory
 from nnunet_ext.memory.network import (
     count_parameters,
     deployed,
@@ -68,9 +75,9 @@ def count(request: BenchmarkRequest, trainer: str) -> Method:
         method = replace(method, **_network(request, builders))
     except Exception as error:  # of any method, also a third party's: a row of the result
         return method.stopped("failed", one_line(error))
-    for stage in (_deployed, _step, _inference):
+    for stage in (_deployed, _step, _step_in_float32, _inference):
         try:
-            method = replace(method, **stage(request, builders))
+            method = replace(method, **stage(request, trainer, builders))
         except Exception as error:
             method = method.stopped("failed", one_line(error))
     return method
@@ -82,22 +89,50 @@ def _network(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
     return {"network": name, "parameters": count_parameters(builders.train)}
 
 
-def _deployed(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
+def _deployed(request: BenchmarkRequest, trainer: str, builders: Builders) -> dict[str, Any]:
     setting = request.setting
     size = measure_size(builders.deploy, setting.input_channels, setting.patch_size)
     return {"parameters_deployed": size.parameters, "macs": size.macs}
 
 
-def _step(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
-    setting, dtype = request.setting, request.machine.counting_dtype
-    memory = measure_step(builders.train, setting.input_channels, setting.patch_size, setting.batch_size, dtype)
-    return {"held_bytes": memory.held, "peak_bytes": memory.peak}
+def _step(request: BenchmarkRequest, trainer: str, builders: Builders) -> dict[str, Any]:
+    memory = training_memory(request.setting, trainer)
+    return {"held_bytes": memory.held, "peak_bytes": memory.peak, "expected_bytes": memory.expected}
 
 
-def _inference(request: BenchmarkRequest, builders: Builders) -> dict[str, Any]:
-    setting, dtype = request.setting, request.machine.counting_dtype
-    peak = measure_inference(builders.deploy, setting.input_channels, setting.patch_size, dtype)
-    return {"inference_peak_bytes": peak}
+def _step_in_float32(request: BenchmarkRequest, trainer: str, builders: Builders) -> dict[str, Any]:
+    memory = training_memory(request.setting, trainer, mixed=False)
+    return {"float32_held_bytes": memory.held, "float32_peak_bytes": memory.peak}
+
+
+def _inference(request: BenchmarkRequest, trainer: str, builders: Builders) -> dict[str, Any]:
+    setting = request.setting
+    peak = measure_inference(builders.deploy, setting.input_channels, setting.patch_size, torch.float16)
+    return {"inference_peak_bytes": peak + 4 * count_parameters(builders.deploy)}
+
+
+def count_compiled(request: BenchmarkRequest, baseline: Method, share: float) -> Method:
+    """The baseline compiled with a memory budget: what it holds; its peak is known where it is measured.
+
+    Args:
+        request: What is measured.
+        baseline: Counted without.
+        share: Budget.
+    """
+    method = replace(
+        baseline,
+        budget=share,
+        held_bytes=None,
+        peak_bytes=None,
+        expected_bytes=None,
+        float32_held_bytes=None,
+        float32_peak_bytes=None,
+    )
+    try:
+        held, in_float32 = (held_when_compiled(request.setting, baseline.trainer, share, m) for m in (True, False))
+    except Exception as error:
+        return method.stopped("failed", one_line(error))
+    return replace(method, held_bytes=held, float32_held_bytes=in_float32)
 
 
 def step_needs(request: BenchmarkRequest, builders: Builders) -> int:
@@ -151,20 +186,17 @@ def at_depth(setting: Setting, depth: int, key: str) -> Setting:
     return replace(setting, plans={**setting.plans, "configurations": configurations})
 
 
-def measure_depth(
-    setting: Setting, trainer: str, depth: int, key: str, autocast_dtype: torch.dtype | None
-) -> DepthPoint:
+def count_depth(setting: Setting, trainer: str, depth: int, key: str) -> DepthPoint:
     """Count one point on shapes.
 
     Args:
         setting: Holds the plans.
         trainer: Name.
         depth, key: Arguments of `at_depth`.
-        autocast_dtype: Argument of `measure_step`.
     """
-    build: Callable[[], nn.Module] = at_depth(setting, depth, key).training_builder(trainer)
-    patch, batch = setting.patch_size, setting.batch_size
-    memory = measure_step(build, setting.input_channels, patch, batch, autocast_dtype)
+    deep = at_depth(setting, depth, key)
+    build = deep.training_builder(trainer)
+    memory = training_memory(deep, trainer)
     with FakeTensorMode():
         network = network_name(build())
     return DepthPoint(

@@ -15,10 +15,13 @@ from nnunet_ext.style import page
 # Quantity -> title of its panel.
 PANELS = {
     "parameters": "Weights",
-    "held_bytes": "Memory held for backward",
-    "peak_bytes": "Peak memory of a training step",
-    "inference_peak_bytes": "Memory of inference",
+    "held_bytes": "Memory held, float16",
+    "peak_bytes": "Peak memory of a training step, float16",
+    "inference_peak_bytes": "Memory of inference, float16",
+    "measured_peak_bytes": "Measured peak of a training step",
+    "compiled_peak_bytes": "Measured peak, compiled",
     "step_seconds": "Time of a training step",
+    "compiled_step_seconds": "Time of a training step, compiled",
     "patch_seconds": "Time of inference",
 }
 _HATCHES = ("", "///", "...", "\\\\\\", "xx", "ooo", "--", "++")
@@ -46,19 +49,19 @@ def ratio_bars(report: Report) -> bytes:
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_axis_off()
         axes[0][0].invert_yaxis()  # shared by all
-        figure.supxlabel(f"ratio to {report.methods[0].trainer}", fontsize=8)
+        figure.supxlabel(f"ratio to {report.baseline}", fontsize=8)
         figure.suptitle(_title(report), fontsize=8)
         return _png(figure)
 
 
 def _draw_bars(axis: Any, methods: tuple[Method, ...], key: str) -> None:
-    names = [method.trainer for method in methods]
+    names = [method.label for method in methods]
     values = [method.ratios.get(key) for method in methods]
     bars = axis.barh(names, [value or 0.0 for value in values], height=0.72, edgecolor="black", linewidth=0.6)
     for index, (bar, value) in enumerate(zip(bars, values, strict=True)):
         bar.set_facecolor(_COLOURS[index % len(_COLOURS)])
         bar.set_hatch(_HATCHES[index % len(_HATCHES)])
-        text = "not measured" if value is None else f"{value:.2f}"
+        text = "not known" if value is None else f"{value:.2f}"
         axis.annotate(text, (value or 0.0, index), (3, 0), textcoords="offset points", va="center", fontsize=7)
     axis.axvline(1.0, color="black", linewidth=0.6, linestyle="--")
     axis.set_xlim(0, 1.22 * max(1.0, *(value or 0.0 for value in values)))
@@ -75,7 +78,7 @@ def depth_curves(report: Report) -> bytes:
         held, peak = figure.subplots(1, 2, sharey=True)
         _draw_curves(held, curves, "held_bytes")
         _draw_curves(peak, curves, "peak_bytes")
-        held.set(title=PANELS["held_bytes"], ylabel="GiB")
+        held.set(title=PANELS["held_bytes"], ylabel="GB of 2**30 bytes")
         peak.set_title(PANELS["peak_bytes"])
         held.legend(frameon=False)
         figure.suptitle(_title(report), fontsize=8)

@@ -52,7 +52,7 @@ class Machine:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether memory is measured, not counted."""
+        """Whether memory is measured too."""
         return self.kind == "cuda"
 
     @property
@@ -64,7 +64,7 @@ class Machine:
 
     @property
     def counting_dtype(self) -> torch.dtype | None:
-        """Autocast that stands for this precision where memory is counted on shapes."""
+        """Autocast of the CPU that stands for this precision where it is counted whether a timed step fits."""
         return torch.bfloat16 if self.precision == "mixed" else None
 
     def autocast(self) -> Any:
@@ -106,7 +106,7 @@ class Machine:
             DoesNotFitError: there is less room.
         """
         if not self.is_cuda and needed > (room := self.room()):
-            raise DoesNotFitError(f"does not fit in {gib(room)}: needs {gib(needed)}")
+            raise DoesNotFitError(f"does not fit in {gigabytes(room)}: needs {gigabytes(needed)}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -116,6 +116,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
-def gib(size: float) -> str:
-    """Bytes as text."""
-    return f"{size / GIB:.1f} GiB"
+def gigabytes(size: float) -> str:
+    """Bytes as text; 1 GB is 2**30 bytes."""
+    return f"{size / GIB:.1f} GB"

@@ -15,6 +15,7 @@ from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.memory.network import surrogate_loss, training_outputs
 from nnunet_ext.memory.step import passes_of
 
+STEP, COMPILED, PATCH = "training step", "compiled training step", "inference of a patch"
 Work = Callable[[], None]
 # Of a turn on a GPU, whose clocks and queue need some steps to settle.
 WARM_UP_STEPS = 3
@@ -185,55 +186,3 @@ def interleave(
                 seconds[key] += [elapsed] * (number > 0)
             machine.release()
     return Timed(seconds, errors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuStepMemory:
-    """Memory of a training step.
-
-    Args:
-        held: Bytes alive after the forward pass that were not before: input, outputs, what is kept for backward.
-        peak: Largest number of bytes allocated, with parameters, gradients and momentum.
-        reserved: Bytes that the allocator took from the GPU meanwhile.
-    """
-
-    held: int
-    peak: int
-    reserved: int
-
-
-def measure_gpu_step(build: Callable[[], nn.Module], shape: Sequence[int], machine: Machine) -> GpuStepMemory:
-    """Measure the second of two training steps: the first makes the momentum and lets cuDNN try its algorithms.
-
-    Args:
-        build: Returns the network.
-        shape: (B, C, *patch) of the input.
-        machine: A CUDA device.
-    """
-    step = TrainingStep(build().train().to(machine.kind), machine)
-    step.finish(step.forward(torch.randn(*shape, device=machine.kind)))
-    machine.release()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outputs = step.forward(torch.randn(*shape, device=machine.kind))
-    held = torch.cuda.memory_allocated() - before
-    step.finish(outputs)
-    machine.synchronize()
-    return GpuStepMemory(held=held, peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
-
-
-def measure_gpu_inference(build: Callable[[], nn.Module], shape: Sequence[int], machine: Machine) -> int:
-    """Measure the peak bytes of a forward pass, parameters included.
-
-    Args:
-        build: Returns the network, in eval mode.
-        shape: (1, C, *patch) of the input.
-        machine: A CUDA device.
-    """
-    work = inference(build().to(machine.kind), torch.randn(*shape, device=machine.kind), machine)
-    work()
-    machine.release()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    machine.synchronize()
-    return int(torch.cuda.max_memory_allocated())

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from nnunet_ext import registry
 from nnunet_ext.benchmark.machine import Machine
 from nnunet_ext.errors import UsageError
+from nnunet_ext.memory.compiled import DEFAULT_BUDGET
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.printable import counted
@@ -27,7 +28,8 @@ class BenchmarkRequest:
         repeats: Timed rounds; 0: no times.
         time_patch: Voxels per axis for the times; None: the plans' patch.
         depths: Blocks per stage for the curve of memory against depth; empty: no curve.
-        compiled: Whether training steps are timed compiled too; None: on CUDA, where nnU-Net compiles.
+        compiled: Whether training steps run compiled too; None: on CUDA, where nnU-Net compiles.
+        budgets: Memory budgets of rows of the compiled baseline; None: one, where all registered trainers take part.
 
     Raises:
         UsageError: a value that can't be.
@@ -41,12 +43,16 @@ class BenchmarkRequest:
     time_patch: tuple[int, ...] | None = None
     depths: tuple[int, ...] = ()
     compiled: bool | None = None
+    budgets: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.repeats < 0:
             raise UsageError(f"--repeats must be 0 or more, got {self.repeats}: 0 takes no times.")
         if any(depth < 1 for depth in self.depths):
             raise UsageError(f"--depth needs numbers of 1 or more, got {min(self.depths)}: use for example 1 2 4 8.")
+        if any(not 0 < share < 1 for share in self.budgets or ()):
+            wrong = next(share for share in self.budgets or () if not 0 < share < 1)
+            raise UsageError(f"--budget needs shares between 0 and 1, got {wrong:g}: use for example 0.5.")
         for trainer in self.trainers or ():
             trainer_class(trainer)
         if self.time_patch is not None:
@@ -65,14 +71,26 @@ class BenchmarkRequest:
             )
 
     @property
+    def compiles(self) -> bool:
+        """Whether training steps run compiled too."""
+        return self.machine.is_cuda if self.compiled is None else self.compiled
+
+    @property
     def times_compiled(self) -> bool:
         """Whether training steps are timed compiled too."""
-        return bool(self.repeats) and (self.machine.is_cuda if self.compiled is None else self.compiled)
+        return bool(self.repeats) and self.compiles
 
     @property
     def timed_patch(self) -> tuple[int, ...]:
         """Voxels per axis that times are of."""
         return self.time_patch or self.setting.patch_size
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Memory budgets of rows of the compiled baseline."""
+        if self.budgets is None:
+            return (DEFAULT_BUDGET,) if self.trainers is None else ()
+        return tuple(dict.fromkeys(self.budgets))
 
     @property
     def names(self) -> tuple[str, ...]:

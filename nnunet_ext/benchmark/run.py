@@ -11,28 +11,23 @@ import torch
 from nnunet_ext.benchmark.counting import (
     Builders,
     count,
+    count_compiled,
+    count_depth,
     depth_key,
     inference_needs,
-    measure_depth,
     passes_mirrored,
     step_needs,
     tiles_per_case,
 )
-from nnunet_ext.benchmark.machine import DoesNotFitError, gib, is_out_of_memory
-from nnunet_ext.benchmark.measure import (
-    Subject,
-    inference,
-    interleave,
-    measure_gpu_inference,
-    measure_gpu_step,
-    training,
-)
+from nnunet_ext.benchmark.gpu_memory import measurements
+from nnunet_ext.benchmark.machine import DoesNotFitError, gigabytes, is_out_of_memory
+from nnunet_ext.benchmark.measure import COMPILED, PATCH, STEP, Subject, inference, interleave, training
 from nnunet_ext.benchmark.records import DepthPoint, Method, Report, Spread
 from nnunet_ext.benchmark.request import BASELINE, BenchmarkRequest
 from nnunet_ext.errors import UsageError
+from nnunet_ext.memory.compiled import memory_budget
 from nnunet_ext.printable import one_line
 
-STEP, COMPILED, PATCH = "training step", "compiled training step", "inference of a patch"
 # done, total, what comes next
 OnProgress = Callable[[int, int, str], None]
 
@@ -60,8 +55,8 @@ class _Run:
         self._on_progress = on_progress
         self._done = 0
         rounds = request.repeats + 1 if request.repeats else 0
-        pieces = 1 + self._machine.is_cuda + (2 + request.times_compiled) * rounds + len(request.depths)
-        self._total = len(request.names) * pieces
+        each = 1 + self._machine.is_cuda + request.times_compiled * rounds
+        self._total = len(request.names) * (each + 2 * rounds + len(request.depths)) + len(request.shares) * each
         self._methods = {name: Method(trainer=name) for name in request.names}
 
     def report(self) -> Report:
@@ -75,6 +70,10 @@ class _Run:
                 f"no network can be built from the plans {self._setting.plans.get('plans_name', '')}, "
                 f"{self._setting.configuration} ({reason}): plan the data set again, or name other trainers (-tr)."
             )
+        for share in self._request.shares if self._methods[BASELINE].network else ():
+            self._next(f"{BASELINE}: counting with a memory budget")
+            method = count_compiled(self._request, self._methods[BASELINE], share)
+            self._methods[method.label] = method
         with self._machine.settings():
             if self._machine.is_cuda:
                 for name in self._built():
@@ -82,7 +81,7 @@ class _Run:
                     self._measure(name)
             if self._request.repeats:
                 self._time()
-        depth = tuple(point for name in self._built() for point in self._depth(name))
+        depth = tuple(point for name in self._built() if name in self._request.names for point in self._depth(name))
         setting, baseline = self._setting, self._methods[BASELINE]
         return Report(
             device=self._machine.name,
@@ -112,30 +111,19 @@ class _Run:
         return [name for name, method in self._methods.items() if method.network]
 
     def _measure(self, name: str) -> None:
-        """Replace the counted memory of a method by that of the GPU, where all of it fits."""
-        setting, machine = self._setting, self._machine
-        shape = (setting.input_channels, *setting.patch_size)
-        builders = Builders.of(self._request, name)
-        machine.release()
-        failure = None
-        try:
-            step = measure_gpu_step(builders.train, (setting.batch_size, *shape), machine)
-            machine.release()
-            peak = measure_gpu_inference(builders.deploy, (1, *shape), machine)
-        except Exception as error:
-            failure = error.with_traceback(None)  # which would keep tensors
-        machine.release()
-        if failure is not None:
-            self._stop(name, STEP, failure)
-            return
-        self._methods[name] = replace(
-            self._methods[name],
-            memory="measured",
-            held_bytes=step.held,
-            peak_bytes=step.peak,
-            reserved_bytes=step.reserved,
-            inference_peak_bytes=peak,
-        )
+        """Measure the memory of a method on the GPU, as far as it fits."""
+        for what, measure in measurements(self._request, self._methods[name]):
+            self._machine.release()
+            failure = None
+            try:
+                figures = measure()
+            except Exception as error:
+                failure = error.with_traceback(None)  # which would keep tensors
+            self._machine.release()
+            if failure is None:
+                self._methods[name] = replace(self._methods[name], **figures)
+            else:
+                self._stop(name, what, failure)
 
     def _stop(self, name: str, what: str, error: Exception) -> None:
         """Note why a part of a method has no figure."""
@@ -143,7 +131,7 @@ class _Run:
         if isinstance(error, DoesNotFitError):
             self._methods[name] = method.stopped("out of memory", f"{what} {error}")
         elif is_out_of_memory(error):
-            reason = f"{what} does not fit in {gib(self._machine.room())}"
+            reason = f"{what} does not fit in {gigabytes(self._machine.room())}"
             self._methods[name] = method.stopped("out of memory", reason)
         else:
             self._methods[name] = method.stopped("failed", f"{what}: {one_line(error)}")
@@ -155,7 +143,8 @@ class _Run:
         for key, subject in compiled.items():
             # Alone, as in a training: what is compiled of one network would count in the limits of the next.
             torch._dynamo.reset()
-            self._interleave({key: subject})
+            with memory_budget(self._methods[key[0]].budget):
+                self._interleave({key: subject})
             torch._dynamo.reset()
 
     def _interleave(self, subjects: Mapping[tuple[str, str], Subject]) -> None:
@@ -173,8 +162,8 @@ class _Run:
 
     def _subjects(self, name: str) -> Iterator[tuple[str, Subject]]:
         """The kinds of turns of a method; on the CPU with the memory that they need."""
-        request = self._request
-        builders = Builders.of(request, name)
+        request, method = self._request, self._methods[name]
+        builders = Builders.of(request, method.trainer)
         shape = (self._setting.input_channels, *request.timed_patch)
         batch = self._setting.batch_size
         kinds = [
@@ -183,7 +172,7 @@ class _Run:
             (PATCH, builders.deploy, inference, 1, inference_needs),
         ]
         for what, build, prepare, samples, needs in kinds:
-            if what == COMPILED and not request.times_compiled:
+            if not (request.times_compiled if what == COMPILED else method.budget is None):
                 continue
             try:
                 needed = 0 if self._machine.is_cuda else needs(request, builders)
@@ -213,6 +202,6 @@ class _Run:
             if key is None:
                 continue
             try:
-                yield measure_depth(setting, name, depth, key, self._machine.counting_dtype)
+                yield count_depth(setting, name, depth, key)
             except Exception as error:
                 self._stop(name, f"depth {depth}", error)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nnunet_ext import escaping
-from nnunet_ext.benchmark.records import Method, Report, Spread
+from nnunet_ext.benchmark.records import DEFAULT_NETWORKS, Method, Report, Spread
 from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.printable import counted
 
 MISSING = "\N{EN DASH}"
-_DEFAULT_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
 # A figure, and below it its ratio or spread.
 Cell = tuple[str, ...]
 
@@ -23,7 +21,7 @@ class BenchmarkTable:
 
     Args:
         title: What it shows.
-        header: One cell per column; the second line is the unit.
+        header: One cell per column; the last line is the unit.
         rows: Cells; the first is a name.
     """
 
@@ -52,14 +50,26 @@ class _Column:
         return (number(value / self.divisor), compared) if compared else (number(value / self.divisor),)
 
 
+_MEMORY = (
+    _Column("float16 held", "GB", "held_bytes", GIB),
+    _Column("float16 peak", "GB", "peak_bytes", GIB),
+    _Column("float16 expected", "GB", "expected_bytes", GIB),
+    _Column("float32 held", "GB", "float32_held_bytes", GIB),
+    _Column("float32 peak", "GB", "float32_peak_bytes", GIB),
+)
+_MEASURED = (
+    _Column("held", "GB", "measured_held_bytes", GIB),
+    _Column("peak", "GB", "measured_peak_bytes", GIB),
+    _Column("reserved", "GB", "measured_reserved_bytes", GIB),
+    _Column("compiled held", "GB", "compiled_held_bytes", GIB),
+    _Column("compiled peak", "GB", "compiled_peak_bytes", GIB),
+)
 _SIZES = (
     _Column("weights", "M", "parameters", 1e6),
     _Column("deployed", "M", "parameters_deployed", 1e6),
     _Column("operations", "GMAC", "macs", 1e9),
-    _Column("held", "GiB", "held_bytes", GIB),
-    _Column("peak", "GiB", "peak_bytes", GIB),
-    _Column("reserved", "GiB", "reserved_bytes", GIB),
-    _Column("inference", "GiB", "inference_peak_bytes", GIB),
+    _Column("inference", "GB", "inference_peak_bytes", GIB),
+    _Column("inference measured", "GB", "measured_inference_peak_bytes", GIB),
 )
 _TIMES = (
     _Column("training step", "s", "step_seconds"),
@@ -71,37 +81,36 @@ _TIMES = (
 
 
 def tables(report: Report) -> list[BenchmarkTable]:
-    """Sizes and memory, times, depth; those that hold anything."""
-    size = f"patch {shape(report.patch_size)}, batch {report.batch_size}, {report.precision}"
-    found = [_methods_table(f"Size and memory: {size}", report, _SIZES, _is_shown)]
-    if any(_has_values(report, column) for column in _TIMES):
-        patch = shape(report.time_patch_size)
-        title = f"Times: patch {patch}, batch {report.batch_size}, {report.precision}, {report.device}"
-        found.append(_methods_table(title, report, _TIMES, _has_values))
-    return [*found, *([_depth_table(f"Memory against depth: {size}", report)] if report.depth else [])]
+    """Memory of training as counted and as measured, sizes and prediction, times, depth; those that hold anything."""
+    patch, batch = f"patch {shape(report.patch_size)}", f"batch {report.batch_size}"
+    timed = f"patch {shape(report.time_patch_size)}"
+    groups = (
+        (f"Memory of a training step, counted: {patch}, {batch}", _MEMORY),
+        (f"Memory of a training step, measured: {patch}, {batch}, {report.precision}, {report.device}", _MEASURED),
+        (f"Size, and memory of inference in float16: {patch}", _SIZES),
+        (f"Times: {timed}, {batch}, {report.precision}, {report.device}", _TIMES),
+    )
+    found = [_methods_table(title, report, columns) for title, columns in groups]
+    depth = [_depth_table(f"Memory against depth, float16: {patch}, {batch}", report)] if report.depth else []
+    return [table for table in found if len(table.header) > 1] + depth
 
 
-def _methods_table(
-    title: str, report: Report, columns: Any, shown: Callable[[Report, _Column], bool]
-) -> BenchmarkTable:
-    kept = [column for column in columns if shown(report, column)]
-    rows = ((_name(method.trainer), *(column.cell(method) for column in kept)) for method in report.methods)
-    return BenchmarkTable(title, (("trainer",), *((column.title, f"[{column.unit}]") for column in kept)), tuple(rows))
-
-
-def _has_values(report: Report, column: _Column) -> bool:
-    return any(getattr(method, column.key) is not None for method in report.methods)
+def _methods_table(title: str, report: Report, columns: Sequence[_Column]) -> BenchmarkTable:
+    kept = [column for column in columns if _is_shown(report, column)]
+    rows = ((_name(method), *(column.cell(method) for column in kept)) for method in report.methods)
+    header = (("trainer",), *((*column.title.split(), f"[{column.unit}]") for column in kept))
+    return BenchmarkTable(title, header, tuple(rows))
 
 
 def _is_shown(report: Report, column: _Column) -> bool:
-    """All but reserved memory on the CPU, and the deployed form where it is the same."""
+    """What any method has, and the deployed form where it is another."""
     if column.key == "parameters_deployed":
         return any(method.parameters_deployed not in (None, method.parameters) for method in report.methods)
-    return column.key != "reserved_bytes" or _has_values(report, column)
+    return any(getattr(method, column.key) is not None for method in report.methods)
 
 
 def _depth_table(title: str, report: Report) -> BenchmarkTable:
-    header: tuple[Cell, ...] = (("trainer",), ("depth",), ("weights", "[M]"), ("held", "[GiB]"), ("peak", "[GiB]"))
+    header: tuple[Cell, ...] = (("trainer",), ("depth",), ("weights", "[M]"), ("held", "[GB]"), ("peak", "[GB]"))
     rows = (
         (
             (point.trainer,),
@@ -115,25 +124,25 @@ def _depth_table(title: str, report: Report) -> BenchmarkTable:
     return BenchmarkTable(title, header, tuple(rows))
 
 
-def _name(trainer: str) -> Cell:
+def _name(method: Method) -> Cell:
     """Two lines where that saves width: nnUNetTrainer, then what is special."""
-    prefix = "nnUNetTrainer"
-    return (prefix, trainer.removeprefix(prefix)) if trainer.startswith(prefix) and trainer != prefix else (trainer,)
+    prefix, label = "nnUNetTrainer", method.label
+    return (prefix, label.removeprefix(prefix)) if label.startswith(prefix) and label != prefix else (label,)
 
 
 def notes(report: Report) -> Iterator[str]:
     """Sentences that say what the figures are, and why some are missing."""
     for method in report.methods:
         if method.reason:
-            yield f"{method.trainer}: {method.reason}."
-    yield "In parentheses: ratio to the first row."
+            yield f"{method.label}: {method.reason}."
+    yield f"In parentheses: ratio to {report.baseline}, the first row."
     network = report.methods[0].network
-    if network not in (None, *_DEFAULT_NETWORKS):
+    if network not in (None, *DEFAULT_NETWORKS):
         yield (
             f"These plans are for {network}, which {report.methods[0].trainer} builds from them: for a comparison "
             "with default nnU-Net give plans of its own planners."
         )
-    yield _memory_note({method.memory for method in report.methods})
+    yield from _memory_notes(report)
     if not report.repeats:
         return
     yield (
@@ -157,13 +166,22 @@ def notes(report: Report) -> Iterator[str]:
         )
 
 
-def _memory_note(kinds: set[str]) -> str:
-    counted = "counted on shapes, without weights, momentum, workspaces and the device's own"
-    measured = "measured on the GPU, with weights and momentum"
-    if kinds == {"counted"}:
-        return f"Memory is {counted}."
-    rest = "" if kinds == {"measured"} else f"; of what doesn't run there {counted}"
-    return f"Memory is {measured}{rest}."
+def _memory_notes(report: Report) -> Iterator[str]:
+    yield (
+        "Held: alive after the forward pass of a training step, beside weights and momentum. Peak: the most at any "
+        "time of it, these included. Expected: peak and an allowance for CUDA. 1 GB is 2**30 bytes."
+    )
+    yield (
+        "Counted on shapes: the trainer's own step, not compiled, in float16 autocast as nnU-Net trains on every GPU, "
+        "and in float32."
+    )
+    if any(method.measured_peak_bytes or method.compiled_peak_bytes for method in report.methods):
+        yield "Measured: the second of two such steps on the GPU, with workspaces; reserved is what PyTorch took of it."
+    if any(method.budget and not method.compiled_peak_bytes for method in report.methods):
+        yield (
+            "Budget: share of what torch.compile would keep for the backward pass that it may keep "
+            "(activation_memory_budget); its peak depends on the compiler, and is measured on a GPU only."
+        )
 
 
 def markdown(report: Report, command: str) -> str:

@@ -1,6 +1,7 @@
 """Parameters, operations, memory and time of networks next to default nnU-Net, on the same plan and in one run.
 
-Without -tr, every registered trainer takes part. Without a GPU, memory is counted on shapes at full size.
+Without -tr, every registered trainer takes part. Memory is counted on shapes at full size, in float16 autocast as
+nnU-Net trains on every GPU and in float32; with a GPU it is measured too.
 
 examples: nnunet-ext benchmark -d 4 -c 3d_fullres
           nnunet-ext benchmark --patch 128 128 128 --repeats 0 --depth 1 2 4 8 16
@@ -39,13 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classes", type=int, metavar="N", help="classes with background, instead of dataset.json's (else 3)")
     add("--batch", type=int, metavar="N", help="batch size, instead of that of the plans")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where PyTorch finds an NVIDIA GPU, else cpu")
-    add("--precision", choices=("float32", "mixed"), help="default: mixed on cuda, float32 on cpu")
+    add(
+        "--precision",
+        choices=("float32", "mixed"),
+        help="of times and of measured memory; default: mixed on cuda, float32 on cpu",
+    )
     add("--repeats", type=int, default=5, metavar="N", help="timed rounds; 0: no times (%(default)s)")
     add("--time-patch", type=int, nargs="+", metavar="N", help="a smaller patch for the times")
     add(
         "--compiled",
         action=argparse.BooleanOptionalAction,
-        help="time training steps compiled too, as nnU-Net trains on CUDA; default: on cuda",
+        help="run training steps compiled too, as nnU-Net trains on CUDA; default: on cuda",
+    )
+    add(
+        "--budget",
+        type=float,
+        nargs="*",
+        metavar="SHARE",
+        help="rows of default nnU-Net compiled with this activation_memory_budget; default: 0.5 without -tr, else none",
     )
     add("--depth", type=int, nargs="+", default=[], metavar="N", help="memory against blocks per stage")
     add("-o", dest="output", type=Path, metavar="OUT", help="folder for JSON, Markdown and figures")
@@ -98,12 +110,13 @@ def _measure(args: argparse.Namespace) -> Report:
         time_patch=_tuple(args.time_patch),
         depths=tuple(args.depth),
         compiled=args.compiled,
+        budgets=_tuple(args.budget),
     )
     with _progress() as show:
         return run_benchmark(request, show)
 
 
-def _tuple(values: list[int] | list[str] | None) -> tuple[Any, ...] | None:
+def _tuple(values: list[int] | list[float] | list[str] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)
 
 

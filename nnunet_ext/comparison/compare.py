@@ -11,7 +11,7 @@ import pandas as pd
 
 from nnunet_ext.comparison import checks
 from nnunet_ext.comparison.accuracy import Evaluation, evaluate
-from nnunet_ext.comparison.cost import Cost, benchmarked, read_cost
+from nnunet_ext.comparison.cost import Cost, read_cost
 from nnunet_ext.comparison.places import Places
 from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.scores import read_validation
@@ -100,10 +100,9 @@ def compare(request: ComparisonRequest, on_status: Status = lambda _: None) -> C
     on_status("reading trainings")
     trainings = {run.label: read_training(run) for run in runs}
     costs = {}
-    peaks = all("peak_bytes" in benchmarked(run, request.benchmark) for run in runs)
     for run in runs:
         on_status(f"measuring the network of {run.label}")
-        costs[run.label], found = read_cost(run, trainings[run.label], request.benchmark, peaks, request.trusted)
+        costs[run.label], found = read_cost(run, trainings[run.label], request.benchmark, request.trusted)
         warnings += [*trainings[run.label].warnings, *found]
     settings = checks.of_settings(runs, trainings) if runs else []
     return Comparison(request, tuple(evaluations), trainings, costs, (*settings, *warnings))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.training import Training
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
+from nnunet_ext.printable import one_line
+
+if TYPE_CHECKING:
+    from nnunet_ext.nnunet.setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +29,11 @@ class Cost:
         epochs, iterations: Number of epochs (of all folds the same, else None), training iterations per epoch.
         seconds_per_epoch: Value that the trainings logged.
         machine: Machine of the trainings.
-        peak: Bytes of a training step without the weights, see `memory_source`.
-        inference_peak: Bytes of the prediction of a patch without the weights.
+        held, peak: Bytes of the trainer's step in float16 autocast, counted (`memory.count`).
+        inference_peak: Bytes of the prediction of a patch in float16 autocast, weights included, counted.
+        measured_peak, measured_inference_peak: The same as `nnunet-ext benchmark` measured them on a GPU.
         case_seconds: Prediction of a case with mirroring.
-        memory_source: How `peak` was measured.
+        measured_on: Device and precision of what the benchmark measured.
     """
 
     parameters: int | None
@@ -40,14 +46,17 @@ class Cost:
     iterations: int | None
     seconds_per_epoch: float | None
     machine: str
+    held: int | None
     peak: int | None
     inference_peak: int | None
+    measured_peak: int | None
+    measured_inference_peak: int | None
     case_seconds: float | None
-    memory_source: str
+    measured_on: str
 
 
 def read_cost(
-    run: Run, training: Training, benchmark: Mapping[str, Any] | None, peaks: bool, trusted: bool = False
+    run: Run, training: Training, benchmark: Mapping[str, Any] | None, trusted: bool = False
 ) -> tuple[Cost, list[str]]:
     """Cost of a run, and warnings about what could not be found.
 
@@ -55,17 +64,18 @@ def read_cost(
         run: Its folder.
         training: What it logged.
         benchmark: Content of `nnunet-ext benchmark`'s JSON, where there is one.
-        peaks: Whether the training memory is the benchmark's too, which needs a record of every run: what was
-            measured and what is counted here can't stand in one ratio.
         trusted: Build whatever code the run's plans name.
     """
     settings, warnings = run.settings, []
     measured = benchmarked(run, benchmark)
-    counted: dict[str, Any] = {}
+    counted: dict[str, int] = {}
+    missing = "its network can't be built here, size and memory are missing"
     try:
-        counted = count(run, trusted)
+        counted = count_size(run, trusted)
+        missing = "its training step can't be counted here, its memory is missing"
+        counted |= count_memory(run, trusted)
     except UsageError as error:
-        warnings.append(f"{run.label}: its network can't be built here, size and memory are missing ({error})")
+        warnings.append(f"{run.label}: {missing} ({error})")
     return (
         Cost(
             parameters=counted.get("parameters"),
@@ -78,37 +88,64 @@ def read_cost(
             iterations=training.iterations,
             seconds_per_epoch=training.seconds_per_epoch,
             machine="; ".join(dict.fromkeys(training.machines.values())),
-            peak=measured.get("peak_bytes") if peaks else counted.get("peak"),
-            inference_peak=measured.get("inference_peak_bytes"),
+            held=counted.get("held"),
+            peak=counted.get("peak"),
+            inference_peak=counted.get("inference_peak"),
+            measured_peak=measured.get("measured_peak_bytes"),
+            measured_inference_peak=measured.get("measured_inference_peak_bytes"),
             case_seconds=measured.get("case_seconds_mirrored"),
-            memory_source=f"{benchmark.get('device')}, {measured.get('memory')}"
-            if peaks and benchmark
-            else "float32, counted",
+            measured_on=f"{benchmark.get('device')}, {benchmark.get('precision')}" if benchmark and measured else "",
         ),
         warnings,
     )
 
 
-def count(run: Run, trusted: bool = False) -> dict[str, int]:
-    """Parameters, operations and training memory of the run's network, on shapes only.
+def count_size(run: Run, trusted: bool = False) -> dict[str, int]:
+    """Parameters, operations and memory of prediction of the run's network, on shapes only.
 
     Raises:
         UsageError: the trainer isn't installed here, or its network can't or may not be built.
     """
-    from nnunet_ext.memory.network import measure_size, measure_step
+    import torch
+
+    from nnunet_ext.memory.network import measure_inference, measure_size
+
+    with _as_usage_error():
+        setting = _setting(run, trusted)
+        build, channels = setting.builder(run.trainer, False), setting.input_channels
+        size = measure_size(build, channels, setting.patch_size)
+        inference = measure_inference(build, channels, setting.patch_size, torch.float16) + 4 * size.parameters
+    return {"parameters": size.parameters, "macs": size.macs, "inference_peak": inference}
+
+
+def count_memory(run: Run, trusted: bool = False) -> dict[str, int]:
+    """Memory of a step of the run's trainer, on shapes only.
+
+    Raises:
+        UsageError: its step can't be run here.
+    """
+    from nnunet_ext.memory.count import training_memory
+
+    with _as_usage_error():
+        step = training_memory(_setting(run, trusted), run.trainer)
+    return {"held": step.held, "peak": step.peak}
+
+
+def _setting(run: Run, trusted: bool) -> Setting:
     from nnunet_ext.nnunet.setting import Setting
 
+    return Setting(plans=run.plans, dataset=run.dataset, configuration=run.configuration, trusted=trusted)
+
+
+@contextmanager
+def _as_usage_error() -> Iterator[None]:
+    """Networks and trainers of other packages may raise anything."""
     try:
-        setting = Setting(plans=run.plans, dataset=run.dataset, configuration=run.configuration, trusted=trusted)
-        size = measure_size(setting.builder(run.trainer, False), setting.input_channels, setting.patch_size)
-        step = measure_step(
-            setting.training_builder(run.trainer), setting.input_channels, setting.patch_size, setting.batch_size
-        )
+        yield
     except UsageError:
         raise
-    except Exception as error:  # networks of other packages may raise anything
-        raise UsageError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    return {"parameters": size.parameters, "macs": size.macs, "peak": step.peak}
+    except Exception as error:
+        raise UsageError(one_line(error)) from error
 
 
 def benchmarked(run: Run, benchmark: Mapping[str, Any] | None) -> dict[str, Any]:

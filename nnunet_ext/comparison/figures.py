@@ -184,7 +184,7 @@ def accuracy_and_cost(evaluation: Evaluation, costs: Mapping[str, Cost]) -> byte
     panels = {
         "Parameters [million]": ("parameters", MEGA),
         "GMAC per patch": ("macs", GIGA),
-        "Training memory [GiB]": ("peak", GIB),
+        "Peak memory of training [GB]": ("peak", GIB),
         "Training [s per epoch]": ("seconds_per_epoch", 1.0),
         "Prediction [s per case]": ("case_seconds", 1.0),
     }

@@ -140,23 +140,28 @@ def cost(costs: Mapping[str, Cost]) -> Table:
             return None
         return (title, *_with_ratios([v / unit if v is not None else None for v in values], digits))
 
-    source = "; ".join(dict.fromkeys(c.memory_source for c in all_costs))
+    measured_on = "; ".join(dict.fromkeys(c.measured_on for c in all_costs if c.measured_on))
     rows = [
         quantity("parameters", "parameters [million]", 1e6, 2),
         quantity("macs", "GMAC per patch", 1e9, 1),
         ("patch", *("x".join(map(str, c.patch_size)) or MISSING for c in all_costs)),
         ("batch", *(MISSING if c.batch_size is None else str(c.batch_size) for c in all_costs)),
         ("spacing [mm]", *("x".join(f"{step:g}" for step in c.spacing) or MISSING for c in all_costs)),
-        quantity("peak", f"training memory [GiB] ({source})", _GIB, 2),
-        quantity("inference_peak", "prediction memory [GiB]", _GIB, 2),
+        quantity("held", "memory held in training [GB] (float16 autocast, counted)", _GIB, 2),
+        quantity("peak", "peak memory of training [GB] (float16 autocast, counted)", _GIB, 2),
+        quantity("measured_peak", f"peak memory of training [GB] ({measured_on}, measured)", _GIB, 2),
+        quantity("inference_peak", "peak memory of prediction [GB] (float16 autocast, counted)", _GIB, 2),
+        quantity("measured_inference_peak", f"peak memory of prediction [GB] ({measured_on}, measured)", _GIB, 2),
         ("epochs", *(MISSING if c.epochs is None else str(c.epochs) for c in all_costs)),
         ("iterations per epoch", *(MISSING if c.iterations is None else str(c.iterations) for c in all_costs)),
         quantity("seconds_per_epoch", "seconds per epoch", 1, 1),
         quantity("case_seconds", "prediction of a case [s]", 1, 1),
         ("trained on", *(c.machine for c in all_costs)),
     ]
-    caption = "Cost, with the ratio to the baseline. Training memory: peak of a step; counted without "
-    caption += "weights, measured on a GPU with them. "
+    caption = (
+        "Cost, with the ratio to the baseline, the first run. Held: alive after the forward pass of a step, beside "
+    )
+    caption += "weights and momentum; peak: the most at any time of it, these included; 1 GB is 2**30 bytes. "
     caption += "Seconds per epoch are as logged: comparable only on the same, otherwise idle machine."
     return Table(caption, ("quantity", *costs), tuple(row for row in rows if row is not None))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
@@ -143,7 +144,8 @@ class TrainerStep:
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         several = isinstance(logits, (list, tuple))
         self._trainer.enable_deep_supervision = several
-        loss: nn.Module = self._trainer._build_loss()
+        with np.errstate(invalid="ignore"):  # nnU-Net's weights of a single scale are 0 / 0
+            loss: nn.Module = self._trainer._build_loss()
         found = [
             targets[size] if (size := tuple(level.shape[2:])) in targets else self._labels(size)
             for level in (logits if several else [logits])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext.benchmark.machine import DoesNotFitError, Machine, gib, is_out_of_memory
+from nnunet_ext.benchmark.machine import DoesNotFitError, Machine, gigabytes, is_out_of_memory
 from nnunet_ext.benchmark.measure import WARM_UP_STEPS, Subject, TrainingStep, inference, interleave, training
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.autocast import CudaAutocast
@@ -185,7 +185,7 @@ def test_subject_without_room_is_refused_before_it_is_built(machine: Machine, mo
         raise AssertionError("built")
 
     subject = Subject(build, training, (1, 1, 8, 8), int(4.5 * GIB))
-    with pytest.raises(DoesNotFitError, match=r"^does not fit in 3\.0 GiB: needs 4\.5 GiB$"):
+    with pytest.raises(DoesNotFitError, match=r"^does not fit in 3\.0 GB: needs 4\.5 GB$"):
         subject.turn(machine, lambda: 0.0)
 
 
@@ -236,5 +236,5 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Machine.find("cuda", None)
 
 
-def test_bytes_are_shown_in_gib() -> None:
-    assert gib(1.25 * GIB) == "1.2 GiB"
+def test_bytes_are_shown_in_gigabytes() -> None:
+    assert gigabytes(1.25 * GIB) == "1.2 GB"

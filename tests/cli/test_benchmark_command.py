@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[BenchmarkRequest]:
 
 def test_arguments_reach_the_runner(asked: list[BenchmarkRequest]) -> None:
     line = "--channels 2 --classes 4 --batch 3 --device cpu --precision mixed --repeats 7 --time-patch 8 8 8"
-    trainers = "-tr nnUNetTrainerReversible nnUNetTrainerAdam --depth 1 2 --compiled"
+    trainers = "-tr nnUNetTrainerReversible nnUNetTrainerAdam --depth 1 2 --compiled --budget 0.3"
     assert cli.main(["benchmark", *PATCH, *line.split(), *trainers.split()]) == 0
     (request,) = asked
     setting = request.setting
@@ -51,13 +51,14 @@ def test_arguments_reach_the_runner(asked: list[BenchmarkRequest]) -> None:
     assert request.names == ("nnUNetTrainer", "nnUNetTrainerReversible", "nnUNetTrainerAdam")
     assert (request.repeats, request.timed_patch, request.depths) == (7, (8, 8, 8), (1, 2))
     assert request.times_compiled
+    assert request.shares == (0.3,)
 
 
 def test_table_fits_80_columns(asked: list[BenchmarkRequest], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["benchmark", *PATCH]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    for text in ("[s]", "[GiB]", "(0.21x)", "1.50-2.50", "nnUNetTrainerLost: No 3D. Use 2d."):
+    for text in ("[s]", "[GB]", "(0.25x)", "1.50-2.50", "nnUNetTrainerLost: No 3D. Use 2d."):
         assert text in out
     assert "…" not in out
 
@@ -107,6 +108,7 @@ def test_files_are_written_on_request_only(
         (["--patch", "4", "4", "4"], "at least 8 voxels per axis, got 4 4 4"),
         ([*PATCH, "--repeats", "-1"], "--repeats must be 0 or more, got -1"),
         ([*PATCH, "--depth", "0"], "--depth needs numbers of 1 or more, got 0"),
+        ([*PATCH, "--budget", "50"], "--budget needs shares between 0 and 1, got 50: use for example 0.5."),
         ([*PATCH, "--time-patch", "9", "8", "8"], "must be divisible by 4 4 4"),
         ([*PATCH, "-tr", "nnUNetTrainerNobody"], "got nnUNetTrainerNobody: correct it"),
         ([*PATCH, "--device", "cuda"], "--device cuda needs an NVIDIA GPU"),

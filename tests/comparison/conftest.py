@@ -107,11 +107,11 @@ def make_run(tmp_path: Path) -> MakeRun:
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests compare runs of one network: it is counted for the first of them."""
-    monkeypatch.setattr(cost, "count", _count)
+    monkeypatch.setattr(cost, "count_size", _count)
 
 
 _counted: dict[str, dict[str, int]] = {}
-_really_count = cost.count
+_really_count = cost.count_size
 
 
 def _count(run: Run, trusted: bool = False) -> dict[str, int]:

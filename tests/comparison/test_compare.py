@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nnunet_ext.comparison import compare, selection
+from nnunet_ext.comparison import compare, selection, tables
 from nnunet_ext.comparison.accuracy import MEAN
 from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.comparison.selection import Selection
 from nnunet_ext.errors import UsageError
+from nnunet_ext.memory.count import training_memory
+from nnunet_ext.nnunet.setting import Setting
 from tests.comparison.conftest import Counts, MakeRun, dice_counts, random_folds
 
 Folds = dict[str, dict[str, list[Counts]]]
@@ -276,31 +278,49 @@ def test_copied_run_of_another_machine_needs_nothing_else(make_run: MakeRun, tmp
     assert len(run(*map(Path, moved)).evaluations[0].cases) == 12
 
 
-def test_benchmark_beside_the_report_fills_in_memory_and_time(make_run: MakeRun, tmp_path: Path) -> None:
-    a, b = make_run("nnUNetTrainer_3epochs", random_folds(1)), make_run("nnUNetTrainerB", random_folds(2))
-    record = {"trainer": "nnUNetTrainer", "peak_bytes": 123, "inference_peak_bytes": 45, "case_seconds_mirrored": 6.5}
+def test_benchmark_beside_the_report_adds_measured_memory_and_time(make_run: MakeRun, tmp_path: Path) -> None:
+    a, b = make_run("nnUNetTrainer_3epochs", random_folds(1)), make_run("nnUNetTrainerNoMirroring", random_folds(2))
+    record = {
+        "trainer": "nnUNetTrainer",
+        "peak_bytes": 1,
+        "measured_peak_bytes": 123,
+        "measured_inference_peak_bytes": 45,
+        "case_seconds_mirrored": 6.5,
+    }
     content = {
-        "device": "GPU",
+        "device": "H100",
+        "precision": "mixed",
         "configuration": "3d_fullres",
         "patch_size": [16, 16, 16],
         "batch_size": 2,
         "plans": "nnUNetPlans",
-        "methods": [{**record, "memory": "measured"}, {**record, "trainer": "nnUNetTrainerB", "memory": "measured"}],
+        "methods": [record],
     }
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "benchmark.json").write_text(json.dumps(content))
-    cost = run(a, b, output=tmp_path / "out").costs["nnUNetTrainer_3epochs"]
-    assert (cost.peak, cost.inference_peak, cost.case_seconds, cost.memory_source) == (123, 45, 6.5, "GPU, measured")
-    # measured and counted memory are never put in one ratio
-    partial = {**content, "methods": [record]}
-    (tmp_path / "out" / "benchmark.json").write_text(json.dumps(partial))
-    costs = run(a, b, output=tmp_path / "out").costs
-    assert (costs["nnUNetTrainer_3epochs"].case_seconds, costs["nnUNetTrainerB"].case_seconds) == (6.5, None)
-    assert costs["nnUNetTrainer_3epochs"].peak != 123
-    assert {cost.memory_source for cost in costs.values()} == {"float32, counted"}
+    comparison = run(a, b, output=tmp_path / "out")
+    costs = comparison.costs
+    cost = costs["nnUNetTrainer_3epochs"]
+    assert (cost.measured_peak, cost.measured_inference_peak, cost.case_seconds) == (123, 45, 6.5)
+    assert cost.measured_on == "H100, mixed"
+    assert (costs["nnUNetTrainerNoMirroring"].measured_peak, costs["nnUNetTrainerNoMirroring"].case_seconds) == (
+        None,
+        None,
+    )
+    # What is counted is the trainer's own step in float16 autocast, never the benchmark's figure of another run.
+    setting = Setting(
+        plans=json.loads((a / "plans.json").read_text()),
+        dataset=json.loads((a / "dataset.json").read_text()),
+        configuration="3d_fullres",
+    )
+    memory = training_memory(setting, "nnUNetTrainer")
+    assert (cost.held, cost.peak) == (memory.held, memory.peak)
+    rows = {row[0]: row[1:] for row in tables.cost(costs).rows}
+    assert rows["peak memory of training [GB] (H100, mixed, measured)"] == ("0.00", tables.MISSING)
+    assert "(1.00" in rows["memory held in training [GB] (float16 autocast, counted)"][1]
     content["patch_size"] = [32, 32, 32]
     (tmp_path / "out" / "benchmark.json").write_text(json.dumps(content))
-    assert run(a, b, output=tmp_path / "out").costs["nnUNetTrainer_3epochs"].peak != 123
+    assert run(a, b, output=tmp_path / "out").costs["nnUNetTrainer_3epochs"].measured_peak is None
     (tmp_path / "out" / "benchmark.json").write_text("{}")
     with pytest.raises(UsageError, match=r"benchmark.json must be the JSON of `nnunet-ext benchmark`"):
         run(a, b, output=tmp_path / "out")
