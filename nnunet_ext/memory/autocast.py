@@ -32,6 +32,8 @@ class CudaAutocast(TorchFunctionMode):
     ) -> Any:
         """Run one function of PyTorch."""
         options = kwargs or {}
+        if func is Tensor.backward:
+            return self._backward(args[0])
         name = getattr(func, "__name__", "")
         if not torch.is_autocast_enabled("cpu"):
             return func(*args, **options)
@@ -40,6 +42,13 @@ class CudaAutocast(TorchFunctionMode):
         if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float16:
             return func(*args, **options)
         return _run(name, func, args, options)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Run a backward pass in this mode, which is off in functions: what is recomputed has CUDA's dtypes too."""
+        engine: Any = torch.autograd.Variable._execution_engine
+        with self:
+            gradient = torch.ones_like(loss)
+            engine.run_backward((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _run(name: str, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:

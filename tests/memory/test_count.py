@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from nnunet_ext import registry
 from nnunet_ext.memory.autocast import CudaAutocast, mixed_precision
@@ -110,6 +111,22 @@ def test_dtypes_are_those_of_cuda() -> None:
             grown.append(nn.functional.binary_cross_entropy_with_logits(half, targets))
     assert {found.dtype for found in kept} == {torch.float16}
     assert {found.dtype for found in grown} == {torch.float32}
+
+
+def test_what_is_recomputed_has_the_dtypes_of_cuda_too() -> None:
+    found = []
+
+    def pooled(x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.avg_pool3d(x, 2)
+        found.append(y.dtype)
+        return y * y
+
+    with FakeTensorMode(), CudaAutocast():
+        with mixed_precision("cpu"):
+            x = torch.empty(2, 4, 8, 8, 8, dtype=torch.float16, requires_grad=True)
+            loss = checkpoint(pooled, x, use_reentrant=False, preserve_rng_state=False).sum()
+        loss.backward()
+    assert found == [torch.float16] * 2
 
 
 def test_dropout_keeps_a_mask_of_bytes() -> None:
