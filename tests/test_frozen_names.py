@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "nnunet_ext.architectures.reversible_unet.ReversibleUNet",
 }
 TRAINERS = {
+    "nnUNetTrainerActivationCheckpointing",
     "nnUNetTrainerDeployed",
     "nnUNetTrainerFasterFusion",
     "nnUNetTrainerFasterFusionBN",

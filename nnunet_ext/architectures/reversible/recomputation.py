@@ -139,7 +139,7 @@ _DRAWS_NOTHING = {
         for name in ("activation", "batchnorm", "container", "conv", "flatten", "instancenorm", "linear")
     ),
     *(f"torch.nn.modules.{name}" for name in ("normalization", "padding", "pooling", "upsampling")),
-    "dynamic_network_architectures.building_blocks.simple_conv_blocks",
+    *(f"dynamic_network_architectures.building_blocks.{name}" for name in ("residual", "simple_conv_blocks")),
     "nnunet_ext.architectures.partially_invertible_unet",
 }
 _EXCEPTIONS = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)

@@ -1,0 +1,1 @@
+"""Activation checkpointing of nnU-Net's own networks."""

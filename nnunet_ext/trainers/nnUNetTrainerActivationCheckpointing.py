@@ -1,0 +1,64 @@
+"""Trainer of nnU-Net's own networks with activation checkpointing."""
+
+from __future__ import annotations
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_ext.architectures.checkpointed.levels import Recompute
+from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet, CheckpointedResidualEncoderUNet
+from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+
+_NETWORKS = {"PlainConvUNet": CheckpointedPlainConvUNet, "ResidualEncoderUNet": CheckpointedResidualEncoderUNet}
+
+
+class nnUNetTrainerActivationCheckpointing(AtomicCheckpointMixin, nnUNetTrainer):
+    """nnU-Net's network of the plans, default or ResEnc, whose stages the backward pass computes once more.
+
+    Parameters, checkpoints and results are those of nnU-Net's default trainer; memory is less, time more.
+
+    Attributes:
+        recompute: "stages": all but what leads from one resolution to others. "norms": all but convolutions, which
+            keeps more and takes less time.
+        samples_apart: Run large feature maps in groups of samples; None: where the norm treats samples apart.
+    """
+
+    recompute: Recompute = "stages"
+    samples_apart: bool | None = None
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build the network of the plans, for training and prediction.
+
+        Raises:
+            ValueError: the plans are for another network.
+        """
+        name = configuration_manager.network_arch_class_name
+        network = _NETWORKS.get(name.rpartition(".")[2])
+        if network is None:
+            raise ValueError(
+                f"Activation checkpointing recomputes the stages of {' and '.join(_NETWORKS)}, but these plans are for "
+                f"{name}: use plans of nnU-Net's default or ResEnc planners (-p), or the trainer of that network (-tr)."
+            )
+        return get_network_from_plans(
+            f"{network.__module__}.{network.__name__}",
+            {
+                **configuration_manager.network_arch_init_kwargs,
+                "recompute": cls.recompute,
+                "samples_apart": cls.samples_apart,
+            },
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
+        )
