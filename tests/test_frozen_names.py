@@ -27,6 +27,7 @@ TRAINERS = {
     "nnUNetTrainerInvertible",
     "nnUNetTrainerInvertibleNoVAE",
     "nnUNetTrainerMeCascade",
+    "nnUNetTrainerMeCheckpointing",
     "nnUNetTrainerMeReversible",
     "nnUNetTrainerMeUNet",
     "nnUNetTrainerPartiallyInvertible",
