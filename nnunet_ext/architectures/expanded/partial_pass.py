@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU, StackedConvBlocks
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.reversible.stages import GROUP_ELEMENTS
@@ -132,7 +133,7 @@ def _split(encoder: Any) -> tuple[nn.Module, nn.Module]:
     if transitions is None:
         stem = getattr(encoder, "stem", None)
         blocks = _blocks(second)
-        shallow = nn.Sequential(*([] if stem is None else [stem]), first, blocks[:1])
+        shallow = nn.Sequential(*_layers(nn.Sequential(*([] if stem is None else [stem]), first, blocks[:1])))
         children: dict[str, nn.Module | None] = {"stages": nn.Sequential(blocks[1:], *coarser)}
         return shallow, _replaced(encoder, **children, **({} if stem is None else {"stem": None}))
     if len(transitions) != len(encoder.stages):
@@ -146,6 +147,15 @@ def _split(encoder: Any) -> tuple[nn.Module, nn.Module]:
         "stages": nn.ModuleList([second, *coarser]),
     }
     return shallow, _replaced(encoder, **rest)
+
+
+def _layers(module: Any) -> list[nn.Module]:
+    """Layers of nnU-Net's plain blocks: one that follows is not run while a block still holds the input of the first."""
+    inside = {nn.Sequential: None, StackedConvBlocks: "convs", ConvDropoutNormReLU: "all_modules"}
+    if type(module) not in inside or module._forward_hooks or module._forward_pre_hooks:
+        return [module]
+    name = inside[type(module)]
+    return [layer for part in (getattr(module, name) if name else module) for layer in _layers(part)]
 
 
 def _blocks(stage: Any) -> nn.Sequential:

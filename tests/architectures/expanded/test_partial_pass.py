@@ -10,7 +10,9 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet, CheckpointedResidualEncoderUNet
 from nnunet_ext.architectures.expanded import partial_pass
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop, downsample_labels
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
@@ -18,10 +20,15 @@ from nnunet_ext.architectures.invertible_unet import InvertibleUNet
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.memory.network import measure_step
+from nnunet_ext.memory.tracker import StorageTracker
 from nnunet_ext.trainers.passes import TwoPasses
 from tests.contract.plans import DEFAULT, PATCHES, arguments, isotropic, sizes
 
-CASES = [(case, kind) for case in PATCHES for kind in ("host", "reversible")] + [("3d", "faster_fusion")]
+CASES = [(case, kind) for case in PATCHES for kind in ("host", "reversible")] + [
+    ("3d", "faster_fusion"),
+    ("anisotropic", "checkpointed"),
+    ("resenc", "checkpointed"),
+]
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -32,7 +39,9 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str]:
 def build(case: tuple[str, str], **changes: Any) -> nn.Module:
     sizes, kind = case
     host = ResidualEncoderUNet if sizes == "resenc" else PlainConvUNet
-    network_class = {"host": host, "reversible": ReversibleUNet, "faster_fusion": FasterFusionUNet}[kind]
+    checkpointed = CheckpointedResidualEncoderUNet if sizes == "resenc" else CheckpointedPlainConvUNet
+    networks = {"host": host, "checkpointed": checkpointed, "reversible": ReversibleUNet}
+    network_class = {**networks, "faster_fusion": FasterFusionUNet}[kind]
     torch.manual_seed(0)
     options = {**arguments(sizes), "deep_supervision": True, **changes}
     network = network_class(input_channels=2, num_classes=3, **options)
@@ -57,11 +66,9 @@ def boundary(network: nn.Module) -> nn.Module:
 
 
 def cut_logits(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """Logits of all levels but the finest, from the whole network, whose graph is cut at the boundary."""
-    hook = boundary(network).register_forward_hook(lambda module, given, result: result.detach())
-    outputs = network(x)
-    hook.remove()
-    return outputs[1:]
+    """Logits of all levels but the finest, from the whole network, whose graph stays cut at the boundary."""
+    boundary(network).register_forward_hook(lambda module, given, result: result.detach())
+    return network(x)[1:]
 
 
 def gradients(network: nn.Module, outputs: Any) -> dict[str, Tensor | None]:
@@ -240,3 +247,12 @@ def test_peak_is_the_larger_of_both_passes_and_not_their_sum() -> None:
     standard = measure_step(default_network, 1, [128] * 3)
     peak = measure_step(two_passes, 1, [192] * 3).peak
     assert peak <= max(expanded.peak, standard.peak) + 2 * standard.parameters
+
+
+def test_finest_level_without_gradient_holds_two_feature_maps_at_a_time() -> None:
+    with FakeTensorMode():
+        network = PlainConvUNet(1, num_classes=3, **isotropic([32, 64, 128], deep_supervision=True))
+        shallow = ExpandedPass(network).shallow
+        with torch.no_grad(), StorageTracker() as tracker:
+            shallow(torch.empty(1, 1, 64, 64, 64))
+    assert tracker.peak <= 2.3 * 4 * 32 * 64**3
