@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--validation", type=int, default=40, help="batches of the validation cases")
     parser.add_argument("--features", type=int, default=16, help="of the finest stage; doubled per stage")
+    parser.add_argument("--batch", type=int, help="default: that of the plans")
     parser.add_argument("--patch", type=int, nargs="+", help="default: that of the plans")
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     options = parser.parse_args()
@@ -146,8 +147,8 @@ def main() -> None:
         dataset=json.loads((folder / "dataset.json").read_text()),
         configuration=options.configuration,
     )
-    if options.patch:
-        setting.plans["configurations"][options.configuration]["patch_size"] = options.patch
+    asked = {"batch_size": options.batch, "patch_size": options.patch}
+    setting.plans["configurations"][options.configuration] |= {key: value for key, value in asked.items() if value}
     setting = narrow(setting, [options.features * 2**i for i in range(9)])
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as results, AddsUpInFloat32():

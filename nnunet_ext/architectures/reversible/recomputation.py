@@ -141,6 +141,7 @@ _DRAWS_NOTHING = {
     *(f"torch.nn.modules.{name}" for name in ("normalization", "padding", "pooling", "upsampling")),
     *(f"dynamic_network_architectures.building_blocks.{name}" for name in ("residual", "simple_conv_blocks")),
     "nnunet_ext.architectures.partially_invertible_unet",
+    "nnunet_ext.architectures.reversible.frugal",
 }
 _EXCEPTIONS = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 

@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from nnunet_ext.architectures.common.plan_arguments import PerStage, PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, check_stages, patch_divisors
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling, ExactRange
+from nnunet_ext.architectures.reversible.frugal import FrugalLeakyReLU
 from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
 
 # Samples are recomputed together up to this many elements of a stage's feature map (32 MiB in float32): enough
@@ -52,7 +53,8 @@ class ReversiblePlan(PlanArguments):
         if self.norm_op is not None:
             layers.append(self.norm_op(channels, **self.norm_op_kwargs))
         if self.nonlin is not None:
-            layers.append(self.nonlin(**nonlin_kwargs))
+            nonlin = FrugalLeakyReLU if self.nonlin is nn.LeakyReLU else self.nonlin
+            layers.append(nonlin(**nonlin_kwargs))
         layers.append(self.conv(channels, channels, kernel_size, [1] * len(kernel_size)))
         if self.dropout_op is not None:
             layers.append(self.dropout_op(**self.dropout_op_kwargs))

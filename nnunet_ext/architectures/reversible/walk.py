@@ -56,7 +56,8 @@ class State:
             self.given, self.result = restored(self.given, errors[0]), restored(self.result, errors[1])
         d_x = torch.zeros_like(x) if self._d_x is None else self._d_x
         self._anchor = self._d_x = None
-        self.d_given, self.d_result = halves_of(d_x)
+        # Copies, because a view keeps the other half alive after it has been replaced.
+        self.d_given, self.d_result = (half.clone() for half in halves_of(d_x))
 
     def whole(self) -> Tensor:
         """The feature map as it is kept."""
@@ -77,9 +78,11 @@ class State:
 
     def take(self) -> Tensor:
         """The whole feature map, of which the gradient was taken; it is here no more."""
-        x = self._joined(self.given, self.result)
-        del self.given, self.result
-        return x
+        first = self.given.to(self._low or self.given.dtype)
+        del self.given
+        second = self.result.to(first.dtype)
+        del self.result
+        return torch.cat((first, second), dim=1)
 
     def start(self, anchor: Anchor, d_x: Tensor) -> None:
         """Go on with a feature map and its gradient, after both of before have left."""
