@@ -35,6 +35,8 @@ TRAINERS = {
     "nnUNetTrainerReversible",
 }
 PLANNERS = {
+    "ActivationCheckpointingPlanner",
+    "ActivationCheckpointingResEncPlanner",
     "CountedMemoryPlanner",
     "CountedMemoryResEncPlanner",
     "FasterFusionUNetPlanner",
