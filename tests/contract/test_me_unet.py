@@ -78,6 +78,8 @@ def joint_gradients(trainer: Any, batch: dict[str, Any], all_levels: bool) -> li
     network = trainer.network
     first = network.encoder.transitions[1] if hasattr(network.encoder, "transitions") else None
     hook = (first or network.encoder.stages[1][0].convs[0]).register_forward_hook(lambda m, x, y: y.detach())
+    recomputes = vars(network).get("reversible")
+    network.reversible = False  # plain autograd, which the hook can cut
     _, *coarse = network(batch["data"])
     hook.remove()
     base = trainer.loss.loss
@@ -92,6 +94,7 @@ def joint_gradients(trainer: Any, batch: dict[str, Any], all_levels: bool) -> li
     ]
     centre = (slice(None), slice(None), *(slice(m, -m) for m in margins))
     standard = trainer.loss(network(batch["data"][centre]), targets(trainer, batch["target"][0][centre]))
+    network.reversible = recomputes
     parameters = list(network.parameters())
     return list(torch.autograd.grad(0.5 * expanded + 0.5 * standard, parameters, allow_unused=True))
 

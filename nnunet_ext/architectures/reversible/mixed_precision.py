@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_ext.architectures.common.onednn import is_transformed
+
 
 def lowered(x: Tensor) -> Tensor:
-    """`x` in the dtype of autocast, where it is enabled and `x` is float32; otherwise `x` itself."""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+    """`x` in the dtype of autocast, where it is enabled and `x` is float32; otherwise `x` itself.
+
+    Not within `torch.func`, whose convolutions then refuse a bias of float32.
+    """
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type) and not is_transformed():
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
