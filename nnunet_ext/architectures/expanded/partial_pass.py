@@ -150,7 +150,7 @@ def _split(encoder: Any) -> tuple[nn.Module, nn.Module]:
 
 
 def _layers(module: Any) -> list[nn.Module]:
-    """Layers of nnU-Net's plain blocks: one that follows is not run while a block still holds the input of the first."""
+    """Layers of nnU-Net's plain blocks: while the last of a block runs, nobody holds the input of the first."""
     inside = {nn.Sequential: None, StackedConvBlocks: "convs", ConvDropoutNormReLU: "all_modules"}
     if type(module) not in inside or module._forward_hooks or module._forward_pre_hooks:
         return [module]
