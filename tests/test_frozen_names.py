@@ -27,6 +27,7 @@ TRAINERS = {
     "nnUNetTrainerInvertible",
     "nnUNetTrainerInvertibleNoVAE",
     "nnUNetTrainerMeCascade",
+    "nnUNetTrainerMeCascadeCheckpointing",
     "nnUNetTrainerMeCheckpointing",
     "nnUNetTrainerMeReversible",
     "nnUNetTrainerMeUNet",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_ext.architectures.checkpointed.levels import Recompute
+from nnunet_ext.architectures.checkpointed.unet import networks
 from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
@@ -41,6 +43,7 @@ class DualMeUNet(nn.Module):
         deep_supervision: Return a list of logits, largest first.
         regions: Whether the classes are nnU-Net's regions, each with a sigmoid of its own. Part of the state_dict, so
             that a network built from plans alone learns it from the checkpoint.
+        recompute: "stages" or "norms": train the branches with activation checkpointing; None: without.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);
         patch divisible by the cumulative strides.
@@ -57,12 +60,13 @@ class DualMeUNet(nn.Module):
         *,
         deep_supervision: bool = False,
         regions: bool = False,
+        recompute: Recompute | None = None,
         **plan_arguments: Any,
     ) -> None:
         super().__init__()
         plan = PlanArguments(**plan_arguments)
         self.branches = nn.ModuleList(
-            host_unet(plan, input_channels, num_classes, deep_supervision) for _ in range(BRANCHES)
+            host_unet(plan, input_channels, num_classes, deep_supervision, networks(recompute)) for _ in range(BRANCHES)
         )
         first: Any = self.branches[0]
         self.patch_divisors = patch_divisors(first.encoder.strides)

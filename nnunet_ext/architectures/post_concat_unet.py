@@ -17,6 +17,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_ext.architectures.checkpointed.levels import Recomputation, Recompute
 from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
@@ -43,6 +44,7 @@ class PostConcatUNet(nn.Module):
         fusion: "post", or "pre" for the ablation: the ordinary network, whose encoder sees image and prior.
         prior_resampling: "nearest", the voxel that nnU-Net's deep supervision takes, or "max", which keeps thin
             structures.
+        recompute: "stages" or "norms": train with activation checkpointing; None: without.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);
         patch divisible by the cumulative strides.
@@ -62,6 +64,7 @@ class PostConcatUNet(nn.Module):
         prior_channels: int = 0,
         fusion: Literal["post", "pre"] = "post",
         prior_resampling: Resampling = "nearest",
+        recompute: Recompute | None = None,
         **plan_arguments: Any,
     ) -> None:
         super().__init__()
@@ -89,6 +92,7 @@ class PostConcatUNet(nn.Module):
                 self.joined_channels,
                 prior_resampling,
             )
+        self.recomputation = None if recompute is None else Recomputation.of(self.encoder, recompute, None)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
@@ -99,10 +103,12 @@ class PostConcatUNet(nn.Module):
                 "the previous stage first, then give its folder (-prev_stage_predictions)."
             )
         check_patch_size(x, self.patch_divisors)
-        if not self.joined_channels:
-            return self.decoder(self.encoder(x))
         image, prior = x.split([self.input_channels - self.joined_channels, self.joined_channels], dim=1)
-        return self.decoder(self.encoder(image), prior)
+        priors = (prior,) if self.joined_channels else ()
+        if self.recomputation is None or not self.recomputation.applies_to(self):
+            return self.decoder(self.encoder(image), *priors)
+        others = self.decoder.at_levels(prior) if priors else ()
+        return self.recomputation.decode(self.decoder, self.recomputation.encode(self.encoder, image), others)
 
     def weights_from_host(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State_dict that computes what nnU-Net's own network does with these weights, to start a training from.
@@ -184,10 +190,14 @@ class PriorDecoder(UNetDecoder):
     def forward(self, skips: Sequence[Tensor], prior: Tensor) -> Tensor | list[Tensor]:
         """Return logits."""
         *finer, bottleneck = skips
-        priors = [self._at_level(prior, strides) for strides in self.level_strides]
+        priors = self.at_levels(prior)
         # nnU-Net's decoder puts the skip after what comes from below, so the prior is last.
         joined = [torch.cat((s, p.to(s.dtype)), dim=1) for s, p in zip(finer, priors, strict=True)]
         return super().forward([*joined, bottleneck])
+
+    def at_levels(self, prior: Tensor) -> list[Tensor]:
+        """The prior at the resolution of each level that has a skip, finest first."""
+        return [self._at_level(prior, strides) for strides in self.level_strides]
 
     def _at_level(self, prior: Tensor, strides: Sequence[int]) -> Tensor:
         if self.resampling == "nearest":

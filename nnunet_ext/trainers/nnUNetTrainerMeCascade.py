@@ -6,6 +6,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunet_ext.architectures.checkpointed.levels import Recompute
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
@@ -19,10 +20,16 @@ class nnUNetTrainerMeCascade(MeCascadeTrainerMixin, AtomicCheckpointMixin, nnUNe
 
     nnU-Net looks for stage 1 under the name of the same trainer, so that one trains both; the plans of
     `MeCascadePlanner` tell the stages apart. All folds of stage 1 are trained and validated before stage 2.
+
+    Attributes:
+        recompute: "stages" or "norms": train both networks with activation checkpointing; None: without.
     """
 
-    @staticmethod
+    recompute: Recompute | None = None
+
+    @classmethod
     def build_network_architecture(
+        cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
@@ -32,7 +39,7 @@ class nnUNetTrainerMeCascade(MeCascadeTrainerMixin, AtomicCheckpointMixin, nnUNe
         """Build the network of the configuration's stage, for training and prediction."""
         arguments = (configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
         if configuration_manager.previous_stage_name is None:
-            return build_from_plans(DualMeUNet, *arguments)
+            return build_from_plans(DualMeUNet, *arguments, recompute=cls.recompute)
         prior = num_input_channels - image_channels(configuration_manager)
         planned = configuration_manager.network_arch_init_kwargs.get("prior_channels", prior)
         if planned != prior:
@@ -40,4 +47,4 @@ class nnUNetTrainerMeCascade(MeCascadeTrainerMixin, AtomicCheckpointMixin, nnUNe
                 f"The plans' prior_channels are one for each foreground label, got {planned}, but dataset.json has "
                 f"{prior} of them: plan again (-pl MeCascadePlanner) and train both stages again."
             )
-        return build_from_plans(PostConcatUNet, *arguments, prior_channels=prior)
+        return build_from_plans(PostConcatUNet, *arguments, prior_channels=prior, recompute=cls.recompute)

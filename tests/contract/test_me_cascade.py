@@ -24,6 +24,7 @@ from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
 from nnunet_ext.memory.tracker import StorageTracker
 from nnunet_ext.plans.me_cascade_planner import MeCascadePlanner
 from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
+from nnunet_ext.trainers.nnUNetTrainerMeCascadeCheckpointing import nnUNetTrainerMeCascadeCheckpointing
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
 from nnunet_ext.trainers.priors import FirstStage
 from tests.contract.plans import sizes
@@ -101,6 +102,22 @@ def test_each_branch_gets_the_gradients_of_a_meunet_of_its_own(kind: str, traine
         alone.accumulate_gradients(batch["data"].double()[centre], batch["target"][0][centre])
         for found, wanted in zip(branch.network.parameters(), alone.network.parameters(), strict=True):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("configuration", [CONTEXT, POST])
+def test_checkpointing_needs_less_and_changes_no_gradient(configuration: str, trainer_of: Callable[..., Any]) -> None:
+    found, peaks = [], []
+    for trainer_class in (nnUNetTrainerMeCascade, nnUNetTrainerMeCascadeCheckpointing):
+        network = ready(trainer_of(configuration, trainer_class=trainer_class)).network
+        network = getattr(network, "branches", [network])[0]
+        torch.manual_seed(1)
+        x = torch.randn(2, 4 if configuration == POST else 2, 24, 24, 24)
+        with StorageTracker() as tracker:
+            sum(z.square().mean() for z in network(x)).backward()
+        peaks.append(tracker.peak)
+        found.append([p.grad for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert peaks[1] < 0.9 * peaks[0]
 
 
 def test_gradients_are_clipped_branch_by_branch(trainer_of: Callable[..., Any]) -> None:

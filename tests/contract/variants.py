@@ -1,4 +1,4 @@
-"""Trainers that differ from another of their network by a width, a norm or a branch left out."""
+"""Trainers that differ from another of their network by a width, a norm, a branch left out or what is recomputed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ VARIANTS = {
     "nnUNetTrainerHalfWidthBN",
     "nnUNetTrainerImplicitLite",
     "nnUNetTrainerInvertibleNoVAE",
+    "nnUNetTrainerMeCascadeCheckpointing",
+    "nnUNetTrainerMeCheckpointing",
     "nnUNetTrainerPartiallyInvertibleNoVAE",
 }
 

@@ -94,7 +94,7 @@ class Recomputation:
             sizes = [len(group) for group in skip]
             inputs = [groups if len(groups) == len(skip) else _split(groups[0], sizes), skip]
             if others:
-                inputs.append(_split(others[last - i], sizes))
+                inputs.append(_split(others[last - i].to(skip[0].dtype), sizes))
             run = partial(self._up, up, stage, head, decoder.deep_supervision, i == last)
             found = [self._level(run, [up, stage, head], *tensors) for tensors in zip(*inputs, strict=True)]
             groups = [features for features, *_ in found]

@@ -6,12 +6,14 @@ paper: the stages of a U-Net are its segments, and large ones run in groups of s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor
 
 from nnunet_ext.architectures.checkpointed.levels import Recomputation, Recompute
+from nnunet_ext.architectures.common.host_unet import HOST_NETWORKS, Networks
 from nnunet_ext.architectures.common.plan_sizes import check_stages
 
 
@@ -53,3 +55,11 @@ class CheckpointedPlainConvUNet(_Checkpointed, PlainConvUNet):
 
 class CheckpointedResidualEncoderUNet(_Checkpointed, ResidualEncoderUNet):
     """`ResidualEncoderUNet` with activation checkpointing."""
+
+
+def networks(recompute: Recompute | None) -> Networks:
+    """What builds networks of default and of ResEnc plans; None: nnU-Net's own."""
+    if recompute is None:
+        return HOST_NETWORKS
+    checkpointed = (CheckpointedPlainConvUNet, CheckpointedResidualEncoderUNet)
+    return partial(checkpointed[0], recompute=recompute), partial(checkpointed[1], recompute=recompute)

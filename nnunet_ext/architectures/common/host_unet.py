@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD, BottleneckD
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
@@ -9,9 +11,16 @@ from torch import nn
 
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 
+Networks = tuple[Callable[..., PlainConvUNet], Callable[..., ResidualEncoderUNet]]
+HOST_NETWORKS: Networks = (PlainConvUNet, ResidualEncoderUNet)
+
 
 def host_unet(
-    plan: PlanArguments, input_channels: int, num_classes: int, deep_supervision: bool
+    plan: PlanArguments,
+    input_channels: int,
+    num_classes: int,
+    deep_supervision: bool,
+    networks: Networks = HOST_NETWORKS,
 ) -> PlainConvUNet | ResidualEncoderUNet:
     """Build the network that the plans describe.
 
@@ -19,6 +28,7 @@ def host_unet(
         plan: Arguments of the plans.
         input_channels, num_classes: Channels of input and logits.
         deep_supervision: Return a list of logits, largest first.
+        networks: What builds networks of default and of ResEnc plans.
 
     Raises:
         ValueError: see `PlanArguments.check`.
@@ -27,7 +37,7 @@ def host_unet(
     is_plain = plan.n_blocks_per_stage is None
     other = "n_blocks_per_stage" if is_plain else "n_conv_per_stage"
     arguments = {key: value for key, value in vars(plan).items() if key != other}
-    network = PlainConvUNet if is_plain else ResidualEncoderUNet
+    network = networks[0] if is_plain else networks[1]
     return network(input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **arguments)
 
 

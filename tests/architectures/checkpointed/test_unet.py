@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from nnunet_ext.architectures.checkpointed import levels, stages
 from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet, CheckpointedResidualEncoderUNet
+from nnunet_ext.architectures.me_unet import DualMeUNet
+from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
 from tests.contract.plans import isotropic
 
 NETWORKS: dict[str, tuple[Any, Any]] = {
@@ -119,6 +121,23 @@ def test_gradients_of_samples_apart_are_those_of_the_host(kind: str, dim: int, c
     first.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     assert_close(step(ours, image(dim)), step(host, image(dim)))
     assert set(sizes) == {1}
+
+
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize("options", [{"fusion": "post"}, {"fusion": "pre"}, {"prior_resampling": "max"}])
+def test_gradients_of_a_network_with_a_prior_are_those_without_checkpointing(options: dict[str, Any]) -> None:
+    values = {**arguments("plain"), **options, "prior_channels": 1}
+    plain, ours = PostConcatUNet(2, 3, **values), PostConcatUNet(2, 3, recompute="stages", **values)
+    ours.load_state_dict(plain.state_dict())
+    assert_close(step(ours, image()), step(plain, image()))
+    assert_close(step(ours, image(), torch.bfloat16), step(plain, image(), torch.bfloat16), 0.02)
+
+
+def test_gradients_of_both_branches_are_those_without_checkpointing() -> None:
+    plain, ours = DualMeUNet(2, 3, **arguments("resenc")), DualMeUNet(2, 3, recompute="norms", **arguments("resenc"))
+    ours.load_state_dict(plain.state_dict())
+    assert all(isinstance(branch, CheckpointedResidualEncoderUNet) for branch in ours.branches)
+    assert_equal(step(ours, image()), step(plain, image()))
 
 
 def test_samples_run_in_four_groups_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
