@@ -57,7 +57,7 @@ def parameters(build: Callable[[], nn.Module]) -> int:
 
 
 def peaks(build: Callable[[], nn.Module], channels: int, patch: int) -> list[float]:
-    """GiB at the peak of a step, in float32 and mixed precision."""
+    """GB at the peak of a step, in float32 and mixed precision."""
     return [
         measure_step(build, channels, [patch] * 3, 2, autocast_dtype=dtype).peak / 2**30
         for dtype in (None, torch.bfloat16)
@@ -88,7 +88,7 @@ def main() -> None:
         found["peak_gib"][name] = peaks(build, channels, patch)
         base = found["peak_gib"][f"default nnU-Net at {P}{', 14 labels' if '14' in name else ''}"]
         pairs = zip(found["peak_gib"][name], base, strict=True)
-        memory.append([name, *(f"{gib:.2f} GiB ({gib / to:.2f}x)" for gib, to in pairs)])
+        memory.append([name, *(f"{gib:.2f} GB ({gib / to:.2f}x)" for gib, to in pairs)])
     lines += [
         markdown_table(["labels", "default nnU-Net", "post-concatenation", "pre-concatenation"], sizes),
         "",

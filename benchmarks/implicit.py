@@ -187,7 +187,7 @@ def main() -> None:
     cuda = options.device == "cuda"
     patch, n_points = (PATCH, POINTS) if cuda else ((64, 64, 64), POINTS // 8)
     sections: dict[str, list[dict[str, Any]]] = {
-        "Training step and prediction, 128x128x128, 30,000 points, batch 2 (GiB, fake tensors)": memory_table(),
+        "Training step and prediction, 128x128x128, 30,000 points, batch 2 (GB, fake tensors)": memory_table(),
         "Operations of prediction, 128x128x128, ratios to default nnU-Net": operations_table(),
     }
     if options.repeats:

@@ -97,10 +97,10 @@ def memory_row(
         "k": round(size / standard, 3),
         "kP": size,
         "P": standard,
-        "U-Net(P) [GiB]": round(small / GIB, 2),
-        "U-Net(kP) [GiB]": round(large / GIB, 2),
-        "expanded pass [GiB]": round(expanded / GIB, 2),
-        "step [GiB]": round(peak / GIB, 2),
+        "U-Net(P) [GB]": round(small / GIB, 2),
+        "U-Net(kP) [GB]": round(large / GIB, 2),
+        "expanded pass [GB]": round(expanded / GIB, 2),
+        "step [GB]": round(peak / GIB, 2),
         "to U-Net(P)": round(peak / small, 3),
         "to U-Net(kP)": round(peak / large, 3),
     }
@@ -162,15 +162,15 @@ def volume() -> list[Row]:
         {
             "volume": "x".join(map(str, VOLUME)),
             "kP": "x".join(map(str, VOLUME_PATCH)),
-            "before [GiB]": round(before, 2),
-            "peak of the process [GiB]": round(rss(), 2),
+            "before [GB]": round(before, 2),
+            "peak of the process [GB]": round(rss(), 2),
             "wall [s]": round(time.monotonic() - start),
         }
     ]
 
 
 def rss() -> float:
-    """Largest resident memory of this process so far, in GiB."""
+    """Largest resident memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

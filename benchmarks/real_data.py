@@ -106,7 +106,7 @@ def main() -> None:
         "cost": cost,
     }
     (options.output / f"{today}-{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    text = f"## Dice\n\n{markdown(dice)}\n\n## Training step (GiB, float32; seconds, CPU)\n\n{markdown(cost)}\n"
+    text = f"## Dice\n\n{markdown(dice)}\n\n## Training step (GB, float32; seconds, CPU)\n\n{markdown(cost)}\n"
     (options.output / f"{today}-{options.name}.md").write_text(text)
     print(text)
 

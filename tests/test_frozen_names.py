@@ -36,8 +36,6 @@ TRAINERS = {
     "nnUNetTrainerReversible",
 }
 PLANNERS = {
-    "ActivationCheckpointingPlanner",
-    "ActivationCheckpointingResEncPlanner",
     "CountedMemoryPlanner",
     "CountedMemoryResEncPlanner",
     "FasterFusionUNetPlanner",

@@ -268,7 +268,7 @@ def _run(stage: Stage, images: Path, output: Path, prior: Path | None, options: 
             raise
         free = shutil.disk_usage(output).free // 2**20
         raise UsageError(
-            f"can't write to {output} ({one_line(error)}; {free} MiB are free): make room or choose another folder, "
+            f"can't write to {output} ({one_line(error)}; {free} MB are free): make room or choose another folder, "
             "then call again with --continue_prediction."
         ) from error
 

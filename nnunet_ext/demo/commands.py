@@ -127,6 +127,6 @@ def _failure(command: list[str], status: int, log: Path, text: str) -> str:
     end = f"signal {-status}" if status < 0 else f"exit code {status}"
     end += " (out of memory?)" if status == -9 else ""
     free = shutil.disk_usage(log.parent).free
-    disk = f" The disk of {log.parent} has only {free // 2**20} MiB left." if free < _LOW_DISK else ""
+    disk = f" The disk of {log.parent} has only {free // 2**20} MB left." if free < _LOW_DISK else ""
     tail = [f"\n  | {line.rstrip()}" for line in text.splitlines() if line.strip()][-12:]
     return f"`{shlex.join(command)}` ended with {end}.{disk} Log {log}, its end:{''.join(tail)}"

@@ -181,7 +181,7 @@ def device() -> Iterator[Finding]:
     try:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.ones(8, device="cuda").sum().item()
-        yield ok("CUDA", f"{torch.version.cuda}, {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
+        yield ok("CUDA", f"{torch.version.cuda}, {torch.cuda.get_device_name(0)}, {memory:.0f} GB")
     except Exception as error:
         yield failure("CUDA", typed_line(error), "install a build of torch that fits GPU and driver")
         return

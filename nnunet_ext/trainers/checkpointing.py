@@ -85,6 +85,6 @@ def _failure(path: Path, error: Exception) -> str:
     kept = f"The previous {path.name} is unchanged" if path.is_file() else f"There is no {path.name} yet"
     free = shutil.disk_usage(path.parent).free // 2**20
     return (
-        f"can't write {path} ({' '.join(str(error).split())}; {free} MiB are free, and a checkpoint needs its size "
+        f"can't write {path} ({' '.join(str(error).split())}; {free} MB are free, and a checkpoint needs its size "
         f"once more beside the one that it replaces). {kept}: make room, then continue with --c."
     )

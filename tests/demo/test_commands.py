@@ -76,7 +76,7 @@ def test_failure_names_command_exit_code_log_and_its_end(run: Run, demo: Demo, m
     assert tail == [f"  | line {i}" for i in range(28, 40)]
     usage = shutil.disk_usage("/")._replace(free=3 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CommandError, match=rf"exit code 1\. The disk of {demo.root} has only 3 MiB left"):
+    with pytest.raises(CommandError, match=rf"exit code 1\. The disk of {demo.root} has only 3 MB left"):
         run("raise SystemExit(1)")
     with pytest.raises(CommandError, match=r"ended with signal 9 \(out of memory\?\)"):
         run("import os; os.kill(os.getpid(), 9)")

@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from nnunet_ext.architectures.common.onednn import is_transformed
 
 MAX_FREQUENCIES = 10  # octaves of the paper
-# A product of weights and a whole map is computed for all its voxels only up to this many elements (float32: 256 MiB).
+# A product of weights and a whole map is computed for all its voxels only up to this many elements (float32: 256 MB).
 _LARGEST_PRODUCT = 2**26
 _LEVELS = 2**16  # of a random number of 16 bits
 
