@@ -48,10 +48,12 @@ def pair(
     return ours, plain, torch.randn(2, 3, *[8] * dim, dtype=torch.float64)
 
 
-def gradients(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+def gradients(network: nn.Module, x: torch.Tensor, autocast: bool = False) -> list[torch.Tensor]:
     torch.manual_seed(1)
     network.zero_grad()
-    surrogate_loss(network(x)).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = surrogate_loss(network(x))
+    loss.backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in network.parameters()]
 
 
@@ -94,8 +96,10 @@ def test_exact_chain_inverts_bit_for_bit_and_so_do_its_gradients() -> None:
     with torch.no_grad():
         assert torch.equal(chain.inverse(chain(x)[0]), x)
     image = torch.randn(1, 1, 8, 8, 8)
-    for found, expected in zip(gradients(ours, image), gradients(plain, image), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for autocast in (False, True):
+        pair_of = (gradients(network, image, autocast) for network in (ours, plain))
+        for found, expected in zip(*pair_of, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_exact_mode_is_refused_with_mixing() -> None:

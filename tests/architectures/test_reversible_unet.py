@@ -19,9 +19,11 @@ arguments = partial(isotropic, deep_supervision=True)
 ANISOTROPIC = {"kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}
 
 
-def step(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+def step(network: nn.Module, x: torch.Tensor, autocast: bool = False) -> list[torch.Tensor]:
     network.zero_grad()
-    sum(output.square().mean() for output in network(x)).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = network(x)
+    sum(output.to(torch.promote_types(output.dtype, torch.float32)).square().mean() for output in outputs).backward()
     return [p.grad.clone() for p in network.parameters()]
 
 
@@ -48,13 +50,15 @@ def test_float64_gradients_equal_the_network_without_reversibility(dim: int, cha
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_exact_mode_equals_the_network_without_reversibility_bit_for_bit() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_exact_mode_equals_the_network_without_reversibility_bit_for_bit(autocast: bool) -> None:
     torch.manual_seed(0)
     values = arguments([4, 6, 8], exact=True, blocks_per_stage=8)
     ours, plain = ReversibleUNet(1, 3, **values), ReversibleUNet(1, 3, reversible=False, **values)
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(1, 1, 8, 16, 12)  # one sample: the forward pass is the same sequence of kernels
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(step(ours, x), step(plain, x), strict=True))
+    pairs = zip(step(ours, x, autocast), step(plain, x, autocast), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def test_depth_comes_from_default_and_from_resenc_plans() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.reversible.mixed_precision import widened
 from nnunet_ext.architectures.reversible.steps import Halves, Pass, Step, Streams, halves_of, rounded
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class Up(Transition):
         """Go one level up."""
         *skips, (skip,) = streams.skips
         x = forward.anchor(streams.halves)
-        shifts = self._shifts(forward.evaluate(self.module, x), forward.is_exact)
-        first, second = (stream + shift for stream, shift in zip(forward.split(skip), shifts, strict=True))
+        streams_of_skip = forward.split(skip)
+        shifts = self._shifts(forward.evaluate(self.module, x), streams_of_skip[0].dtype, forward.is_exact)
+        first, second = (stream + shift for stream, shift in zip(streams_of_skip, shifts, strict=True))
         return Streams((first, second), tuple(skips))
 
     def walk_back(self, state: State, walk: Walk) -> None:
@@ -63,15 +64,15 @@ class Up(Transition):
         d_s = state.take_gradient()
 
         def recover(y: Tensor) -> None:
-            state.subtract(self._shifts(y, walk.is_exact))
+            state.subtract(self._shifts(y, state.given.dtype, walk.is_exact))
             state.skips.append(((state.take(),), (d_s,)))
 
         state.start(anchor, *walk.through(self.module, anchor[:1], d_s, look=recover))
 
     @staticmethod
-    def _shifts(y: Tensor, is_exact: bool) -> Halves:
+    def _shifts(y: Tensor, dtype: torch.dtype, is_exact: bool) -> Halves:
         first, second = halves_of(y)
-        return (rounded(widened(first)), rounded(widened(second))) if is_exact else (first, second)
+        return (rounded(first.to(dtype)), rounded(second.to(dtype))) if is_exact else (first, second)
 
 
 class Join(Transition):
