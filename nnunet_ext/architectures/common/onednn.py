@@ -28,8 +28,9 @@ def convolve(conv: Any, x: Tensor) -> Tensor:
 
 def is_exporting() -> bool:
     """Whether the network is traced or exported for another program."""
-    if hasattr(torch.compiler, "is_exporting"):  # from PyTorch 2.7 on
-        return is_tracing() or torch.compiler.is_exporting()
+    # From PyTorch 2.7 on; `is_exporting()`, which reads it, is true in every compilation up to 2.11.
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return is_tracing() or torch.compiler._is_exporting_flag
     return is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
 
 
