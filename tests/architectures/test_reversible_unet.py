@@ -61,6 +61,18 @@ def test_exact_mode_equals_the_network_without_reversibility_bit_for_bit(autocas
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_network_cast_as_a_whole_has_the_gradients_of_plain_autograd(dtype: torch.dtype, autocast: bool) -> None:
+    torch.manual_seed(0)
+    ours, plain = (ReversibleUNet(1, 3, reversible=r, **arguments([4, 6, 8])).to(dtype) for r in (True, False))
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 1, 8, 16, 12, dtype=dtype)
+    mine, theirs = (torch.cat([g.flatten() for g in step(network, x, autocast)]) for network in (ours, plain))
+    assert mine.dtype == dtype
+    assert (mine - theirs).norm() <= (1e-10 if dtype == torch.float64 else 0.05) * theirs.norm()
+
+
 def test_depth_comes_from_default_and_from_resenc_plans() -> None:
     values = arguments([4, 6, 8], n_conv_per_stage=[1, 2, 3], n_conv_per_stage_decoder=[5, 4])
     resenc = {**values, "n_blocks_per_stage": values["n_conv_per_stage"]}

@@ -225,14 +225,14 @@ class _Recomputed(torch.autograd.Function):
             is_exact=chain.exact,
             first_needs_grad=x_needs_grad or chain.enter is not None,
         )
-        low = None if chain.exact else ctx.autocast.low
         grad_x: list[Tensor] = []
         for group, seen, n_kept in zip(ctx.groups, ctx.seen, ctx.n_kept, strict=True):
             ends = [None if gradient is None else gradient[group] for gradient in gradients]
             walk.kept, kept = kept[:n_kept], kept[n_kept:]
-            state = (
-                State((y[group], None, None), ends.pop(0), low) if chain.gives_last else State(walk.anchor(), None, low)
-            )
+            end, d_end = ((y[group], None, None), ends.pop(0)) if chain.gives_last else (walk.anchor(), None)
+            # What autocast does not lower, as float64, it leaves as it is.
+            is_low = end[0].dtype == ctx.autocast.low and not chain.exact
+            state = State(end, d_end, ctx.autocast.low if is_low else None)
             with ctx.modes.restored():
                 walk.back(chain.steps, state, ends, seen)
                 if chain.enter is None:

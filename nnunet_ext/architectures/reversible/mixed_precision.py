@@ -109,7 +109,7 @@ def convolution_gradients(
         needs_input: Whether the gradient of x is wanted.
     """
     geometry = (conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups)
-    dtype = dtype or x.dtype
+    dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype  # which autocast leaves as it is
     needed = [needs_input, weight.requires_grad, bias is not None and bias.requires_grad]
     found = torch.ops.aten.convolution_backward(
         gradient.to(dtype),
