@@ -95,3 +95,18 @@ def test_attributes_reach_the_network(trainer_of: Any) -> None:
 
     options = trainer_of(nnUNetTrainerCheckpointedNorms, "plain").network.recomputation
     assert (options.recompute, options.apart) == ("norms", False)
+
+
+@pytest.mark.parametrize(("version", "splits"), [("2.5.1", False), ("2.8.0+cu128", False), ("2.9.1", True)])
+def test_old_pytorch_does_not_split_a_compiled_network_under_ddp(
+    version: str, splits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would refuse to: "DDPOptimizer backend: Found a higher order op in the graph" (seen with 2.5.1)."""
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(nnUNetTrainer, "initialize", lambda self: None)
+    trainer = object.__new__(nnUNetTrainerActivationCheckpointing)
+    trainer.is_ddp, trainer._do_i_compile = True, lambda: True
+    trainer.print_to_log_file = lambda text: None
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        trainer.initialize()
+        assert torch._dynamo.config.optimize_ddp is splits

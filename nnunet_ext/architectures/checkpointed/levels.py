@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_ext.architectures.checkpointed.repeated import repeated
@@ -59,8 +60,13 @@ class Recomputation:
 
     def applies_to(self, network: nn.Module) -> bool:
         """Whether this is a pass of training that can be repeated."""
-        # PyTorch's checkpoint gives RReLU wrong gradients: its noise is saved before it is drawn.
-        return network.training and can_recompute() and not any(isinstance(m, nn.RReLU) for m in network.modules())
+        if not (network.training and can_recompute()):
+            return False
+        # PyTorch's checkpoint gives RReLU wrong gradients: its noise is saved before it is drawn. Compiled by 2.5 (2.11
+        # does not), it counts running statistics twice.
+        counts_twice = torch.compiler.is_compiling() and torch.__version__ < "2.9"
+        kinds = (nn.RReLU, _BatchNorm) if counts_twice else (nn.RReLU,)
+        return not any(isinstance(part, kinds) for part in network.modules())
 
     def encode(self, encoder: Any, x: Tensor) -> list[Groups]:
         """Feature maps of all stages, finest first."""
