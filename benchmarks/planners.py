@@ -5,6 +5,7 @@ image or data set are the limit. No GPU and no images are needed.
 
 usage: python benchmarks/planners.py -o docs/benchmarks/2026-11-21-planners    # the full grid
        python benchmarks/planners.py --table                                   # the table of docs/how-to/plan-memory.md
+       python benchmarks/planners.py --presets                                 # nnU-Net's presets, there too
        python benchmarks/planners.py --random 40                               # random data sets, planners and GPUs
 """
 
@@ -73,7 +74,7 @@ FINGERPRINTS = {
         title="4 channels", spacing=(1.0, 1.0, 1.0), shape=(140, 170, 137), channels=4, classes=4, cases=400
     ),
 }
-IN_TABLE = ("ct", "mri", "4 channels")
+IN_TABLE = ("ct",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +141,24 @@ def write_dataset(folder: Path, number: int, fingerprint: Fingerprint) -> None:
     (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(found))
 
 
+def question(fingerprint: Fingerprint) -> tuple[list[float], list[float], float]:
+    """What nnU-Net asks a planner for: spacing, shape, and voxels of all images."""
+    shape = [float(n) for n in fingerprint.shape]
+    return list(fingerprint.spacing), shape, prod(shape) * fingerprint.cases
+
+
+def title(fingerprint: Fingerprint) -> str:
+    """Name and shape."""
+    return f"{fingerprint.title} {'x'.join(map(str, fingerprint.shape))}"
+
+
 def planned(planner: str, number: int, fingerprint: Fingerprint, target: float) -> tuple[Any, dict[str, Any]]:
     """A planner, and its configuration of full resolution."""
     from nnunet_ext import registry
 
     found = registry.resolve("planners", planner)(number, target)
-    voxels = float(prod(fingerprint.shape) * fingerprint.cases)
-    return found, found.get_plans_for_configuration(
-        list(fingerprint.spacing), [float(n) for n in fingerprint.shape], "planned", voxels, {}
-    )
+    spacing, shape, voxels = question(fingerprint)
+    return found, found.get_plans_for_configuration(spacing, shape, "planned", voxels, {})
 
 
 def grid_row(planner: str, key: str, number: int, target: float) -> Row:
@@ -185,10 +195,8 @@ def default_row(planner: str, key: str, number: int, target: float) -> Row:
     from nnunet_ext import registry
     from nnunet_ext.plans.rivals import Hosts
 
-    fingerprint = FINGERPRINTS[key]
-    voxels = float(prod(fingerprint.shape) * fingerprint.cases)
     hosts = Hosts(registry.resolve("planners", COUNTED[planner])(number, target))
-    found = hosts.default((list(fingerprint.spacing), list(map(float, fingerprint.shape)), voxels))
+    found = hosts.default(question(FINGERPRINTS[key]))
     return Row(
         planner=planner,
         fingerprint=key,
@@ -218,6 +226,32 @@ def grid(planners: Sequence[str], keys: Sequence[str], targets: Sequence[float])
                 for planner in in_order(planners):
                     row = default_row if planner in COUNTED else grid_row
                     yield row(planner, key, number, target)
+
+
+def presets(key: str, number: int) -> str:
+    """Table of what plans of nnU-Net's own planners need with its trainer, and with recomputed activations."""
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import (
+        residual_encoder_unet_planners as res_enc,
+    )
+
+    from nnunet_ext import registry
+    from nnunet_ext.memory.count import training_memory
+    from nnunet_ext.memory.tracker import GIB
+    from nnunet_ext.plans.rivals import planned_by
+
+    made = {f"ResEnc {size}": getattr(res_enc, f"nnUNetPlannerResEnc{size}") for size in ("M", "L", "XL")}
+    trainers = [registry.resolve("planners", planner[DEFAULT]).trainer for planner in (COUNTED, RECOMPUTED)]
+    asked, lines = question(FINGERPRINTS[key]), []
+    reader = registry.resolve("planners", COUNTED[DEFAULT])(number)
+    for name, planner in {"default": ExperimentPlanner, **made}.items():
+        host = planner(number)
+        plan = planned_by(host, asked)
+        needs = [training_memory(reader.setting_of(plan), trainer).expected / GIB for trainer in trainers]
+        sizes = f"{'x'.join(map(str, plan['patch_size']))}, {plan['batch_size']}"
+        target = f"{name}, {host.UNet_vram_target_GB:g} GB"
+        lines.append([target, sizes, *(f"{n:.1f} GB" for n in needs)])
+    return markdown_table(["nnU-Net's plans", title(FINGERPRINTS[key]), *(f"`{name}`" for name in trainers)], lines)
 
 
 def random_rows(planners: Sequence[str], count: int, seed: int) -> Iterator[Row]:
@@ -262,10 +296,7 @@ def gain(found: Row, rows: Sequence[Row]) -> str:
 def comparison(rows: Sequence[Row]) -> str:
     """Table of patch and batch, nnU-Net's own network against each planner."""
     keys = list(dict.fromkeys(found.fingerprint for found in rows))
-    titles = []
-    for key in keys:
-        fingerprint = FINGERPRINTS[key]
-        titles.append(f"{fingerprint.title} {'x'.join(map(str, fingerprint.shape))}")
+    titles = [title(FINGERPRINTS[key]) for key in keys]
     lines = []
     for planner in dict.fromkeys(found.planner for found in rows):
         cells = [
@@ -309,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", choices=FINGERPRINTS, default=list(FINGERPRINTS))
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))
     parser.add_argument("--table", action="store_true", help="the table of docs/how-to/plan-memory.md: 8 GB")
+    parser.add_argument("--presets", action="store_true", help="the table of nnU-Net's own presets there")
     parser.add_argument("--random", type=int, metavar="N", help="N random data sets instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random data sets")
     parser.add_argument("-o", type=Path, dest="output", help="folder for planners.json and planners.md")
@@ -317,6 +349,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(io.StringIO()):
             rows = list(grid(args.planners, IN_TABLE, (8.0,)))
         print(comparison(rows))
+        return 0
+    if args.presets:
+        with workspace() as folder:
+            write_dataset(folder, 1, FINGERPRINTS["ct"])
+            print(presets("ct", 1))
         return 0
     rows = []
     command = " ".join(["python benchmarks/planners.py", *(sys.argv[1:] if argv is None else argv)])

@@ -102,6 +102,14 @@ class Rivals:
         return f"{start}."
 
 
+def planned_by(host: ExperimentPlanner, asked: Asked) -> dict[str, Any]:
+    """The configuration that a planner of nnU-Net's makes, whose networks are built without their weights."""
+    spacing, median_shape, voxels = asked
+    with torch.device("meta"):  # it wants to know their sizes
+        plan: dict[str, Any] = host.get_plans_for_configuration(spacing, median_shape, "default", voxels, {})
+    return {**plan, "patch_size": [int(n) for n in plan["patch_size"]], "batch_size": int(plan["batch_size"])}
+
+
 class Hosts:
     """Plans nnU-Net's own network, plain or with a residual encoder as that of a planner.
 
@@ -143,11 +151,8 @@ class Hosts:
             asked: What it is asked for.
             second: Count the second stage of its cascade.
         """
-        spacing, median_shape, voxels = asked
-        with torch.device("meta"):  # it builds networks only for their sizes
-            plan = self._host.get_plans_for_configuration(spacing, median_shape, "default", voxels, {})
-        sizes = {"patch_size": [int(n) for n in plan["patch_size"]], "batch_size": int(plan["batch_size"])}
-        return self._known({**plan, **sizes, **({"previous_stage": LOWRES} if second else {})}, asked)
+        plan = planned_by(self._host, asked)
+        return self._known({**plan, "previous_stage": LOWRES} if second else plan, asked)
 
     def _filled(self, asked: Asked, second: bool) -> Planned | None:
         spacing, median_shape, voxels = asked

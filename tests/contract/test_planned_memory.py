@@ -22,6 +22,7 @@ from benchmarks.planners import (
     TABLE_END,
     default_row,
     grid_row,
+    presets,
     size,
     write_dataset,
 )
@@ -161,3 +162,9 @@ def test_table_of_the_documentation_is_the_commands(number: Callable[[str], int]
         name = NAMES.get(row.planner, f"`{row.planner}`")
         (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
         assert f"| {size(row)}: {row.counted:.1f} GB, {row.voxels / filled.voxels:.2f}x |" in line
+
+
+@pytest.mark.slow
+def test_table_of_nnunets_presets_is_the_commands(number: Callable[[str], int]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "plan-memory.md").read_text(encoding="utf-8")
+    assert presets("ct", number("ct")).strip() in page
