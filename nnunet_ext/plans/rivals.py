@@ -48,7 +48,7 @@ class Planned:
         return {**sizes, "expected_GB": round(self.expected, 3)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rivals:
     """nnU-Net's own network for the data and the target of a configuration.
 
@@ -142,7 +142,8 @@ class Hosts:
         """
         second = planned.plan.get("previous_stage") == LOWRES
         default = self.default(asked, second)  # from which on the filled one is searched
-        return Rivals(self._name, default, planned if self._is_filled else self._filled(asked, second))
+        filled = planned if self._is_filled else self._filled(asked, second)
+        return Rivals(name=self._name, default=default, filled=filled)
 
     def default(self, asked: Asked, second: bool = False) -> Planned:
         """What nnU-Net's own planner makes for the same target.

@@ -10,7 +10,7 @@ from nnunet_ext.plans.rivals import Planned, Rivals
 
 DEFAULT = Planned({"patch_size": [128, 128, 128], "batch_size": 2}, 6.16)
 FILLED = Planned({"patch_size": [128, 128, 160], "batch_size": 2}, 7.5)
-RIVALS = Rivals("default", DEFAULT, FILLED)
+RIVALS = Rivals(name="default", default=DEFAULT, filled=FILLED)
 
 
 def planned(patch: list[int], expected: float, batch: int = 2, **noted: Any) -> Planned:
@@ -51,13 +51,13 @@ def test_a_gain_is_the_methods_only_beyond_the_filled_network(found: Planned, sa
 
 
 def test_a_default_plan_that_is_too_large_is_no_loss_of_the_method() -> None:
-    rivals = Rivals("default", planned([128, 128, 128], 9.0), planned([96, 128, 128], 7.0))
+    rivals = Rivals(name="default", default=planned([128, 128, 128], 9.0), filled=planned([96, 128, 128], 7.0))
     (said,) = rivals.sentences(planned([128, 128, 128], 7.5))
     assert said == "1.00x the voxels of default: 0.75x is keeping to the target, 1.33x the method."
 
 
 def test_where_only_the_method_fits_all_is_the_method() -> None:
-    (said,) = Rivals("default", DEFAULT, None).sentences(planned([128, 128, 128], 3.9))
+    (said,) = Rivals(name="default", default=DEFAULT, filled=None).sentences(planned([128, 128, 128], 3.9))
     assert said == "1.00x the voxels of default, all of it the method: without it no patch fits the target."
 
 
