@@ -67,6 +67,8 @@ def boundary(network: nn.Module) -> nn.Module:
 
 def cut_logits(network: nn.Module, x: Tensor) -> list[Tensor]:
     """Logits of all levels but the finest, from the whole network, whose graph stays cut at the boundary."""
+    if isinstance(network, ReversibleUNet):
+        network.reversible = False  # plain autograd, which the hook can cut
     boundary(network).register_forward_hook(lambda module, given, result: result.detach())
     return network(x)[1:]
 
