@@ -120,7 +120,7 @@ class MemorySearch:
         return 0.0 if (candidate.key, batch) in self.known else MARGIN
 
     def _expected(self, candidate: Candidate, batch: int) -> float:
-        """Bytes as measured, or as the measurement of the most similar number of voxels lets expect.
+        """Bytes as measured, or as the measurement of the most similar number of voxels and of samples lets expect.
 
         What depends on the voxels lies on the line through that measurement and the furthest one of its batch or patch;
         with no other, or where the line falls, it is in proportion to them.
@@ -129,7 +129,9 @@ class MemorySearch:
         if known is not None:
             return known.memory.expected
         voxels = batch * candidate.voxels
-        near, *others = sorted(self.known.values(), key=lambda choice: abs(log(choice.voxels / voxels)))
+        near, *others = sorted(
+            self.known.values(), key=lambda choice: abs(log(choice.voxels / voxels)) + abs(log(choice.batch / batch))
+        )
         akin = [o for o in others if o.batch == near.batch or o.candidate.key == near.candidate.key]
         slope = near.growing / near.voxels
         if akin and (distance := near.voxels - akin[-1].voxels):

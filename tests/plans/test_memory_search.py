@@ -136,6 +136,22 @@ def test_what_no_measurement_predicts_still_fits(seed: int) -> None:
     assert choice.memory.expected <= target * GIB
 
 
+@pytest.mark.parametrize("target", [8, 11, 16])
+def test_samples_that_are_recomputed_apart_leave_the_patch_as_large_as_it_fits(target: float) -> None:
+    """A further sample costs less than the same voxels in the patch."""
+
+    def apart(voxels: int, batch: int) -> float:
+        return 0.2 * GIB + voxels * (190 * batch + 440)
+
+    found, counted = search(target, apart)
+    choice = found.run(candidates())
+    assert choice is not None
+    filling = [c.worth for c in candidates() if 0.91 <= (1.05 * apart(c.voxels, 2) / GIB + 0.5) / target <= 0.99]
+    assert choice.candidate.worth >= max(filling)
+    assert FILLED * target * GIB <= choice.memory.expected <= target * GIB
+    assert len(counted) <= 6
+
+
 @pytest.mark.parametrize("target", [4, 5, 11, 24])
 def test_the_second_measurement_tells_what_does_not_grow(target: float) -> None:
     found, counted = search(target, lambda voxels, batch: 3 * GIB + 1000 * voxels * batch)
