@@ -36,6 +36,8 @@ TRAINERS = {
     "nnUNetTrainerReversible",
 }
 PLANNERS = {
+    "ActivationCheckpointingPlanner",
+    "ActivationCheckpointingResEncPlanner",
     "CountedMemoryPlanner",
     "CountedMemoryResEncPlanner",
     "FasterFusionUNetPlanner",

@@ -111,6 +111,18 @@ def test_other_spacing_or_preprocessor_gets_its_own_data(dataset: Callable[[str]
     [
         ("CountedMemoryPlanner", ExperimentPlanner, "nnUNetCountedMemoryPlans", "nnUNetTrainer"),
         ("CountedMemoryResEncPlanner", nnUNetPlannerResEncM, "nnUNetCountedMemoryResEncPlans", "nnUNetTrainer"),
+        (
+            "ActivationCheckpointingPlanner",
+            ExperimentPlanner,
+            "nnUNetActivationCheckpointingPlans",
+            "nnUNetTrainerActivationCheckpointing",
+        ),
+        (
+            "ActivationCheckpointingResEncPlanner",
+            nnUNetPlannerResEncM,
+            "nnUNetActivationCheckpointingResEncPlans",
+            "nnUNetTrainerActivationCheckpointing",
+        ),
     ],
 )
 def test_planners_of_nnunets_own_network_change_nothing_but_patch_and_batch(
