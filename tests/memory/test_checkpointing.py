@@ -17,9 +17,9 @@ from nnunet_ext.trainers.nnUNetTrainerActivationCheckpointing import nnUNetTrain
 TRAINER = "nnUNetTrainerActivationCheckpointing"
 
 
-def isotropic(edge: int, is_residual: bool = False, **changes: Any) -> Setting:
-    """nnU-Net's default network for a cubic patch, or that of its ResEnc plans."""
-    setting = Source(patch=(edge,) * 3).setting()
+def isotropic(edge: int | tuple[int, ...], is_residual: bool = False, **changes: Any) -> Setting:
+    """nnU-Net's default network for a patch, cubic where it has one edge, or that of its ResEnc plans."""
+    setting = Source(patch=edge if isinstance(edge, tuple) else (edge,) * 3).setting()
     plans = deepcopy(dict(setting.plans))
     configuration = plans["configurations"]["3d_fullres"]
     if is_residual:
@@ -27,7 +27,7 @@ def isotropic(edge: int, is_residual: bool = False, **changes: Any) -> Setting:
         architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
         arguments = architecture["arch_kwargs"]
         n = len(arguments.pop("n_conv_per_stage"))
-        arguments |= {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6][:n], "n_conv_per_stage_decoder": [1] * (n - 1)}
+        arguments |= {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6, 6][:n], "n_conv_per_stage_decoder": [1] * (n - 1)}
     configuration |= changes
     return replace(setting, plans=plans)
 
@@ -49,6 +49,13 @@ def test_resenc_network_peaks_at_a_third() -> None:
     held, peak = to_default(isotropic(128, is_residual=True))
     assert held <= 0.17
     assert peak <= 0.34
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("patch", "gpu"), [((192, 192, 192), 11), ((256, 224, 224), 16)])
+def test_resenc_plans_for_24_and_40_gb_are_expected_to_fit_11_and_16(patch: tuple[int, ...], gpu: int) -> None:
+    # What nnU-Net's L and XL presets plan for an isotropic CT.
+    assert count_memory(isotropic(patch, is_residual=True), TRAINER, 2).expected <= gpu * GIB
 
 
 @pytest.mark.slow
