@@ -167,6 +167,26 @@ def test_the_search_gives_up_after_seventeen_measurements() -> None:
     assert len(counted) == 17
 
 
+@pytest.mark.parametrize(
+    ("held", "part", "size", "target"),
+    [(363, 218, 2.5e6, 8), (326, 820, 2.5e6, 16), (189, 210, 8e6, 4), (69, 541, 8e6, 24), (216, 290, 1e6, 11)],
+)
+def test_groups_of_samples_that_are_recomputed_leave_the_target_filled(
+    held: float, part: float, size: float, target: float
+) -> None:
+    """Part of the memory is there for one sample at a time, or for as many small ones as fill a group."""
+
+    def groups(voxels: int, batch: int) -> float:
+        return 0.2 * GIB + voxels * (held * batch + part * min(batch, max(1, size // voxels)))
+
+    found, counted = search(target, groups)
+    choice = found.run(candidates())
+    assert choice is not None
+    assert choice.memory.expected <= target * GIB
+    assert choice.memory.expected >= FILLED * target * GIB or choice.candidate.covers_image
+    assert len(counted) <= 9
+
+
 TARGET = 10 * GIB
 HALF = TrainingMemory(
     parameters=10**8, gradients=10**8, optimizer=10**8, held=0, peak=0, workspace=0
