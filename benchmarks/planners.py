@@ -74,7 +74,7 @@ FINGERPRINTS = {
         title="4 channels", spacing=(1.0, 1.0, 1.0), shape=(140, 170, 137), channels=4, classes=4, cases=400
     ),
 }
-IN_TABLE = ("ct",)
+IN_TABLE = ("ct", "mri", "2d")
 
 
 @dataclass(frozen=True, kw_only=True)
