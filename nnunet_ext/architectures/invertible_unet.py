@@ -14,22 +14,14 @@ from functools import cache
 from math import lcm, prod
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
-from nnunet_ext.architectures.reversible.chain import Chain
 from nnunet_ext.architectures.reversible.coupling import ExactRange
 from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze
-from nnunet_ext.architectures.reversible.recomputation import uncompiled
-from nnunet_ext.architectures.reversible.stages import (
-    CouplingSpec,
-    ReversiblePlan,
-    StageSpec,
-    check_patch,
-    group_elements,
-)
-from nnunet_ext.architectures.reversible.transitions import Head, Tap
-from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
+from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec, group_elements
+from nnunet_ext.architectures.reversible.transitions import Head
+from nnunet_ext.architectures.reversible.vae_branch import VAEBranch, VAENetwork
 
 _logger = logging.getLogger("nnunet_ext")
 
@@ -77,6 +69,11 @@ class Encoder(nn.Module):
         self.descents = nn.ModuleList(
             Descend(Squeeze(stage.channels // prod(stage.stride), stage.stride, mixing)) for stage in stages[1:]
         )
+
+    @property
+    def enter(self) -> nn.Module:
+        """What leads to the first feature map."""
+        return self.stem
 
     def steps(self) -> Iterator[Any]:
         """Steps of the chain from the first feature map to the bottleneck."""
@@ -181,32 +178,6 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         self.encoder = Encoder(input_channels, plan, self.stages, coupling, mixing)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, mixing, deep_supervision)
         self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None
-
-    @uncompiled
-    def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
-        """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
-        check_patch(x, self.stages)
-        with_vae = self.vae is not None and self.training
-        found = list(self.chain(with_vae)(x))
-        logits = found[:0:-1] if with_vae else found[::-1]
-        outputs = logits if self.decoder.deep_supervision else logits[0]
-        if not with_vae:
-            return outputs
-        return outputs, self.vae(found[0], x[:, : self.image_channels])  # type: ignore[misc]
-
-    def chain(self, bottleneck_tap: bool = False) -> Chain:
-        """The whole network: what it gives are the bottleneck where asked for, then logits, coarsest first."""
-        tap = [Tap()] if bottleneck_tap else []
-        return Chain(
-            steps=[*self.encoder.steps(), *tap, *self.decoder.steps()],
-            enter=self.encoder.stem,
-            gives_last=False,
-            exact=self.exact,
-            reversible=self.reversible,
-            group_elements=self.group_elements,
-            channels=self.stages[0].channels,
-            exact_range=self.exact_range,
-        )
 
 
 def _fit(features: list[int], strides: list[list[int]]) -> list[int]:

@@ -16,19 +16,11 @@ from dynamic_network_architectures.building_blocks.helper import get_matching_po
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
-from nnunet_ext.architectures.reversible.chain import Chain
 from nnunet_ext.architectures.reversible.decoder import StagedDecoder
 from nnunet_ext.architectures.reversible.mixed_precision import lowered
-from nnunet_ext.architectures.reversible.recomputation import uncompiled
-from nnunet_ext.architectures.reversible.stages import (
-    CouplingSpec,
-    ReversiblePlan,
-    StageSpec,
-    check_patch,
-    group_elements,
-)
-from nnunet_ext.architectures.reversible.transitions import Down, Join, Tap
-from nnunet_ext.architectures.reversible.vae_branch import Reconstruction, VAEBranch, VAENetwork
+from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec, group_elements
+from nnunet_ext.architectures.reversible.transitions import Down, Join
+from nnunet_ext.architectures.reversible.vae_branch import VAEBranch, VAENetwork
 
 _INTERPOLATED = 8  # channels that are interpolated at a time
 
@@ -57,6 +49,11 @@ class Encoder(nn.Module):
             for above, stage in zip(stages, lower, strict=False)
         )
         self.stages = nn.ModuleList(coupling.sequence(plan, stage, stage.encoder_blocks) for stage in stages)
+
+    @property
+    def enter(self) -> nn.Module:
+        """What leads to the first feature map."""
+        return self.stem
 
     def steps(self) -> Iterator[Any]:
         """Steps of the chain from the first feature map to the coarsest."""
@@ -149,29 +146,3 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
         self.encoder = Encoder(input_channels, plan, self.stages, coupling)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
         self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None
-
-    @uncompiled
-    def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
-        """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
-        check_patch(x, self.stages)
-        with_vae = self.vae is not None and self.training
-        found = list(self.chain(with_vae)(x))
-        logits = found[:0:-1] if with_vae else found[::-1]
-        outputs = logits if self.decoder.deep_supervision else logits[0]
-        if not with_vae:
-            return outputs
-        return outputs, self.vae(found[0], x[:, : self.image_channels])  # type: ignore[misc]
-
-    def chain(self, bottleneck_tap: bool = False) -> Chain:
-        """The whole network: what it gives are the bottleneck where asked for, then logits, coarsest first."""
-        tap = [Tap()] if bottleneck_tap else []
-        return Chain(
-            steps=[*self.encoder.steps(), *tap, *self.decoder.steps()],
-            enter=self.encoder.stem,
-            gives_last=False,
-            exact=self.exact,
-            reversible=self.reversible,
-            group_elements=self.group_elements,
-            channels=self.stages[0].channels,
-            exact_range=self.exact_range,
-        )

@@ -19,8 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
-from nnunet_ext.architectures.reversible.chain import Chain
 from nnunet_ext.architectures.reversible.decoder import StagedDecoder
+from nnunet_ext.architectures.reversible.network import ChainNetwork
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
 from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec, group_elements
 from nnunet_ext.architectures.reversible.transitions import Down, Up
@@ -52,6 +52,12 @@ class Encoder(nn.Module):
         strides = [transition.stride for transition in self.transitions if isinstance(transition, _ConvNd)]
         check_patch_size(x, patch_divisors(strides))
 
+    @property
+    def enter(self) -> nn.Module | None:
+        """The first convolution; None where it has run before, as in meU-net's expanded pass."""
+        first = self.transitions[0]
+        return None if isinstance(first, nn.Identity) else first
+
     def steps(self) -> Iterator[Any]:
         """Steps of the chain from the first feature map to the coarsest."""
         levels: Any = zip(self.transitions, self.stages, strict=True)
@@ -75,7 +81,7 @@ class Decoder(StagedDecoder):
         return transposed(coarse.channels, fine.channels, coarse.stride, coarse.stride, bias=plan.conv_bias)
 
 
-class ReversibleUNet(CountedFeatureMaps):
+class ReversibleUNet(ChainNetwork, CountedFeatureMaps):
     """Partially reversible U-Net (Bruegger et al. 2019): training memory independent of the blocks per stage.
 
     Training keeps one feature map per stage of the decoder, in autocast's dtype; skips are found again. Built from
@@ -129,20 +135,6 @@ class ReversibleUNet(CountedFeatureMaps):
         self.encoder.check_patch(x)
         logits = list(self.chain()(x))[::-1]
         return logits if self.decoder.deep_supervision else logits[0]
-
-    def chain(self) -> Chain:
-        """The whole network, from the image to the logits of every head, coarsest first."""
-        stem, *_ = self.encoder.transitions
-        return Chain(
-            steps=[*self.encoder.steps(), *self.decoder.steps()],
-            enter=None if isinstance(stem, nn.Identity) else stem,
-            gives_last=False,
-            exact=self.exact,
-            reversible=self.reversible,
-            group_elements=self.group_elements,
-            channels=self.stages[0].channels,
-            exact_range=self.exact_range,
-        )
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -10,17 +10,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_ext.architectures.checkpointed.repeated import repeated
 from nnunet_ext.architectures.checkpointed.stages import Pending, blocks_of, joined, through
+from nnunet_ext.architectures.reversible.chain import group_size
 from nnunet_ext.architectures.reversible.recomputation import can_recompute
-from nnunet_ext.architectures.reversible.stages import GROUP_ELEMENTS
+from nnunet_ext.architectures.reversible.stages import GROUP_ELEMENTS, samples_are_independent
 
 Recompute = Literal["stages", "norms"]
 Groups = list[Tensor]  # a feature map: all samples, or several groups of them
 
-_MOST_GROUPS = 4  # of samples: more of them are too small for a GPU
 _BLOCKS = 2  # of a stage whose samples are apart: more of them at once need more memory than their inputs
 
 
@@ -50,7 +49,7 @@ class Recomputation:
         """
         if recompute not in get_args(Recompute):
             raise ValueError(f'recompute must be "stages" or "norms", got {recompute!r}.')
-        independent = _samples_are_independent(encoder)
+        independent = samples_are_independent(encoder.norm_op, encoder.norm_op_kwargs or {})
         if samples_apart and not independent:
             raise ValueError(
                 f"samples_apart needs a norm that treats samples apart, got {encoder.norm_op.__name__}, whose "
@@ -141,7 +140,7 @@ class Recomputation:
         if not self.apart:
             return [x]
         per_sample = next(encoder.parameters()).shape[0] * x[0, 0].numel()
-        size = max(1, GROUP_ELEMENTS // per_sample, -(-len(x) // _MOST_GROUPS))
+        size = group_size(len(x), per_sample, GROUP_ELEMENTS)
         return _split(x, [min(size, len(x) - start) for start in range(0, len(x), size)])
 
 
@@ -160,11 +159,3 @@ def _joined_if_small(groups: Groups) -> Groups:
 
 def _whole(groups: Groups) -> Tensor:
     return groups[0] if len(groups) == 1 else torch.cat(groups)
-
-
-def _samples_are_independent(encoder: Any) -> bool:
-    if encoder.norm_op is None:
-        return True
-    if (encoder.norm_op_kwargs or {}).get("track_running_stats", False):
-        return False
-    return issubclass(encoder.norm_op, (_InstanceNorm, nn.GroupNorm, nn.LayerNorm))

@@ -118,9 +118,19 @@ class Chain:
         """Slices of the batch axis that are run one after the other."""
         size = max(1, len(x))
         if self.group_elements is not None:
-            per_sample = max(1, prod(x.shape[2:]) * (self.channels or x.shape[1]))
-            size = max(1, self.group_elements // per_sample, -(-len(x) // MOST_GROUPS))
+            size = group_size(len(x), prod(x.shape[2:]) * (self.channels or x.shape[1]), self.group_elements)
         return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+
+
+def group_size(samples: int, per_sample: int, elements: int) -> int:
+    """Samples of a group.
+
+    Args:
+        samples: In the batch.
+        per_sample: Elements of the largest feature map of one.
+        elements: Of a group at most, but no more than `MOST_GROUPS` groups and no less than one sample.
+    """
+    return max(1, elements // max(1, per_sample), -(-samples // MOST_GROUPS))
 
 
 class _Remembered(Pass):

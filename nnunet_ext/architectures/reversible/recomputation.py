@@ -286,15 +286,13 @@ def _replayed(random: RandomState, x: Tensor) -> Iterator[None]:
         yield
 
 
-def run_recomputed(module: nn.Module, recomputed: bool, *inputs: Tensor, group_elements: int | None = None) -> Tensor:
+def run_recomputed(module: nn.Module, recomputed: bool, *inputs: Tensor) -> Tensor:
     """Run a module; in training it keeps its inputs only and is run again, with modes and weights of now.
 
     Args:
         module: Module without running statistics, which would be counted twice.
         recomputed: False keeps everything, as plain autograd does.
         inputs: Inputs of the module.
-        group_elements: Run the samples in groups of at most this many elements of the largest input (at least one
-            sample), for modules that treat samples independently. None: all at once.
     """
     # PyTorch's checkpoint gives RReLU wrong gradients: its noise is saved before it is drawn.
     noisy = any(isinstance(part, nn.RReLU) for part in module.modules())
@@ -304,11 +302,8 @@ def run_recomputed(module: nn.Module, recomputed: bool, *inputs: Tensor, group_e
     draws = may_draw(module) and not isinstance(inputs[0], FakeTensor)
     # A compiled graph keeps the modes that it was made with.
     run = module if torch.compiler.is_compiling() else _as_now(module)
-    largest = max(x[0].numel() for x in inputs)
-    size = len(inputs[0]) if group_elements is None else max(1, group_elements // largest)
-    groups = zip(*(x.split(size) for x in inputs), strict=True)
-    results = [checkpoint(run, *group, use_reentrant=False, preserve_rng_state=draws) for group in groups]
-    return results[0] if len(results) == 1 else torch.cat(results)
+    result = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    return result
 
 
 def uncompiled(forward: Forward) -> Forward:

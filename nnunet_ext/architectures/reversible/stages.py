@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
@@ -74,10 +75,7 @@ class ReversiblePlan(PlanArguments):
     @property
     def samples_are_independent(self) -> bool:
         """Whether the norm has no statistics over the batch."""
-        if self.norm_op is None:
-            return True
-        independent = issubclass(self.norm_op, (_InstanceNorm, nn.GroupNorm, nn.LayerNorm))
-        return independent and not self.norm_op_kwargs.get("track_running_stats", False)
+        return samples_are_independent(self.norm_op, self.norm_op_kwargs)
 
     def stages(
         self, blocks_per_stage: PerStage | None, fit: Callable[[list[int], list[list[int]]], list[int]] | None = None
@@ -145,6 +143,14 @@ class CouplingSpec:
             group_elements=group_elements(plan),
             exact_range=self.exact_range,
         )
+
+
+def samples_are_independent(norm_op: type[nn.Module] | None, norm_op_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a norm, as plans name it, has no statistics over the batch; None: no norm."""
+    if norm_op is None:
+        return True
+    independent = issubclass(norm_op, (_InstanceNorm, nn.GroupNorm, nn.LayerNorm))
+    return independent and not norm_op_kwargs.get("track_running_stats", False)
 
 
 def group_elements(plan: ReversiblePlan) -> int | None:

@@ -15,8 +15,9 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.copying import copied
-from nnunet_ext.architectures.reversible.recomputation import run_recomputed
-from nnunet_ext.architectures.reversible.stages import ReversiblePlan, StageSpec
+from nnunet_ext.architectures.reversible.network import ChainNetwork
+from nnunet_ext.architectures.reversible.recomputation import run_recomputed, uncompiled
+from nnunet_ext.architectures.reversible.stages import ReversiblePlan, StageSpec, check_patch
 
 _FEWEST = 8  # channels of a block
 _LIMIT = 10.0  # of the log variance, to both sides
@@ -47,10 +48,23 @@ class Reconstruction(NamedTuple):
         return nn.functional.mse_loss(self.image.float(), self.target.float()), kl
 
 
-class VAENetwork(nn.Module):
+class VAENetwork(ChainNetwork):
     """A network with an optional branch `vae`: weights of a training with the branch also load without it."""
 
     vae: VAEBranch | None
+    image_channels: int
+
+    @uncompiled
+    def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
+        """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
+        check_patch(x, self.stages)
+        with_vae = self.vae is not None and self.training
+        found = list(self.chain(with_vae)(x))
+        logits = found[:0:-1] if with_vae else found[::-1]
+        outputs = logits if self.decoder.deep_supervision else logits[0]
+        if not with_vae:
+            return outputs
+        return outputs, self.vae(found[0], x[:, : self.image_channels])  # type: ignore[misc]
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -300,8 +300,8 @@ class Walk:
     ) -> list[Tensor]:
         """The same for a convolution, which needs not be run again."""
         indices = {name: i for _, name, i in places}
-        weight, bias = (self._leaves.tensors[indices[name]] if name in indices else None for name in ("weight", "bias"))
-        assert weight is not None  # a convolution has one
+        weight = cast(Tensor, self._leaves.tensors[indices["weight"]])
+        bias = self._leaves.tensors[indices["bias"]] if "bias" in indices else None
         d_x, *found = convolution_gradients(conv, x, weight, bias, d_y, dtype=self._autocast.low, needs_input=needed)
         for name, gradient in zip(("weight", "bias"), found, strict=True):
             if gradient is not None:
