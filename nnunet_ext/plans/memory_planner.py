@@ -23,8 +23,8 @@ from nnunet_ext.memory.tracker import GIB
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.plans.memory_search import Candidate, Choice, MemorySearch
 from nnunet_ext.plans.patch_shapes import image_size, patch_shapes
-from nnunet_ext.plans.planned_report import memory_entry, report
-from nnunet_ext.plans.rivals import LOWRES, Asked
+from nnunet_ext.plans.planned_report import BATCH, memory_entry, overwritten, report
+from nnunet_ext.plans.rivals import LOWRES, Asked, host_of, planned_by
 from nnunet_ext.plans.shared_data import settled
 
 # Voxels of a batch that default nnU-Net trains in 8 GB.
@@ -39,10 +39,11 @@ class MemoryPlanner(ExperimentPlanner):
     """Plans the largest patch, up to the whole image, then the largest batch, that train in the GPU memory target.
 
     Everything but patch, batch and topology is nnU-Net's own planning. Memory is that of the step of `trainer`,
-    counted by `memory.count`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch
-    holds at most 5 % of the data set's voxels, as in nnU-Net. Each configuration notes under ``memory`` what is
-    expected and what limits it. Preprocessed data of `nnUNetPlans` is reused where it was made in the same way.
-    Images of one voxel along an axis are planned as slices across it.
+    counted by `memory.count`, with its allowance for the GPU; 1 GB of the target is 2**30 bytes. A batch holds at
+    most 5 % of the data set's voxels and at most as many patches as nnU-Net's own planner takes for the same target:
+    an epoch has a fixed number of steps, whose time grows with the batch. Each configuration notes under ``memory``
+    what is expected and what limits it. Preprocessed data of `nnUNetPlans` is reused where it was made in the same
+    way. Images of one voxel along an axis are planned as slices across it.
 
     Attributes:
         network_class: Network that is planned.
@@ -85,6 +86,7 @@ class MemoryPlanner(ExperimentPlanner):
         # Of each configuration: what nnU-Net asked for, by the identifier of its data.
         self._asked: dict[str, Asked] = {}
         self._known: dict[tuple[int, bool], dict[tuple[str, int], Choice]] = {}
+        self._sizes: dict[str, Any] = {}  # of nnU-Net's own networks
 
     def determine_transpose(self) -> tuple[list[int], list[int]]:
         """As nnU-Net, but an axis of one voxel comes first: nnU-Net then plans no 3D, which it could not train.
@@ -147,7 +149,8 @@ class MemoryPlanner(ExperimentPlanner):
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Fit the cascade too, whose input has more channels; print what was chosen and why; write as nnU-Net does.
 
-        Data of other plans that were made in another way are left to them.
+        Data of other plans that were made in another way are left to them. Plans of this name for another target are
+        overwritten, which is said.
         """
         configurations = plans["configurations"]
         if _CASCADE in configurations:
@@ -158,6 +161,8 @@ class MemoryPlanner(ExperimentPlanner):
         print(report(self, plans, self._asked))
         recursive_fix_for_json_export(plans)
         folder = Path(nnUNet_preprocessed, self.dataset_name)
+        for line in overwritten(folder / f"{self.plans_identifier}.json", plans):
+            print(line)
         for line in settled(folder, plans, self.dataset_fingerprint, list(self.dataset)):
             print(line)
         super().save_plans(plans)
@@ -224,7 +229,8 @@ class MemoryPlanner(ExperimentPlanner):
             plan: A configuration of this planner's network.
             asked: What the plan was asked for.
         """
-        candidate, batch, known = self._candidate(plan, 1.0, asked), plan["batch_size"], self._known_of(plan)
+        batch, known = plan["batch_size"], self._known_of(plan)
+        candidate = self._candidate(plan, 1.0, asked, batch)
         if (candidate.key, batch) not in known:
             known[candidate.key, batch] = Choice(candidate, batch, self._measured(candidate, batch))
         return known[candidate.key, batch].memory
@@ -288,17 +294,23 @@ class MemoryPlanner(ExperimentPlanner):
     def _candidates(self, plan: dict[str, Any], asked: Asked) -> list[Candidate]:
         spacing, median_shape, _ = asked
         found: dict[str, Candidate] = {}
+        batch = self._host_batch(asked)
         shapes = patch_shapes([float(s) for s in spacing], image_size(list(median_shape)[: len(spacing)]))
         for shape, distortion in shapes.items():
             planned = self.with_patch(plan, shape)
             if planned is None:
                 continue
-            candidate = self._candidate(planned, distortion, asked)
+            candidate = self._candidate(planned, distortion, asked, batch)
             if candidate.key not in found or candidate.worth > found[candidate.key].worth:
                 found[candidate.key] = candidate
         return list(found.values())
 
-    def _candidate(self, plan: dict[str, Any], distortion: float, asked: Asked) -> Candidate:
+    def _host_batch(self, asked: Asked) -> int:
+        """Patches that nnU-Net's own planner takes for the same data and target."""
+        batch: int = planned_by(host_of(self), asked, self._sizes)["batch_size"]
+        return batch
+
+    def _candidate(self, plan: dict[str, Any], distortion: float, asked: Asked, batch: int) -> Candidate:
         spacing, median_shape, n_voxels = asked
         patch, arguments = plan["patch_size"], plan["architecture"]["arch_kwargs"]
         decisive, image = self.decisive_patch(plan), image_size(list(median_shape)[: len(spacing)])
@@ -310,7 +322,8 @@ class MemoryPlanner(ExperimentPlanner):
             voxels=self.memory_voxels(plan),
             weights=_weights(arguments),
             covers_image=all(n >= size for n, size in zip(decisive, image, strict=True)),
-            most=max(self.UNet_min_batch_size, allowed),
+            most=max(self.UNet_min_batch_size, min(allowed, batch)),
+            bound=BATCH if batch < allowed else "data set",
         )
 
     def _known_of(self, plan: dict[str, Any]) -> dict[tuple[str, int], Choice]:

@@ -31,7 +31,8 @@ class Candidate:
         voxels: What memory is about proportional to.
         weights: Number of weights, relative to other candidates.
         covers_image: Whether the patch covers a typical image.
-        most: Largest batch that the data set allows.
+        most: Largest batch that is allowed.
+        bound: What allows no more, a limit of the plans.
     """
 
     plan: dict[str, Any]
@@ -41,6 +42,7 @@ class Candidate:
     weights: float
     covers_image: bool
     most: int
+    bound: str = "data set"
 
 
 @dataclass(frozen=True)

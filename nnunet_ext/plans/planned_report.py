@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.count import TrainingMemory
 from nnunet_ext.memory.tracker import GIB
-from nnunet_ext.nnunet.plans import configuration
+from nnunet_ext.nnunet.plans import configuration, read_plans
 from nnunet_ext.plans.memory_search import FILLED, Choice
 from nnunet_ext.plans.rivals import Asked, Hosts, Planned, Rivals
 
 if TYPE_CHECKING:
     from nnunet_ext.plans.memory_planner import MemoryPlanner
+
+
+BATCH = "batch of nnU-Net"  # a limit
 
 
 def figures(memory: TrainingMemory) -> dict[str, Any]:
@@ -37,13 +42,17 @@ def _limit(choice: Choice, target: int) -> str:
         return "memory"
     if not choice.candidate.covers_image:
         return "steps between patches"
-    return "data set" if choice.batch >= choice.candidate.most else "image"
+    return choice.candidate.bound if choice.batch >= choice.candidate.most else "image"
 
 
 _REASONS = {
     "memory": "the next larger one does not fit",
     "image": "the patch covers a typical image, and one more in the batch does not fit",
     "data set": "the patch covers a typical image, and the batch at most {share:g} % of the data set",
+    BATCH: (
+        "the patch covers a typical image, and a batch larger than that of nnU-Net's own planner would only make the "
+        "steps of an epoch slower, whose number is fixed"
+    ),
     "steps between patches": "no patch that the strides divide fills the target better",
 }
 
@@ -69,6 +78,30 @@ def report(planner: MemoryPlanner, plans: Mapping[str, Any], asked: Mapping[str,
             lines += [f"    {line}" for line in _comparison(planned, rivals)]
     lines.append("  1 GB is 2**30 bytes; expected is the step's peak with an allowance for CUDA.\n")
     return "\n".join(lines)
+
+
+def overwritten(path: Path, plans: Mapping[str, Any]) -> Iterator[str]:
+    """Say that plans for another target lie under the name of new ones, and how both are kept.
+
+    Args:
+        path: File that the new plans will be written to.
+        plans: New plans.
+    """
+    try:
+        before = read_plans(path, "plan again")["configurations"] if path.is_file() else {}
+    except UsageError:
+        return  # no plans: nothing is lost
+    for name, noted in plans["configurations"].items():
+        old = before.get(name, {}).get("memory", {}).get("target_GB")
+        new = noted.get("memory", {}).get("target_GB")
+        if old is not None and new is not None and old != new:
+            other = f"{plans['plans_name']}_{new:g}G"
+            yield (
+                f"{path.name} was planned for {old:g} GB and is overwritten; a training that it began can't go on. To "
+                f"keep both, give each target a name, and plan {old:g} GB again: -gpu_memory_target {new:g} "
+                f"-overwrite_plans_name {other}, then train with -p {other}."
+            )
+            return
 
 
 def _comparison(planned: Planned, rivals: Rivals) -> Iterator[str]:

@@ -93,7 +93,7 @@ class Rivals:
             return f"{start}, all of it the method: without it no patch fits the target."
         word = "filling" if filling >= 1 else "keeping to"
         if planned is self.filled:
-            return f"{start}, all of it {word} the target."
+            return f"{start}." if filling == 1 else f"{start}, all of it {word} the target."
         start = f"{start}: {filling:.2f}x is {word} the target, {method:.2f}x the method"
         if method * self.filled.expected / planned.expected <= FREES:
             return f"{start}, which frees no memory."
@@ -102,11 +102,27 @@ class Rivals:
         return f"{start}."
 
 
-def planned_by(host: ExperimentPlanner, asked: Asked) -> dict[str, Any]:
-    """The configuration that a planner of nnU-Net's makes, whose networks are built without their weights."""
+def host_of(planner: MemoryPlanner) -> ExperimentPlanner:
+    """The planner of nnU-Net's that plans a network as a planner of this package does, plain or with ResEnc M."""
+    kind = nnUNetPlannerResEncM if isinstance(planner, ResEncUNetPlanner) else ExperimentPlanner
+    with warnings.catch_warnings():
+        # The preset is made for one target.
+        warnings.filterwarnings("ignore", message=".*non-standard gpu_memory_target_in_gb")
+        return kind(planner.dataset_name, planner.UNet_vram_target_GB)
+
+
+def planned_by(host: ExperimentPlanner, asked: Asked, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration that a planner of nnU-Net's makes, whose networks are built without their weights.
+
+    Args:
+        host: The planner.
+        asked: What it is asked for.
+        sizes: Of networks that it has built before, added to.
+    """
     spacing, median_shape, voxels = asked
+    known = {} if sizes is None else sizes
     with torch.device("meta"):  # it wants to know their sizes
-        plan: dict[str, Any] = host.get_plans_for_configuration(spacing, median_shape, "default", voxels, {})
+        plan: dict[str, Any] = host.get_plans_for_configuration(spacing, median_shape, "default", voxels, known)
     return {**plan, "patch_size": [int(n) for n in plan["patch_size"]], "batch_size": int(plan["batch_size"])}
 
 
@@ -128,10 +144,7 @@ class Hosts:
         data, target = planner.dataset_name, planner.UNet_vram_target_GB
         self._is_filled = type(planner) is counted
         self._counted: MemoryPlanner = planner if self._is_filled else counted(data, target)
-        with warnings.catch_warnings():
-            # The preset is made for one target.
-            warnings.filterwarnings("ignore", message=".*non-standard gpu_memory_target_in_gb")
-            self._host = (nnUNetPlannerResEncM if res_enc else ExperimentPlanner)(data, target)
+        self._host = host_of(planner)
 
     def rivals(self, planned: Planned, asked: Asked) -> Rivals:
         """Plan for the data of a configuration; for the second stage of nnU-Net's cascade one too.

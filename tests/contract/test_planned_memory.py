@@ -75,7 +75,7 @@ def test_planned_step_fits_the_target_and_fills_it(
     if found.counted < 0.9 * target:
         inner = found.standard_patch or found.patch
         assert all(n >= size for n, size in zip(inner, FINGERPRINTS[key].shape, strict=True))
-        assert found.limit in ("image", "data set")
+        assert found.limit in ("image", "data set", "batch of nnU-Net")
 
 
 def plan_with(planner: str, number: int, target: float, **arguments: Any) -> dict[str, Any]:

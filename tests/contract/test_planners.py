@@ -18,6 +18,10 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_ext import registry
+from nnunet_ext.memory.count import TrainingMemory
+from nnunet_ext.memory.tracker import GIB
+from nnunet_ext.plans.memory_planner import MemoryPlanner
+from nnunet_ext.plans.rivals import host_of, planned_by
 
 PLANNERS = registry.names("planners")
 
@@ -85,15 +89,38 @@ def test_reversible_planner_spends_the_memory_on_a_larger_patch(dataset: Callabl
     assert voxels[0] >= 1.3 * voxels[1]
 
 
-@pytest.mark.slow
-def test_reversible_planner_spends_the_rest_on_a_larger_batch(dataset: Callable[[str], int]) -> None:
-    planner = registry.resolve("planners", "ReversibleUNetPlanner")
-    plans = [
-        p(dataset("labels"), 8).get_plans_for_configuration([1.0] * 3, [64.0] * 3, "data", 64.0**3 * 5000, {})
-        for p in (planner, ExperimentPlanner)
-    ]
-    assert list(plans[0]["patch_size"]) == list(plans[1]["patch_size"]) == [64] * 3
-    assert plans[0]["batch_size"] >= 1.3 * plans[1]["batch_size"]
+@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_where_the_patch_covers_the_image_the_batch_is_at_most_nnunets(
+    dim: int, planner: str, dataset: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = TrainingMemory(parameters=0, gradients=0, optimizer=0, held=0, peak=GIB, workspace=0)
+    monkeypatch.setattr(MemoryPlanner, "step_memory", lambda self, plan: memory)  # whatever the batch
+    ours = registry.resolve("planners", planner)(dataset("labels"), 40)
+    asked = ([1.0] * dim, [64.0] * dim, 64.0**dim * 10**6)
+    plan = ours.get_plans_for_configuration(*asked[:2], "data", asked[2], {})
+    assert plan["patch_size"] == [64] * dim
+    assert plan["batch_size"] == planned_by(host_of(ours), asked)["batch_size"] > 2
+    assert plan["memory"]["expected_GB"] < 0.9 * 40
+    assert plan["memory"]["limit"] == "batch of nnU-Net"
+
+
+@pytest.mark.usefixtures("memory_by_voxels")
+def test_planning_for_another_target_says_that_plans_are_overwritten(
+    dataset: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    identifier = dataset("labels")
+
+    def said(target: float, name: str | None = None) -> str:
+        registry.resolve("planners", "ReversibleUNetPlanner")(identifier, target, plans_name=name).plan_experiment()
+        return capsys.readouterr().out
+
+    said(6)
+    assert "overwritten" not in said(6)
+    assert "overwritten" not in said(8, "nnUNetReversiblePlans_8G")
+    line = next(line for line in said(8).splitlines() if "overwritten" in line)
+    assert line.startswith("nnUNetReversiblePlans.json was planned for 6 GB and is overwritten")
+    assert "-gpu_memory_target 8 -overwrite_plans_name nnUNetReversiblePlans_8G" in line
 
 
 def test_other_spacing_or_preprocessor_gets_its_own_data(dataset: Callable[[str], int]) -> None:
