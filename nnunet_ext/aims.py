@@ -94,6 +94,7 @@ METHODS: tuple[Method, ...] = (
         plans_of="nnUNetTrainerPartiallyInvertible",
     ),
 )
+RESEARCH_PLANNERS = ("ReversibleUNetDeepPlanner",)  # switches of a planner: depth instead of a larger patch
 BY_TRAINER = {method.trainer: method for method in METHODS}
 
 

@@ -330,9 +330,53 @@ def _source(entry: Entry) -> ast.Module:
         return ast.Module([], [])  # the last two: nested deeper than Python's parser goes
 
 
+def _definition(entry: Entry) -> ast.ClassDef | None:
+    found = (node for node in _source(entry).body if isinstance(node, ast.ClassDef) and node.name == entry.name)
+    return next(found, None)
+
+
 def summary(entry: Entry) -> str:
     """First line of the docstring of the entry's class, read from its source without importing it."""
-    for node in _source(entry).body:
-        if isinstance(node, ast.ClassDef) and node.name == entry.name:
-            return (ast.get_docstring(node) or "").partition("\n")[0]
-    return ""
+    node = _definition(entry)
+    return ((ast.get_docstring(node) if node else None) or "").partition("\n")[0]
+
+
+def planned(entry: Entry) -> tuple[str, str]:
+    """Trainer that a planner names and name of its plans, read from its source; "" for what it does not say.
+
+    A planner says them as `trainer` and `default_plans_name`, itself or by a registered planner that it derives from,
+    or the plans as nnU-Net's own planners do, by the default of `plans_name`.
+    """
+    return _text_of(entry, "trainer"), _text_of(entry, "default_plans_name") or _text_of(entry, "plans_name")
+
+
+def _text_of(entry: Entry, name: str, seen: frozenset[str] = frozenset()) -> str:
+    """Text that a class sets or its `__init__` takes for a name, or the first registered class that it derives from."""
+    node = _definition(entry)
+    if node is None or entry.name in seen:
+        return ""
+    said = dict(_texts(node)).get(name)
+    if said is not None:
+        return said
+    registered = {other.name: other for other in entries(entry.kind)}
+    bases = (base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in node.bases)
+    found = (_text_of(registered[base], name, seen | {entry.name}) for base in bases if base in registered)
+    return next(filter(None, found), "")
+
+
+def _texts(node: ast.ClassDef) -> Iterable[tuple[str, str]]:
+    """Names and texts of a class's body and of the defaults of its `__init__`."""
+    for statement in node.body:
+        pairs: Iterable[tuple[str, ast.expr | None]] = ()
+        if isinstance(statement, ast.Assign):
+            pairs = [(target.id, statement.value) for target in statement.targets if isinstance(target, ast.Name)]
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            pairs = [(statement.target.id, statement.value)]
+        elif isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+            taken = statement.args
+            names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
+            pairs = [*zip(reversed(names), reversed(taken.defaults), strict=False)]
+            pairs += [(arg.arg, value) for arg, value in zip(taken.kwonlyargs, taken.kw_defaults, strict=True)]
+        for name, value in pairs:
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield name, value.value
