@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_ext import __version__
+from nnunet_ext.cli.help import Formatter
 from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import printable
 
 # command -> one line of help; nnunet_ext.cli.<command> (- is _) has add_arguments(parser) and run(args) -> exit status
 COMMANDS = {
-    "list": "show every registered trainer, planner and architecture",
+    "list": "which trainer is for what, with its planners and plans",
     "doctor": "prove that nnU-Net's commands find them, and say what to repair",
     "check": "train and predict a moment with a trainer, and say what of nnU-Net it breaks",
     "run": "run a command of nnU-Net with the hook installed explicitly",
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="nnunet-ext",
         description="Memory-saving and fast networks for nnU-Net v2.",
         epilog="example: nnunet-ext list",
+        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=f"nnunet-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -45,10 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = bool(arguments) and arguments[0] == name
         module = importlib.import_module(f"nnunet_ext.cli.{name.replace('-', '_')}") if asked else None
         command = commands.add_parser(
-            name,
-            help=text,
-            description=(module.__doc__ if module else None),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=text, description=(module.__doc__ if module else None), formatter_class=Formatter
         )
         if module is not None:
             module.add_arguments(command)

@@ -14,11 +14,10 @@ import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ext.cli.terminal import print_table
+from nnunet_ext.cli.terminal import print_table, status_line, wrapped
 from nnunet_ext.files import check_folder
 from nnunet_ext.nnunet.trust import OPTION
 
@@ -112,45 +111,25 @@ def _measure(args: argparse.Namespace) -> Report:
         compiled=args.compiled,
         budgets=_tuple(args.budget),
     )
-    with _progress() as show:
-        return run_benchmark(request, show)
+    with status_line(sys.stderr) as show:
+        return run_benchmark(request, lambda done, total, what: show(f"{done}/{total} {what}"))
 
 
 def _tuple(values: list[int] | list[float] | list[str] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on the standard error, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        yield show
-
-
 def _print(report: Report) -> None:
-    from rich.console import Console
-
     from nnunet_ext.benchmark import table
 
-    console = Console(highlight=False)
-    console.print(table.headline(report), markup=False)
+    print("\n".join(wrapped(table.headline(report))))
     for found in table.tables(report):
-        print_table(console, found.title, *_lines_joined(found))
-    console.print()
+        print_table(found.title, *_lines_joined(found))
+    print()
     for note in table.notes(report):
-        console.print(note, markup=False)
+        print("\n".join(wrapped(note)))
 
 
 def _lines_joined(found: BenchmarkTable) -> tuple[list[str], list[list[str]]]:
-    header, *rows = (["\n".join(cell) for cell in row] for row in (found.header, *found.rows))
+    header, *rows = (["".join(name), *map("\n".join, cells)] for name, *cells in (found.header, *found.rows))
     return header, rows

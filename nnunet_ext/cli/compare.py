@@ -13,22 +13,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ext.cli.terminal import print_table
+from nnunet_ext.cli.terminal import print_table, status_line, wrapped
 from nnunet_ext.files import check_folder
 from nnunet_ext.nnunet.plans import DEFAULT_PLANS
 from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.text import Text
-
     from nnunet_ext.comparison.compare import Comparison
 
 
@@ -105,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
         trusted=args.trust,
     )
     check_folder(args.output)
-    with _status() as show:
+    with status_line(sys.stderr) as show:
         comparison = compare.compare(selection.request(selected), show)
     if not args.json:
         _print(comparison)
-    with _status() as show:
+    with status_line(sys.stderr) as show:
         written = report.write(comparison, args.output, _command(args), show)
     if args.json:
         print((args.output / "report.json").read_text(encoding="utf-8"), end="")
@@ -131,37 +125,14 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-@contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on a terminal only."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    with console.status("reading") as status:
-        yield lambda line: status.update(_text(line))
-
-
 def _print(comparison: Comparison) -> None:
-    from rich.console import Console
-
     from nnunet_ext.comparison import report, tables
 
-    console = Console()
     for evaluation in comparison.evaluations:
         content = tables.accuracy(evaluation, "Dice")
         header, *rows = ([*map(printable, row)] for row in (content.header, *content.rows))
-        print_table(console, printable(f"Dice, {evaluation.name}"), header, rows)
+        print_table(printable(f"Dice, {evaluation.name}"), header, rows)
         for line in report.conclusions(comparison, evaluation):
-            console.print(_text(line), highlight=False)
+            print("\n".join(wrapped(line)))
     for line in comparison.warnings:
         print(printable(f"warning: {line}"), file=sys.stderr)
-
-
-def _text(text: str) -> Text:
-    """Text for the terminal that means nothing to it, nor to rich."""
-    from rich.text import Text
-
-    return Text(printable(text))

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext.cli.terminal import status_line
 from nnunet_ext.printable import printable, printable_lines
 
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerReversible")
@@ -90,18 +91,14 @@ def _printer() -> Iterator[Callable[[str, bool], None]]:
 
     Elsewhere one of these is printed now and then, and the first after each that stays.
     """
-    from rich.console import Console
-    from rich.text import Text
-
-    console, last = Console(), -math.inf
-    with console.status("") as status:
+    last = -math.inf
+    with status_line(sys.stdout) as show:
 
         def say(line: str, stays: bool) -> None:
             nonlocal last
             now = time.monotonic()
-            if console.is_terminal:
-                status.update(Text(" " if stays else printable(line)))
-            if stays or (not console.is_terminal and now >= last + _SECONDS_BETWEEN_LINES):
+            show("" if stays else line)
+            if stays or (not sys.stdout.isatty() and now >= last + _SECONDS_BETWEEN_LINES):
                 print(printable(line), flush=True)
                 last = -math.inf if stays else now
 

@@ -3,7 +3,7 @@
 Writes a folder that nnUNetv2_predict_from_modelfolder runs wherever this package is installed. The fused network is
 compared with the trained one before anything is written.
 
-examples: nnunet-ext deploy -m RESULTS/nnUNetTrainerFasterFusionBN__nnUNetPlans__3d_fullres -o shipped --dtype float16
+examples: nnunet-ext deploy -m RESULTS/nnUNetTrainerHalfWidthBN__nnUNetPlans__3d_fullres -o shipped
           nnunet-ext deploy -m MODEL -o shipped --folds 0 --onnx -i SCANS
           nnUNetv2_predict_from_modelfolder -m shipped -i SCANS -o PREDICTED -f 0
 """

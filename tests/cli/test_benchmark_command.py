@@ -170,5 +170,5 @@ def test_help_needs_no_torch(run_python: RunPython) -> None:
         "    main(['benchmark', '--help'])\n"
         "except SystemExit as error:\n"
         "    assert not error.code\n"
-        "assert not {'torch', 'nnunetv2', 'numpy', 'rich'} & set(sys.modules)\n"
+        "assert not {'torch', 'nnunetv2', 'numpy'} & set(sys.modules)\n"
     )
