@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 import _nnunet_ext_hook as hook
 from nnunet_ext import doctor, installation, registry
-from nnunet_ext.doctor import environment, probe
+from nnunet_ext.doctor import environment, gpu, owners, probe, requirements
 from nnunet_ext.doctor.finding import Finding, failure, ok
 from tests.conftest import write_distribution
 
@@ -66,6 +68,8 @@ BROKEN = {  # what is broken -> words of the row and of its cure
     "trainer nnUNetTrainerAdam": ("nnU-Net itself has nnUNetTrainerAdam", "comes from shadow 1.0"),
     "architecture ExitNet": ("SystemExit", "repair or uninstall exits 1.0"),
     "architecture InterruptNet": ("KeyboardInterrupt", "repair or uninstall interrupts 1.0"),
+    "trainer nnUNetTrainerVictim": ("no_helper_here", "repair or uninstall helper 1.0"),
+    "shadow": ("yacs of yacs", "rename or uninstall thief 1.0"),
     "metadata": ("latin-1.0.dist-info can't be read", "repair or uninstall that distribution"),
     "collision": ("rival 1.0 installs our modules", "uninstall it, then pip install"),
 }
@@ -82,6 +86,12 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], list[F
     install("shadow", "class nnUNetTrainerAdam: pass", trainers=["nnUNetTrainerAdam"])
     install("exits", "import sys; sys.exit(0)", architectures=["ExitNet"])
     install("interrupts", "raise KeyboardInterrupt", architectures=["InterruptNet"])
+    install("victim", "from helper import nothing", trainers=["nnUNetTrainerVictim"])
+    (install("helper", "import no_helper_here") / "RECORD").write_text("helper.py,,\n", encoding="utf-8")
+    thief = install("thief", "")
+    (thief / "RECORD").write_text("yacs/__init__.py,,\n", encoding="utf-8")
+    (site / "yacs").mkdir()
+    (site / "yacs" / "__init__.py").touch()
     (install("latin", "") / "METADATA").write_bytes("Name: latin\nAuthor: M\xfcller\n".encode("latin-1"))
     info = install("rival", "")
     (info / "RECORD").write_text("rival.py,,\nnnunet_ext/__init__.py,,\n", encoding="utf-8")
@@ -104,7 +114,7 @@ def test_whole_names_are_found(examined: tuple[set[str], list[Finding]]) -> None
     )
     for subject in ("schedule", "spawned process"):
         assert about(findings, subject).detail.split(":")[0].endswith(probe.SCHEDULE)
-    for name in ("python", "nnunet-ext", *environment.REPORTED, *environment.FOLDERS):
+    for name in ("python", "nnunet-ext", *requirements.REPORTED, *environment.FOLDERS):
         assert about(findings, name).level == "ok"
     assert str(hook.__file__) in about(findings, "hook").detail
 
@@ -128,13 +138,13 @@ def test_class_that_ended_an_earlier_process_is_said_and_not_looked_up_again(
     install("quits", "import os; os._exit(0)", planners=["QuitPlanner"])
     asked, noted = tmp_path / "asked", {}
 
-    def look_up(kind: str, name: str) -> tuple[bool, str]:
+    def look_up(kind: str, name: str) -> probe.Looked:
         noted[name] = asked.read_text(encoding="utf-8") if asked.exists() else ""
-        return True, "found"
+        return probe.Looked(True, "found")
 
     monkeypatch.setattr(probe, "look_up", look_up)
-    monkeypatch.setattr(probe, "_in_spawned_process", lambda name: (True, "found"))
-    findings = list(probe.lookups(asked, {"planner QuitPlanner": "importing it ends the process, status 0"}))
+    monkeypatch.setattr(probe, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    findings = list(probe.lookups(asked, {"planner QuitPlanner": "ends the process, status 0"}))
     (found,) = failures(findings)
     assert (found.subject, found.detail) == ("planner QuitPlanner", "importing it ends the process, status 0")
     assert found.cure == "repair or uninstall quits 1.0"
@@ -267,7 +277,7 @@ result.write_text(json.dumps([{{"level": "failure", "subject": "x", "detail": js
     monkeypatch.setattr(doctor, "_PROBE", code)
     monkeypatch.setattr(doctor, "COMMAND", "no_such_command")
     monkeypatch.setattr(doctor, "TIMEOUT", 5.0)
-    assert doctor.examine()[1].detail == f'{{"trainer Bad": "importing it {fate}"}}'
+    assert doctor.examine()[1].detail == f'{{"trainer Bad": "{fate}"}}'
 
 
 def test_check_that_fails_is_a_row_after_what_it_found() -> None:
@@ -304,7 +314,7 @@ def test_check_that_fails_is_a_row_after_what_it_found() -> None:
     ],
 )
 def test_versions_are_compared_by_their_bounds(version: str, requirement: str, satisfied: bool) -> None:
-    assert environment.satisfies(version, requirement) is satisfied
+    assert requirements.satisfies(version, requirement) is satisfied
 
 
 def test_old_version_and_missing_distribution_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,17 +323,96 @@ def test_old_version_and_missing_distribution_are_failures(monkeypatch: pytest.M
             raise PackageNotFoundError(name)
         return {"torch": "2.4.1"}.get(name, "2.8")
 
-    monkeypatch.setattr(environment, "version", version)
-    findings = list(environment.versions())
+    monkeypatch.setattr(requirements, "version", version)
+    findings = list(requirements.versions())
     assert about(findings, "torch").cure.startswith('pip install "torch>=2.5')
     assert about(findings, "dynamic-network-architectures").detail == "isn't installed"
     assert {finding.subject for finding in failures(findings)} == {"torch", "dynamic-network-architectures"}
 
 
+@pytest.mark.parametrize(("version", "level"), [("2.8.0", "ok"), ("2.9.1+cu128", "warning"), ("2.10.0", "ok")])
+def test_torch_that_is_known_to_be_slow_is_a_warning(version: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "version", lambda name: {"torch": version}.get(name, "2.8"))
+    found = about(list(requirements.versions()), "torch")
+    assert found.level == level
+    assert ("four times slower" in found.detail) == (level == "warning")
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("acme_base!=1.0", "acme 1.0 asks for acme_base!=1.0, but acme-base 1.0 is installed"),
+        ("acme-base>=2; python_version > '3'", "acme 1.0 asks for acme-base>=2, but acme-base 1.0 is installed"),
+        ("no-such-thing", "acme 1.0 asks for no-such-thing, which isn't installed"),
+        ("acme-base>=1", None),
+        ("acme-base>=2; python_version < '3'", None),
+        ("acme-base>=2; extra == 'more'", None),
+        ("not a requirement", None),
+    ],
+)
+def test_version_that_a_distribution_excludes_is_a_warning_that_names_both(
+    line: str, found: str | None, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = install("acme", "")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: acme\nVersion: 1.0\nRequires-Dist: {line}\n", "utf-8")
+    base = install("acme_base", "")
+    (base / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-base\nVersion: 1.0\n", encoding="utf-8")
+    monkeypatch.setattr(requirements, "REPORTED", ("acme",))
+    monkeypatch.setattr(requirements, "DISTRIBUTION", "no-such-distribution")
+    findings = list(requirements.conflicts())
+    assert [(finding.level, finding.detail) for finding in findings] == ([("warning", found)] if found else [])
+
+
+def test_versions_of_this_environment_agree() -> None:
+    assert list(requirements.conflicts()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("raise ValueError", "helper 1.0"),
+        ("import no_such_module", "helper 1.0"),
+        ("x = 1", "helper 1.0"),  # and lacks the name
+    ],
+)
+def test_distribution_that_breaks_the_import_of_another_is_named(source: str, named: str, install: Install) -> None:
+    (install("helper", source) / "RECORD").write_text("helper.py,,\n", encoding="utf-8")
+    install("victim", "from helper import nothing")
+    with pytest.raises((ImportError, ValueError)) as caught:
+        importlib.import_module("victim")
+    assert owners.culprit(caught.value) == named
+
+
+def test_file_of_no_distribution_that_stands_in_the_way_is_named(site: Path, install: Install) -> None:
+    (site / "yacs_like.py").write_text("", encoding="utf-8")
+    install("victim", "import yacs_like.config")
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module("victim")
+    sys.modules.pop("yacs_like", None)
+    assert owners.culprit(caught.value) == str(site / "yacs_like.py")
+
+
+def test_errors_of_python_and_of_the_host_name_nobody() -> None:
+    for code in ("import json; json.loads('{')", "import torch; torch.ones(2) @ torch.ones(3)"):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            exec(code)
+        assert owners.culprit(caught.value) == ""
+
+
+@pytest.mark.usefixtures("own_interpreter")
+@pytest.mark.parametrize(("code", "detail"), [("1 / 0", "division by zero"), ("os._exit(3)", "ends the process")])
+def test_distribution_that_breaks_the_import_of_torch_is_named(code: str, detail: str, install: Install) -> None:
+    source = f"import os\ndef load():\n    {code}\n"
+    (install("evil", source) / "entry_points.txt").write_text("[torch.backends]\nevil = evil:load\n", encoding="utf-8")
+    found = about(doctor.examine()[-1:], "torch")
+    assert detail in found.detail
+    assert "uninstall evil 1.0" in found.cure
+
+
 def test_checks_that_lack_packaging_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("packaging", "packaging.requirements", "packaging.utils"):
         monkeypatch.setitem(sys.modules, name, None)
-    for subject, check in (("versions", environment.versions), ("collision", environment.collisions)):
+    for subject, check in (("versions", requirements.versions), ("collision", environment.collisions)):
         (found,) = probe.guarded(subject, check)
         assert (found.level, found.subject) == ("failure", subject)
         assert "packaging" in found.detail
@@ -361,7 +450,7 @@ def test_missing_nnunet_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("message", "cure"),
     [
-        ("Failed to load the backend extension: torch_npu. You can", "entry point torch.backends is called torch_npu"),
+        ("Failed to load the backend extension: torch_npu. You can", "what registers torch_npu in torch.backends"),
         ("Failed to load the backend extension: nnunet_ext. You can", installation.reinstall()),
         ("libcudart.so.12: cannot open shared object file", "repair torch"),
     ],
@@ -436,40 +525,126 @@ def test_read_only_folder_is_a_failure_where_nnunet_writes(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("value", ["false", "0", "f", "F"])
 def test_switched_off_compilation_is_said(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(environment.COMPILE, value)
-    assert environment._compilation() == ok("torch.compile", f"not used: nnUNet_compile={value}")
+    monkeypatch.setenv(gpu.COMPILE, value)
+    assert gpu._compilation() == ok("torch.compile", f"not used: nnUNet_compile={value}")
 
 
 def test_compilation_without_triton_is_a_failure_with_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(environment.COMPILE, raising=False)
-    monkeypatch.setattr(environment, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
-    found = environment._compilation()
+    monkeypatch.delenv(gpu.COMPILE, raising=False)
+    monkeypatch.setattr(gpu, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+    found = gpu._compilation()
     assert (found.level, found.detail) == ("failure", "triton isn't installed")
     assert "export nnUNet_compile=f" in found.cure
 
 
-def test_gpu_that_fails_is_a_row_with_the_first_line_of_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without a GPU, its nodes in dev, its PCI bus in pci, its commands in bin; PyTorch is built for CUDA."""
     import torch
 
-    def no_kernel(device: int) -> None:
-        raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", no_kernel)
-    (found,) = environment.device()
-    assert (found.subject, found.level) == ("CUDA", "failure")
-    assert found.detail == "RuntimeError: CUDA error: no kernel image is available"
-
-
-def test_missing_gpu_is_a_warning_and_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
+    for name in ("dev", "pci", "bin"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(gpu, "NODES", tmp_path / "dev")
+    monkeypatch.setattr(gpu, "PCI", tmp_path / "pci")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv(gpu.VISIBLE, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    cuda, compilation = environment.device()
+    return tmp_path
+
+
+def add_card(node: Path, vendor: str = "0x10de", kind: str = "0x030200") -> None:
+    card = node / "pci" / "0000:3b:00.0"
+    card.mkdir()
+    (card / "vendor").write_text(f"{vendor}\n", encoding="utf-8")
+    (card / "class").write_text(f"{kind}\n", encoding="utf-8")
+
+
+def add_command(node: Path, lines: str) -> None:
+    command = node / "bin" / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
+    command.chmod(0o755)
+
+
+def no_driver() -> None:
+    raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it")
+
+
+def test_missing_gpu_is_a_warning_and_nothing_is_compiled(node: Path) -> None:
+    cuda, compilation = gpu.device()
     assert (cuda.level, compilation.level) == ("warning", "ok")
     assert "-device cpu" in cuda.cure
     assert "not used" in compilation.detail
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="device nodes and shell scripts")
+@pytest.mark.parametrize("sign", ["/dev/nvidia0", "PCI 0000:3b:00.0", "nvidia-smi: NVIDIA-SMI has failed"])
+def test_gpu_that_pytorch_does_not_see_is_a_failure(sign: str, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    if "PCI" in sign:
+        add_card(node)
+    elif "smi" in sign:
+        add_command(node, "echo NVIDIA-SMI has failed >&2; exit 9")
+    else:
+        (node / "dev" / "nvidia0").touch()
+    cuda, _ = gpu.device()
+    assert (cuda.subject, cuda.level) == ("CUDA", "failure")
+    assert sign.removeprefix("/dev") in cuda.detail
+    assert "driver on your system is too old" in cuda.detail
+    assert "repair the driver" in cuda.cure
+    monkeypatch.setattr(torch.version, "cuda", None)  # a CPU build on the same machine
+    assert "install a build of torch for CUDA" in next(gpu.device()).cure
+
+
+@pytest.mark.parametrize(("vendor", "kind"), [("0x10de", "0x040300"), ("0x1002", "0x030000")])
+def test_sound_chip_and_cards_of_others_are_no_gpu(vendor: str, kind: str, node: Path) -> None:
+    add_card(node, vendor, kind)
+    (node / "dev" / "nvidia-modeset").touch()
+    assert next(gpu.device()).level == "warning"
+
+
+@pytest.mark.parametrize("value", ["", "-1"])
+def test_gpu_hidden_on_purpose_is_a_warning(value: str, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_card(node)
+    monkeypatch.setenv(gpu.VISIBLE, value)
+    cuda, _ = gpu.device()
+    assert (cuda.level, cuda.cure) == ("warning", "unset CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
+def test_command_of_the_driver_that_hangs_is_said(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_SECONDS", 0.2)
+    add_command(node, "exec /bin/sleep 60")
+    assert "timed out after 0.2 seconds" in next(gpu.device()).detail
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_every_gpu_has_to_compute(broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def ones(*_: object, device: str) -> torch.Tensor:
+        if device == f"cuda:{broken}":
+            raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+        return torch.zeros(8)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=2**36))
+    monkeypatch.setattr(torch, "ones", ones)
+    *whole, failed = gpu.device()
+    assert len(whole) == broken
+    assert (failed.subject, failed.level) == ("CUDA", "failure")
+    assert failed.detail == f"GPU {broken}: RuntimeError: CUDA error: no kernel image is available"
+
+
+def test_gpu_that_ended_an_earlier_process_is_a_failure() -> None:
+    (found,) = gpu.device("computing on it takes longer than 900 s")
+    assert (found.subject, found.level) == ("CUDA", "failure")
+    assert "takes longer" in found.detail
 
 
 def test_compilation_that_fails_is_a_failure_with_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,8 +653,8 @@ def test_compilation_that_fails_is_a_failure_with_the_way_round(monkeypatch: pyt
     def no_compiler(function: object) -> None:
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.delenv(environment.COMPILE, raising=False)
+    monkeypatch.delenv(gpu.COMPILE, raising=False)
     monkeypatch.setattr(torch, "compile", no_compiler)
-    found = environment._compilation()
+    found = gpu._compilation()
     assert (found.level, found.detail) == ("failure", "RuntimeError: Failed to find C compiler.")
     assert "export nnUNet_compile=f" in found.cure

@@ -30,6 +30,7 @@ _SECONDS_BETWEEN_LINES = 20.0  # where the output is no terminal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext doctor``."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print failures only; nothing where there is none")
     parser.add_argument("--dataset", metavar="D", help="number, name or folder of a raw data set to check")
     parser.add_argument("-np", type=int, metavar="N", help="processes that read the data set; default: as nnU-Net")
 
@@ -37,8 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the findings; return 1 where one of them is a failure."""
     findings = doctor.examine() if args.dataset is None else _examine_dataset(args.dataset, args.np)
-    print(json.dumps([asdict(finding) for finding in findings], indent=2) if args.json else text(findings))
-    return int(any(finding.level == "failure" for finding in findings))
+    failed = [finding for finding in findings if finding.level == "failure"]
+    shown = failed if args.quiet else findings
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in shown], indent=2))
+    elif shown:
+        print(text(shown))
+    return int(bool(failed))
 
 
 def _examine_dataset(dataset: str, processes: int | None) -> list[Finding]:

@@ -76,9 +76,9 @@ def shebang(script: str) -> list[str]:
 def _probe(python: Sequence[str]) -> list[Finding]:
     """Run the checks in fresh processes and read what they found.
 
-    A class whose import ends or blocks the process becomes a finding; the next process leaves it out.
+    What ends or blocks the process, a class's import, PyTorch's or a GPU, is a finding; the next one leaves it out.
     """
-    fatal: dict[str, str] = {}  # what was looked up -> what became of the process
+    fatal: dict[str, str] = {}  # what was done last -> what that did to the process
     while True:
         with tempfile.TemporaryDirectory() as folder:
             result, asked = Path(folder, "findings.json"), Path(folder, "asked")
@@ -90,10 +90,10 @@ def _probe(python: Sequence[str]) -> list[Finding]:
                     stderr=subprocess.PIPE,
                     timeout=TIMEOUT,
                 )
-                fate = f"importing it ends the process, status {done.returncode}"
+                fate = f"ends the process, status {done.returncode}"
                 died = _no_result(python, done.returncode, done.stderr.decode("utf-8", errors="replace"))
             except (OSError, subprocess.TimeoutExpired) as error:
-                fate = f"importing it takes longer than {TIMEOUT:g} s"
+                fate = f"takes longer than {TIMEOUT:g} s"
                 died = failure("checks", f"can't be run: {error}", f"see whether {shlex.join(python)} starts")
             if result.is_file():
                 return [Finding(**record) for record in json.loads(result.read_text(encoding="utf-8"))]

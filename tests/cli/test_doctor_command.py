@@ -52,3 +52,19 @@ def test_json_holds_the_records(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert json.loads(run([DOUBTFUL], monkeypatch, capsys, "--json")[1]) == [
         {"level": "warning", "subject": "bb", "detail": "isn't set", "cure": "set it"}
     ]
+
+
+@pytest.mark.parametrize(
+    ("findings", "lines"),
+    [
+        ([GOOD, DOUBTFUL], []),
+        ([GOOD, DOUBTFUL, BAD], ["FAILURE  c  is broken", "            -> repair it", "", "failures: 1, warnings: 0"]),
+    ],
+)
+def test_quiet_prints_failures_only(
+    findings: list[Finding], lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, printed = run(findings, monkeypatch, capsys, "--quiet")
+    assert printed.splitlines() == lines
+    assert status == int(bool(lines))
+    assert len(json.loads(run(findings, monkeypatch, capsys, "--quiet", "--json")[1])) == int(bool(lines))
