@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_ext import extras
 from nnunet_ext.cli.terminal import print_table, status_line, wrapped
 from nnunet_ext.files import check_folder
 from nnunet_ext.nnunet.trust import OPTION
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and, with -o, write; return the exit status."""
+    extras.need("report", "benchmark")
     command = shlex.join(["nnunet-ext", *args.argv])
     # Nothing but the result goes to the standard output; nnU-Net prints when it is imported.
     with contextlib.redirect_stdout(sys.stderr):

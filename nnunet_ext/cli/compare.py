@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext import extras
 from nnunet_ext.cli.terminal import print_table, status_line, wrapped
 from nnunet_ext.files import check_folder
 from nnunet_ext.nnunet.plans import DEFAULT_PLANS
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, write the report and print its main tables; return the exit status."""
+    extras.need("report", "compare")
     from nnunet_ext.comparison import compare, report, selection
 
     selected = selection.Selection(

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext import extras
 from nnunet_ext.cli.terminal import status_line
 from nnunet_ext.printable import printable, printable_lines
 
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; return the exit status."""
+    extras.need("report", "demo")
     from nnunet_ext.demo import workflow
     from nnunet_ext.demo.commands import CommandError
     from nnunet_ext.demo.settings import Demo

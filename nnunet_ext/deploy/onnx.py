@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from pathlib import Path
@@ -10,23 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext import installation
 from nnunet_ext.errors import UsageError
-
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
-
-
-def require() -> None:
-    """Refuse to go on without the optional packages.
-
-    Raises:
-        UsageError: names what is missing.
-    """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"--onnx needs {', '.join(NEEDED)}, missing is {', '.join(missing)}: {installation.extra('onnx', NEEDED)}."
-        )
 
 
 def export(network: nn.Module, example: Tensor, path: Path) -> None:

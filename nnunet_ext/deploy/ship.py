@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_ext import __version__
+from nnunet_ext import __version__, extras
 from nnunet_ext.architectures.common.onednn import computes_natively
 from nnunet_ext.architectures.deployed import DTYPES, DeployedNetwork, NothingToFuseError, fused
 from nnunet_ext.architectures.fusion.blocks import Form
@@ -88,7 +88,7 @@ def ship(
     if output.exists():
         raise UsageError(f"-o needs a folder that does not exist, got {output}: choose another, or delete it.")
     if options.onnx:
-        onnx.require()
+        extras.need("onnx", "--onnx")
     images = _images(model, options)
     with whole_folder(output) as folder:
         shipped = {}

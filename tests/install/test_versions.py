@@ -193,9 +193,9 @@ def pins(path: Path) -> dict[str, str]:
 
 
 def bounds() -> dict[str, str]:
-    """Name of each dependency of pyproject.toml, those of the extra `onnx` too -> its lower bound."""
+    """Name of each dependency of pyproject.toml, those of the extras `report` and `onnx` too -> its lower bound."""
     text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    lists = re.findall(r"^(?:dependencies|onnx) = (\[.*?\])$", text, re.DOTALL | re.MULTILINE)
+    lists = re.findall(r"^(?:dependencies|report|onnx) = (\[.*?\])$", text, re.DOTALL | re.MULTILINE)
     found = [Requirement(line) for part in lists for line in ast.literal_eval(part)]
     return {r.name.lower(): next(s.version for s in r.specifier if s.operator == ">=") for r in found}
 
