@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
-WIDTH = 6.8  # inches, a page
+Kind = Literal["png", "svg", "pdf"]
+PAGE, COLUMN = 6.8, 3.4  # inches: widths of a page, and of one of its two columns or a phone
+LINE = 0.13  # inches of a line of text
+SMALL = 7.5  # points: ticks, legends and all else but titles of axes
 _DPI = 200
 _RC: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7.5,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
     "axes.linewidth": 0.6,
     "hatch.linewidth": 0.5,
+    "text.hinting": "none",  # as wide in a PNG as in an SVG
+    "svg.hashsalt": "nnunet-ext",
+    "pdf.fonttype": 42,  # TrueType, as journals ask for
     # names may hold "$"
     "text.parse_math": False,
     "text.usetex": False,
@@ -56,14 +64,33 @@ def run_styles(labels: Sequence[str]) -> dict[str, RunStyle]:
 
 
 @contextmanager
-def page(height: float, width: float = WIDTH) -> Iterator[Any]:
-    """Give a figure of this size, in inches, drawn in the house's style."""
-    from matplotlib import rc_context
+def page(height: float, width: float = PAGE) -> Iterator[Any]:
+    """Give a figure of this size, in inches, in the house's style."""
     from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.06, w_pad=0.04)
+        yield figure
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    from matplotlib import rc_context
 
     with rc_context(_RC), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(Glyph|constrained_layout)")  # names in any script and of any length
-        yield Figure(figsize=(width, height), layout="constrained")
+        yield
+
+
+def rendered(figure: Any, kind: Kind) -> bytes:
+    """A file of the figure. The same figure gives the same bytes."""
+    unsaid = {"png": ["Software"], "svg": ["Creator", "Date"], "pdf": ["Creator", "Producer", "CreationDate"]}
+    stream = BytesIO()
+    with _style():
+        figure.savefig(stream, format=kind, dpi=_DPI, metadata=dict.fromkeys(unsaid[kind]))
+    figure.set_layout_engine("none")  # laid out
+    return stream.getvalue()
 
 
 def tidy(axis: Any, grid: str = "both") -> None:
@@ -73,10 +100,36 @@ def tidy(axis: Any, grid: str = "both") -> None:
     axis.set_axisbelow(True)
 
 
-def png(figure: Any, legend: float = 0.0) -> bytes:
-    """Render; `legend` inches are kept free at the bottom. The same figure gives the same bytes."""
-    free = legend / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, free, 1, 1 - free), h_pad=0.08, w_pad=0.04)
-    stream = BytesIO()
-    figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
-    return stream.getvalue()
+def legend_below(figure: Any, handles: Sequence[Any]) -> None:
+    """Put a legend below all axes, in as many columns as fit; long labels are broken, and the figure grows by it."""
+    if not handles:
+        return
+    width, sign = figure.get_figwidth(), 0.5  # inches; of a sign and what surrounds it
+    labels = [wrapped(str(handle.get_label()), width - sign) for handle in handles]
+    widest = max(_width(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(handles), int(width / (widest + sign))))
+    lines = max(sum(1 + label.count("\n") for label in labels[i::columns]) for i in range(columns))
+    figure.set_figheight(figure.get_figheight() + LINE * 1.35 * lines + 0.1)
+    figure.legend(handles, labels, loc="outside lower center", ncol=columns, frameon=False, columnspacing=1.2)
+
+
+def wrapped(text: str, inches: float, points: float = SMALL) -> str:
+    """Text in lines that are no wider; they end at a blank, an underscore or the like, else anywhere."""
+    lines = [""]
+    for word in re.split(r"(?<=[\s_/.-])|(?<=[a-z]{3})(?=[A-Z])", text):
+        for part in [word] if _width(word.rstrip(), points) <= inches else word:
+            if lines[-1] and _width((lines[-1] + part).rstrip(), points) > inches:
+                lines.append("")
+            lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@lru_cache(maxsize=4096)
+def _width(line: str, points: float = SMALL) -> float:
+    """Inches that a line of text takes."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    with _style():
+        width: float = text_to_path.get_text_width_height_descent(line, FontProperties(size=points), ismath=False)[0]
+    return width / 72

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from io import BytesIO
 from typing import Any
 
 from nnunet_ext.benchmark.records import DepthPoint, Method, Report
 from nnunet_ext.benchmark.table import shape
 from nnunet_ext.memory.tracker import GIB
-from nnunet_ext.style import page
+from nnunet_ext.style import page, rendered
 
 # Quantity -> title of its panel.
 PANELS = {
@@ -51,7 +50,7 @@ def ratio_bars(report: Report) -> bytes:
         axes[0][0].invert_yaxis()  # shared by all
         figure.supxlabel(f"ratio to {report.baseline}", fontsize=8)
         figure.suptitle(_title(report), fontsize=8)
-        return _png(figure)
+    return rendered(figure, "png")
 
 
 def _draw_bars(axis: Any, methods: tuple[Method, ...], key: str) -> None:
@@ -82,7 +81,7 @@ def depth_curves(report: Report) -> bytes:
         peak.set_title(PANELS["peak_bytes"])
         held.legend(frameon=False)
         figure.suptitle(_title(report), fontsize=8)
-        return _png(figure)
+    return rendered(figure, "png")
 
 
 def _draw_curves(axis: Any, curves: Mapping[str, list[DepthPoint]], key: str) -> None:
@@ -109,9 +108,3 @@ def _title(report: Report) -> str:
     patch = f"patch {shape(report.patch_size)}, batch {report.batch_size}, {report.precision}"
     timed = f"; times: {shape(report.time_patch_size)}, {report.device}" if report.repeats else ""
     return f"{report.plans}, {report.configuration}: {patch}{timed}"
-
-
-def _png(figure: Any) -> bytes:
-    stream = BytesIO()
-    figure.savefig(stream, format="png", dpi=200)
-    return stream.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_cdt
 
 from nnunet_ext.escaping import drawn
-from nnunet_ext.style import page, png
+from nnunet_ext.style import COLUMN, PAGE, SMALL, legend_below, page, wrapped
 
 # Okabe and Ito (2008), safe for colour-blind readers; the labels' numbers serve greyscale prints.
 LABEL_COLOURS = ("#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#E69F00", "#0072B2")
 _CT_WINDOW = (-160.0, 240.0)  # HU
+_PER_PAGE = 5  # pictures side by side
+_MARGIN = 0.25  # inches on the left
+_TALLEST = 4.0  # inches of the planes of a picture
 
 
 @dataclass(frozen=True)
@@ -64,34 +68,51 @@ def focus(truth: NDArray[Any]) -> tuple[int, int, int]:
     return z, y, x
 
 
-def overlay(scan: Scan) -> bytes:
-    """PNG with the columns image, reference, predictions and the rows z plane and (of a volume) y plane."""
+def overlay(scan: Scan, width: float = PAGE) -> Any:
+    """Figure with image, reference and predictions, each in a z plane and (of a volume) a y plane."""
     z, y, _ = focus(scan.truth)
-    planes = (
-        [_Plane(axis=0, index=z, vertical=1), _Plane(axis=1, index=y, vertical=0)]
-        if scan.truth.shape[0] > 1
-        else [_Plane(axis=0, index=z, vertical=1)]
-    )
-    columns: list[tuple[str, NDArray[Any] | None]] = [("Image", None), ("Reference", scan.truth)]
-    columns += scan.predictions.items()
-    names = {title.partition("\n")[0] for title in scan.predictions}
+    planes = [_Plane(axis=0, index=z, vertical=1), _Plane(axis=1, index=y, vertical=0)]
+    planes = planes if scan.truth.shape[0] > 1 else planes[:1]
+    titles = {title.partition("\n")[0] for title in scan.predictions}
+    shown: list[tuple[str, NDArray[Any] | None]] = [("Image", None), ("Reference", scan.truth)]
+    shown += [("\n".join(drawn(line, titles) for line in t.splitlines()), p) for t, p in scan.predictions.items()]
     extent = [n * step for n, step in zip(scan.truth.shape, scan.spacing, strict=True)]
     heights = [extent[plane.vertical] / extent[2] for plane in planes]
-    size = (1.95 * len(columns) + 0.5, 1.85 * sum(heights) + 1.0)
-    grid = {"height_ratios": heights}
-    with page(size[1], size[0]) as figure:
-        axes = figure.subplots(len(planes), len(columns), squeeze=False, sharex=True, sharey="row", gridspec_kw=grid)
-        for row, plane in zip(axes, planes, strict=True):
-            for axis, (title, labels) in zip(row, columns, strict=True):
+    blocks = math.ceil(len(shown) / (_PER_PAGE if width > COLUMN else 2))  # one below the other
+    columns = math.ceil(len(shown) / blocks)
+    side = min((width - _MARGIN) / columns, _TALLEST / sum(heights))
+    names = ["\n".join(wrapped(line, 0.93 * side) for line in title.split("\n")) for title, _ in shown]
+    lines = 1 + max(name.count("\n") for name in names)
+    high = side * sum(heights) + 0.14 * lines + 0.1 * len(planes)
+    with page(blocks * high + 0.35, round(columns * side + _MARGIN, 3)) as figure:
+        ratios = {"height_ratios": heights * blocks}
+        axes = figure.subplots(len(planes) * blocks, columns, squeeze=False, gridspec_kw=ratios)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for place, (name, (_, labels)) in enumerate(zip(names, shown, strict=True)):
+            block, column = divmod(place, columns)
+            for row, plane in enumerate(planes, start=block * len(planes)):
+                axis = axes[row][column]
                 _show(axis, plane, scan, labels)
-                shown = "\n".join(drawn(line, names) for line in title.splitlines())
-                axis.set_title(shown if plane is planes[0] else "")
-            place = (plane.index + 0.5) * scan.spacing[plane.axis]
-            row[0].set_ylabel(f"{'zyx'[plane.axis]} = {place:.0f} mm\n{'zyx'[plane.vertical]} [mm]")
-        for axis in axes[-1]:
-            axis.set_xlabel("x [mm]")
+                if plane is planes[0]:
+                    axis.set_title(name, fontsize=SMALL)
+                if column == 0:
+                    where = f"{'zyx'[plane.axis]} = {(plane.index + 0.5) * scan.spacing[plane.axis]:.0f} mm"
+                    axis.text(-0.04, 0.5, where, transform=axis.transAxes, rotation=90, ha="right", va="center")
+        _scale_bar(axes[0][0], extent[2])
         _label_legend(figure, scan, planes)
-        return png(figure, legend=0.28)
+    return figure
+
+
+def _scale_bar(axis: Any, width: float) -> None:
+    """Draw a bar of a round length, at most a third of the picture's width, in mm."""
+    from matplotlib.patheffects import withStroke
+
+    lengths = (step * 10.0**power for power in range(5, -5, -1) for step in (5, 2, 1))
+    length = next(length for length in lengths if 3 * length <= width)
+    edge = {"transform": axis.get_xaxis_transform(), "path_effects": [withStroke(linewidth=2.5, foreground="black")]}
+    axis.plot([0.06 * width, 0.06 * width + length], [0.06, 0.06], color="white", linewidth=1.5, **edge)
+    axis.text(0.06 * width, 0.09, f"{length:g} mm", color="white", fontsize=6.5, va="bottom", **edge)
 
 
 def _show(axis: Any, plane: _Plane, scan: Scan, labels: NDArray[Any] | None) -> None:
@@ -111,7 +132,6 @@ def _show(axis: Any, plane: _Plane, scan: Scan, labels: NDArray[Any] | None) -> 
         for label in _present(areas):
             _draw_label(axis, label, areas == label, rows, columns)
     axis.set(xlim=extent[:2], ylim=extent[2:])
-    axis.tick_params(length=2, width=0.6)
 
 
 def _draw_label(axis: Any, label: int, mask: NDArray[np.bool_], rows: NDArray[Any], columns: NDArray[Any]) -> None:
@@ -148,7 +168,7 @@ def _label_legend(figure: Any, scan: Scan, planes: list[_Plane]) -> None:
         )
         for label in labels
     ]
-    figure.legend(handles=handles, loc="lower center", ncol=max(1, min(len(handles), 8)), frameon=False)
+    legend_below(figure, handles)
 
 
 def _present(areas: NDArray[Any]) -> list[int]:

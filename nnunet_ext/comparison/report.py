@@ -6,12 +6,15 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from nnunet_ext import style
 from nnunet_ext.comparison import figures, overlay, statistics, tables, worst_cases
 from nnunet_ext.comparison.accuracy import MEAN, Evaluation
 from nnunet_ext.comparison.compare import Comparison, Status
@@ -22,28 +25,51 @@ from nnunet_ext.files import read_json, write_files, writing
 from nnunet_ext.printable import counted
 
 _TEMPLATES = Path(__file__).with_name("templates")
-_FIGURES = "figures"
-_DIGESTS = "figures_sha256"
-_CSS_PIXELS = 0.62  # per pixel of a PNG
+_FIGURES, _TABLES = _FOLDERS = ("figures", "tables")  # below the report's
+_DIGESTS = "files_sha256"
+_KINDS: tuple[style.Kind, ...] = ("png", "svg", "pdf")
+_LARGE = 300_000  # bytes of an SVG that a page holds whether a PNG has fewer or not
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure: its file's name without ending, its caption, its PNG."""
+    """A figure.
+
+    Args:
+        name: Name of its files, without ending.
+        caption: What it shows.
+        width: Inches.
+        files: Ending -> content.
+        uri: The picture itself, as a page holds it.
+        narrow: The same, drawn for a phone; None where `uri` is narrow enough.
+    """
 
     name: str
     caption: str
-    png: bytes
+    width: float
+    files: Mapping[style.Kind, bytes]
+    uri: str
+    narrow: str | None
 
-    @property
-    def uri(self) -> str:
-        """The picture itself, as a page holds it."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
-    @property
-    def width(self) -> int:
-        """Width on a page, in CSS pixels; a PNG holds its own in bytes 16 to 20."""
-        return round(int.from_bytes(self.png[16:20], "big") * _CSS_PIXELS)
+def _figure(name: str, caption: str, draw: Callable[..., Any | None]) -> Figure | None:
+    """Draw for a page and, where that is wider than a phone, for a phone; None where there is nothing to draw."""
+    wide = draw(width=style.PAGE)
+    if wide is None:
+        return None
+    files = {kind: style.rendered(wide, kind) for kind in _KINDS}
+    width = wide.get_figwidth()
+    narrow = _uri(draw(width=style.COLUMN)) if width > style.COLUMN else None
+    return Figure(name=name, caption=caption, width=width, files=files, uri=_uri(wide, files), narrow=narrow)
+
+
+def _uri(figure: Any, files: Mapping[style.Kind, bytes] = MappingProxyType({})) -> str:
+    """The picture itself, as a page holds it: an SVG, or the PNG where it is smaller than a large SVG."""
+    mime, content = "svg+xml", files.get("svg") or style.rendered(figure, "svg")
+    if len(content) > _LARGE:
+        png = files.get("png") or style.rendered(figure, "png")
+        mime, content = ("png", png) if len(png) < len(content) else (mime, content)
+    return f"data:image/{mime};base64,{base64.b64encode(content).decode()}"
 
 
 @dataclass(frozen=True)
@@ -90,12 +116,12 @@ def write(comparison: Comparison, folder: Path, command: str = "", on_status: St
         "command": command,
         "versions": _versions(),
     }
-    files = {f"{_FIGURES}/{figure.name}.png": figure.png for figure in pictures}
+    files = {f"{_FIGURES}/{f.name}.{kind}": content for f in pictures for kind, content in f.files.items()}
     content = {
         **as_json(comparison),
         "warnings": warnings,
         "figures": [figure.name for figure in pictures],
-        _DIGESTS: {figure.name: _digest(figure.png) for figure in pictures},
+        _DIGESTS: {name: _digest(content) for name, content in files.items()},
     }
     texts = {
         "cases.csv": _csv(rows),
@@ -105,9 +131,10 @@ def write(comparison: Comparison, folder: Path, command: str = "", on_status: St
     }
     files |= {name: text.encode("utf-8") for name, text in texts.items()}
     with writing(folder):
-        if (folder / _FIGURES).is_symlink():  # to a folder with files of others
-            (folder / _FIGURES).unlink()
-    write_files(folder, files, gone=_old_figures(folder) - files.keys())
+        for own in _FOLDERS:
+            if (folder / own).is_symlink():  # to a folder with files of others
+                (folder / own).unlink()
+    write_files(folder, files, gone=_old_files(folder) - files.keys())
     return folder / "report.html"
 
 
@@ -160,26 +187,20 @@ def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str
     items: list[Table | Figure | None] = []
     for metric in evaluation.metrics:
         items += _metric(evaluation, metric, comparison.request.margin, prefix)
-    cost = figures.accuracy_and_cost(evaluation, comparison.costs)
     if len(evaluation.labels) > 1:
-        above = "Mean Dice of each case: above the line the run is better than the baseline."
-        items += [
-            Figure(name=f"{prefix}-paired", caption=above, png=figures.paired_cases(evaluation)),
-            Figure(name=f"{prefix}-ranks", caption="Ranks of the runs over the cases.", png=figures.ranks(evaluation)),
-            tables.ranks(evaluation),
-        ]
+        ranks = partial(figures.ranks, evaluation)
+        items += [_figure(f"{prefix}-ranks", "Ranks of the runs over the cases.", ranks), tables.ranks(evaluation)]
+    cost = partial(figures.accuracy_and_cost, evaluation, comparison.costs)
     items += [
         tables.absences(evaluation),
-        Figure(name=f"{prefix}-cost", caption="Mean Dice against cost; upper left is better.", png=cost)
-        if cost
-        else None,
+        _figure(f"{prefix}-cost", "Mean Dice against cost; upper left is better.", cost),
         tables.worst(evaluation),
     ]
     scans, found = worst_cases.scans(comparison, evaluation)
     warnings += found
     caption = "the worst case of a run, in slices through its smallest structure."
     items += [
-        Figure(name=f"{prefix}-worst-{place}", caption=f"{s.name}, {caption}", png=overlay.overlay(s))
+        _figure(f"{prefix}-worst-{place}", f"{s.name}, {caption}", partial(overlay.overlay, s))
         for place, s in enumerate(scans, start=1)
     ]
     cases, structures = counted(len(evaluation.cases), "case"), ", ".join(evaluation.structures)
@@ -195,28 +216,27 @@ def _metric(evaluation: Evaluation, metric: str, margin: float, prefix: str) -> 
         return [means]
     boxes = (
         f"{metric} of {counted(len(evaluation.cases), 'case')}: quartiles, median, whiskers of at most 1.5 times their "
-        "distance, every case a point."
+        "distance; beside each box every case as a point."
     )
-    drawn = Figure(name=f"{prefix}-{metric.lower()}", caption=boxes, png=figures.box_plots(evaluation, metric))
+    drawn = _figure(f"{prefix}-{metric.lower()}", boxes, partial(figures.box_plots, evaluation, metric))
     if len(evaluation.labels) == 1:
         return [means, drawn]
-    forest = "Mean difference of Dice to the baseline with its 95 % interval; grey: the margin."
-    return [
-        means,
-        drawn,
-        tables.differences(evaluation, metric, margin),
-        Figure(name=f"{prefix}-differences", caption=forest, png=figures.differences(evaluation, margin))
-        if metric == "Dice"
-        else None,
-    ]
+    items = [means, drawn, tables.differences(evaluation, metric, margin)]
+    if metric == "Dice":
+        forest = "Mean difference of Dice to the baseline with its 95 % interval; grey: the margin."
+        above = "Mean Dice of each case: above the line the run is better than the baseline."
+        items += [
+            _figure(f"{prefix}-differences", forest, partial(figures.differences, evaluation, margin)),
+            _figure(f"{prefix}-paired", above, partial(figures.paired_cases, evaluation)),
+        ]
+    return items
 
 
 def _cost(comparison: Comparison) -> Section:
-    curves = figures.learning_curves(comparison.trainings)
     caption = "Learning curves as nnU-Net logs them: mean of the folds, thin lines single folds."
     items = [
         tables.cost(comparison.costs),
-        Figure(name="learning-curves", caption=caption, png=curves) if curves else None,
+        _figure("learning-curves", caption, partial(figures.learning_curves, comparison.trainings)),
         tables.plans(comparison),
     ]
     return Section("Cost and training", (), tuple(item for item in items if item is not None))
@@ -330,18 +350,18 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _old_figures(folder: Path) -> set[str]:
-    """Names of the figures of an earlier report in this folder, as far as they are unchanged.
+def _old_files(folder: Path) -> set[str]:
+    """Names of the figures and tables of an earlier report in this folder, as far as they are unchanged.
 
-    Its report.json may be anybody's: what it names is one of its figures only where the content is.
+    Its report.json may be anybody's: what it names is one of its files only where the content is.
     """
     try:
         content = read_json(folder / "report.json", "delete it")
         digests = {str(name): digest for name, digest in content[_DIGESTS].items()}
     except (UsageError, KeyError, AttributeError):
         return set()
-    named = {f"{_FIGURES}/{name}.png": digest for name, digest in digests.items() if Path(name).name == name}
-    return {name for name, digest in named.items() if _is_unchanged(folder / name, digest)}
+    named = {name for name in digests if name in {f"{own}/{Path(name).name}" for own in _FOLDERS}}
+    return {name for name in named if _is_unchanged(folder / name, digests[name])}
 
 
 def _is_unchanged(path: Path, digest: Any) -> bool:

@@ -116,7 +116,7 @@ def worst(evaluation: Evaluation) -> Table:
         for case, _ in evaluation.worst[label]
     ]
     caption = "Cases of the lowest mean Dice of each run, and what all runs reach there."
-    return Table(caption, ("worst of", "case", *(f"Dice, {label}" for label in evaluation.labels)), tuple(rows))
+    return Table(caption, ("worst of", "case", *(f"Dice, {label}" for label in evaluation.labels)), tuple(rows), 2)
 
 
 def runs(comparison: Comparison) -> Table | None:

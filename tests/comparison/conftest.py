@@ -123,7 +123,7 @@ def _count(run: Run, trusted: bool = False) -> dict[str, int]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made, but not rendered: each is the same single pixel."""
+    """Figures are made, but not rendered: each file is the same single pixel."""
     stream = BytesIO()
     Figure().savefig(stream, format="png", dpi=1)
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(stream.getvalue()))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
+from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pytest
 
 from nnunet_ext.comparison.overlay import LABEL_COLOURS, Scan, focus, overlay
+from nnunet_ext.style import COLUMN, PAGE, rendered
 
 
-def pixels(png: bytes) -> np.ndarray:
-    return matplotlib.image.imread(BytesIO(png), format="png")
+def pixels(figure: Any) -> np.ndarray:
+    return matplotlib.image.imread(BytesIO(rendered(figure, "png")), format="png")
 
 
 def luminance(colour: str) -> float:
@@ -39,20 +41,40 @@ def test_overlay_renders(shape: tuple[int, int, int]) -> None:
     assert picture.std() > 0.05
 
 
-def test_overlay_of_a_volume_has_a_second_row() -> None:
-    one, two = (pixels(overlay(scan(shape))).shape[0] for shape in ((1, 20, 24), (12, 20, 24)))
-    assert two > 1.3 * one
+def pictures(figure: Any) -> list[Any]:
+    return [axis for axis in figure.axes if axis.images]
 
 
-def test_overlay_has_a_column_for_each_prediction() -> None:
+def test_overlay_of_a_volume_has_a_second_plane() -> None:
+    one, two = (len(pictures(overlay(scan(shape)))) for shape in ((1, 20, 24), (12, 20, 24)))
+    assert two == 2 * one
+
+
+@pytest.mark.parametrize("width", [PAGE, COLUMN])
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_each_prediction_has_a_picture_of_legible_size(n: int, width: float) -> None:
     two = scan()
-    three = replace(two, predictions={**two.predictions, "C": two.truth})
-    assert pixels(overlay(three)).shape[1] - pixels(overlay(two)).shape[1] == pytest.approx(390, abs=2)
+    figure = overlay(replace(two, predictions={f"run {i}": two.truth for i in range(n)}), width=width)
+    figure.draw_without_rendering()
+    assert len(pictures(figure)) == 2 * (n + 2)
+    assert {axis.get_title() for axis in pictures(figure)} >= {"Image", "Reference", *(f"run {i}" for i in range(n))}
+    assert min(axis.bbox.width for axis in pictures(figure)) > 1.1 * figure.dpi
+
+
+def test_bar_of_a_round_length_tells_the_scale() -> None:
+    first, *others = pictures(overlay(scan()))
+    (bar,) = first.lines
+    assert np.ptp(bar.get_xdata()) == 10.0  # of 24 x 2 mm
+    assert "10 mm" in {text.get_text() for text in first.texts}
+    assert not any(axis.lines for axis in others)
 
 
 def test_prediction_changes_the_picture() -> None:
     good = scan()
-    assert overlay(good) != overlay(replace(good, predictions={"A\nDice 0.9": good.truth * 0, "B": good.truth}))
+    assert not np.array_equal(
+        pixels(overlay(good)),
+        pixels(overlay(replace(good, predictions={"A\nDice 0.9": good.truth * 0, "B": good.truth}))),
+    )
 
 
 def test_label_that_fills_the_slice_and_scan_without_labels_render() -> None:
