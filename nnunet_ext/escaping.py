@@ -17,6 +17,19 @@ _MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])")
 _HTML = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 _FIRST = re.compile(r"^(\s*)([-+=#:>])|^(\s*\d+)([.)])(?=\s|$)")  # what begins a list, a heading, a quotation
 _FORMULA = "=+-@\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}"
+# What LaTeX reads as commands, what its fonts of text lack, and what it takes as an option where a row begins.
+_LATEX = {
+    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    **{sign: rf"\text{name}{{}}" for sign, name in (("\\", "backslash"), ("~", "asciitilde"), ("^", "asciicircum"))},
+    **{sign: rf"\text{name}{{}}" for sign, name in (("<", "less"), (">", "greater"), ("|", "bar"))},
+    **{sign: f"{{{sign}}}" for sign in "[]*"},
+    "`": r"\textasciigrave{}",
+    '"': r"\char34{}",  # which babel makes a command
+    "\N{MINUS SIGN}": "$-$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{EN DASH}": r"\textendash{}",
+}
 _SHORT = 40  # characters in a figure
 
 
@@ -47,6 +60,12 @@ def code_block(text: str) -> str:
 def html(text: str) -> str:
     """Text of a page, or of an attribute between quotes; lines stay lines."""
     return escape(printable_lines(text))
+
+
+def latex(text: str) -> str:
+    """Text of a LaTeX document, or of a cell of its tables; letters beyond the Latin ones ask for LuaLaTeX."""
+    shown = "".join(_LATEX.get(char, char) for char in printable(text))
+    return re.sub("([-',])(?=\\1)", r"\1{}", shown)  # else joined to one sign
 
 
 def csv_cell(text: str) -> str:

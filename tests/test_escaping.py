@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnunet_ext.escaping import code_block, csv_cell, drawn, html, markdown, markdown_cell
+from nnunet_ext.escaping import code_block, csv_cell, drawn, html, latex, markdown, markdown_cell
 
 
 @pytest.mark.parametrize("text", ["nnUNetTrainer_3epochs", "p < 0.001", "a & b", "0.9 ± 0.1", "+1.20 to 2.5"])
@@ -44,6 +44,24 @@ def test_a_command_stays_in_its_block() -> None:
 
 def test_tags_and_quotes_are_text_in_a_page() -> None:
     assert html("<a b=\"c\" d='e'>&\nf\ud800") == "&lt;a b=&quot;c&quot; d=&#x27;e&#x27;&gt;&amp;\nf\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a_b & 5 % $x^2$ #1 {c} ~", r"a\_b \& 5 \% \$x\textasciicircum{}2\$ \#1 \{c\} \textasciitilde{}"),
+        (r"\input{/etc/passwd}", r"\textbackslash{}input\{/etc/passwd\}"),
+        ("[2cm]", "{[}2cm{]}"),  # at the start of a row the space above it
+        ("*", "{*}"),
+        ("a---b ''", "a-{}-{}-b '{}'"),
+        ("< 0.001 |>", r"\textless{} 0.001 \textbar{}\textgreater{}"),
+        ('`a`, "b"', r"\textasciigrave{}a\textasciigrave{}, \char34{}b\char34{}"),
+        ("\N{MINUS SIGN}1 ± 2\N{MULTIPLICATION SIGN}", r"$-$1 $\pm$ 2$\times$"),
+        ("a\nb", r"a\textbackslash{}nb"),
+    ],
+)
+def test_commands_and_ligatures_are_text_in_latex(text: str, shown: str) -> None:
+    assert latex(text) == shown
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\N{FULLWIDTH EQUALS SIGN}1", "'=1"])

@@ -1,7 +1,7 @@
 """Compare trained models with default nnU-Net: accuracy per structure with paired statistics, cost, learning curves.
 
 Reads what standard nnU-Net runs left on disk, of this package or not, of this machine or another; nothing is trained
-or changed. Writes report.html, report.md, report.json, cases.csv and figures.
+or changed. Writes report.html, report.md, report.json, cases.csv, figures, and tables for LaTeX.
 
 examples: nnunet-ext compare -d 4 -c 3d_fullres -tr nnUNetTrainer nnUNetTrainerReversible -o comparison
           nnunet-ext compare -m runs/nnUNetTrainer__nnUNetPlans__3d_fullres copied/nnUNetTrainer__P2__3d_fullres
@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("-np", type=int, metavar="N", help="processes that read segmentations; default: as nnU-Net")
     how.add_argument("--trust", **OPTION)
     parser.add_argument("-o", "--output", type=Path, default=Path("comparison"), help="folder (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print report.json instead of tables")
+    less = parser.add_mutually_exclusive_group()
+    less.add_argument("--json", action="store_true", help="print report.json instead of tables")
+    less.add_argument("--figures", action="store_true", help="write the figures alone, straight into the folder")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,11 +108,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         _print(comparison)
     with status_line(sys.stderr) as show:
-        written = report.write(comparison, args.output, _command(args), show)
+        written = report.write(comparison, args.output, _command(args), show, args.figures)
     if args.json:
         print((args.output / "report.json").read_text(encoding="utf-8"), end="")
         return 0
-    print(f"Report: {written}")
+    print(f"{'Figures' if args.figures else 'Report'}: {written}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: report.md, report.html, report.json, cases.csv and figures."""
+"""The report of a comparison: report.md, report.html, report.json, cases.csv, figures and tables for papers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nnunet_ext import style
-from nnunet_ext.comparison import figures, overlay, statistics, tables, worst_cases
+from nnunet_ext.comparison import figures, latex, overlay, statistics, tables, worst_cases
 from nnunet_ext.comparison.accuracy import MEAN, Evaluation
 from nnunet_ext.comparison.compare import Comparison, Status
 from nnunet_ext.comparison.tables import Table
@@ -81,7 +81,13 @@ class Section:
     items: tuple[Table | Figure, ...]
 
 
-def write(comparison: Comparison, folder: Path, command: str = "", on_status: Status = lambda _: None) -> Path:
+def write(
+    comparison: Comparison,
+    folder: Path,
+    command: str = "",
+    on_status: Status = lambda _: None,
+    only_figures: bool = False,
+) -> Path:
     """Write the report, which replaces all of an earlier one. The same input gives the same bytes.
 
     Args:
@@ -89,9 +95,10 @@ def write(comparison: Comparison, folder: Path, command: str = "", on_status: St
         folder: Folder to write to; it is made.
         command: Command line, for the report.
         on_status: Called with what is being done.
+        only_figures: Write the figures alone, straight into `folder`.
 
     Returns:
-        Path of report.html.
+        Path of report.html, or the folder of the figures.
 
     Raises:
         UsageError: the folder can't be written.
@@ -105,8 +112,12 @@ def write(comparison: Comparison, folder: Path, command: str = "", on_status: St
         on_status("drawing cost")
         sections.append(_cost(comparison))
     pictures = [item for section in sections for item in section.items if isinstance(item, Figure)]
+    drawn = {f"{figure.name}.{kind}": content for figure in pictures for kind, content in figure.files.items()}
+    if only_figures:
+        write_files(folder, drawn)
+        return folder
     rows = [evaluation.scores.assign(evaluation=evaluation.name) for evaluation in comparison.evaluations]
-    context = {
+    context: dict[str, Any] = {
         "title": _title(comparison),
         "summary": [line for evaluation in comparison.evaluations for line in conclusions(comparison, evaluation)],
         "warnings": warnings,
@@ -116,7 +127,10 @@ def write(comparison: Comparison, folder: Path, command: str = "", on_status: St
         "command": command,
         "versions": _versions(),
     }
-    files = {f"{_FIGURES}/{f.name}.{kind}": content for f in pictures for kind, content in f.files.items()}
+    files = {f"{_FIGURES}/{name}": content for name, content in drawn.items()}
+    shown = [*context.values(), *(item for section in sections for item in section.items)]
+    named = [item for item in shown if isinstance(item, Table) and item.name]
+    files |= {f"{_TABLES}/{table.name}.tex": latex.table(table).encode("utf-8") for table in named}
     content = {
         **as_json(comparison),
         "warnings": warnings,

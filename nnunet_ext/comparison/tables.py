@@ -24,12 +24,14 @@ class Table:
         header: One text per column.
         rows: One text per column each.
         texts: Number of leading columns that hold text; the others are right-aligned numbers.
+        name: Name of its LaTeX file, without ending; empty: it has none.
     """
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     texts: int = 1
+    name: str = ""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -60,7 +62,8 @@ def accuracy(evaluation: Evaluation, metric: str) -> Table:
         values = (f"{number(m.mean, digits)} ± {number(m.standard_deviation, digits - 1)}" for m in means)
         rows.append((evaluation.name_of(structure), " / ".join(counts), *values))
     caption = f"{metric}{unit}, mean ± standard deviation over cases; n: cases with a value, per run where they differ."
-    return Table(caption, ("structure", "n", *evaluation.labels), tuple(rows))
+    name = f"{evaluation.name}-{metric.lower()}"
+    return Table(caption, ("structure", "n", *evaluation.labels), tuple(rows), name=name)
 
 
 def differences(evaluation: Evaluation, metric: str, margin: float) -> Table:
@@ -81,7 +84,8 @@ def differences(evaluation: Evaluation, metric: str, margin: float) -> Table:
     caption += "interval, Wilcoxon signed-rank p, the same after Holm's correction, cases with a higher / lower value"
     caption += f", verdict at a margin of {margin:.1f} points." if metric == "Dice" else "."
     header = ("structure", "run", "n", "difference", "95 % interval", "p", "p (Holm)", "higher / lower")
-    return Table(caption, (*header, "verdict") if metric == "Dice" else header, tuple(rows), 2)
+    name = f"{evaluation.name}-{metric.lower()}-differences"
+    return Table(caption, (*header, "verdict") if metric == "Dice" else header, tuple(rows), 2, name)
 
 
 def absences(evaluation: Evaluation) -> Table | None:
@@ -163,7 +167,7 @@ def cost(costs: Mapping[str, Cost]) -> Table:
     )
     caption += "weights and momentum; peak: the most at any time of it, these included; 1 GB is 2**30 bytes. "
     caption += "Seconds per epoch are as logged: comparable only on the same, otherwise idle machine."
-    return Table(caption, ("quantity", *costs), tuple(row for row in rows if row is not None))
+    return Table(caption, ("quantity", *costs), tuple(row for row in rows if row is not None), name="cost")
 
 
 def _with_ratios(values: Sequence[float | None], digits: int) -> list[str]:

@@ -43,7 +43,19 @@ def test_table_verdict_and_place_of_the_report_are_printed(results: Path, capsys
         "report.json",
         "cases.csv",
         "figures",
+        "tables",
     }
+
+
+def test_figures_alone_are_written_where_they_are_asked_for(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", *NAMES, "--figures", "-o", "paper"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Figures: paper"
+    assert {path.suffix for path in Path("paper").iterdir()} == {".png", ".svg", ".pdf"}
+
+
+def test_figures_alone_leave_no_report_to_print() -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", "--figures", "--json"])
 
 
 def test_json_is_the_report_and_nothing_else(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

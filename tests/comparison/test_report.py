@@ -100,6 +100,28 @@ def test_markdown_shows_every_figure_and_each_is_there_for_print(written: Path) 
     assert {path.suffix for path in (written / "figures").iterdir()} == {".png", ".svg", ".pdf"}
 
 
+def test_tables_are_there_for_latex_with_a_cell_for_each_column(written: Path) -> None:
+    names = {path.name for path in (written / "tables").iterdir()}
+    assert names >= {"cross-validation-dice.tex", "cross-validation-dice-differences.tex", "cost.tex"}
+    for path in (written / "tables").iterdir():
+        text = path.read_text()
+        columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)
+        rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+        assert columns is not None
+        assert len(rows) > 1
+        assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns[1])}
+        assert [text.count(rf"\{rule}rule") for rule in ("top", "mid", "bottom")] == [1, 1, 1]
+        assert rf"\label{{tab:{path.stem}}}" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_figures_alone_stand_in_the_folder_itself(comparison: Comparison, tmp_path: Path) -> None:
+    assert report.write(comparison, tmp_path, only_figures=True) == tmp_path
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {f"cross-validation-dice.{kind}" for kind in ("png", "svg", "pdf")}
+    assert {Path(name).suffix for name in names} == {".png", ".svg", ".pdf"}
+
+
 def test_figures_name_neither_the_software_nor_the_day(written: Path) -> None:
     for path in (written / "figures").iterdir():
         content = path.read_bytes()
