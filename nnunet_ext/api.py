@@ -12,6 +12,9 @@ from typing import Any
 from torch import nn
 
 from nnunet_ext import registry
+from nnunet_ext.advise.advise import advise as _advise
+from nnunet_ext.advise.records import Advice
+from nnunet_ext.aims import Aim
 from nnunet_ext.comparison import compare as _comparison
 from nnunet_ext.comparison import report as _report
 from nnunet_ext.comparison import selection as _selection
@@ -76,6 +79,21 @@ def estimate(trainer: str = registry.CORE_TRAINER, *, measure: bool = False, **s
         UsageError: as `nnunet-ext estimate`.
     """
     return _estimate(Source(**source).setting(), trainer, measure)
+
+
+def advise(dataset: str, aim: Aim = "context", **options: Any) -> Advice:
+    """Plan every method for a data set and a GPU, on shapes; nothing is written.
+
+    Args:
+        dataset: Number or DatasetXXX_Name; its fingerprint is read.
+        aim: What the rows are sorted by: "context", "memory", "size" or "speed".
+        options: What `nnunet_ext.advise.advise.advise` takes: ``gpu`` in GB, ``configuration``, ``everything``,
+            ``processes``. More than one process needs a script that can be imported, as always in Python.
+
+    Raises:
+        UsageError: as `nnunet-ext advise`.
+    """
+    return _advise(dataset, aim, **options)
 
 
 def compare(output: str | Path | None = None, **selected: Any) -> Comparison:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -211,17 +211,26 @@ def count_depth(setting: Setting, trainer: str, depth: int, key: str) -> DepthPo
 
 def tiles_per_case(setting: Setting) -> int | None:
     """Patches of one case of the configuration's median size; in 2D over all slices. None where it is not known."""
-    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
-
     patch = setting.patch_size
     median = setting.configuration_manager.configuration.get("median_image_size_in_voxels")
     shape = setting.plans.get("original_median_shape_after_transp")
     if not median or (len(patch) == 2 and not shape):
         return None
-    # Smaller images are padded to the patch.
-    image = [max(round(size), edge) for size, edge in zip(median[-len(patch) :], patch, strict=True)]
     slices = round(shape[0]) if len(patch) == 2 and shape else 1
-    return slices * math.prod(map(len, compute_steps_for_sliding_window(tuple(image), patch, STEP)))
+    return slices * tiles(median[-len(patch) :], patch)
+
+
+def tiles(image: Sequence[float], patch: Sequence[int]) -> int:
+    """Patches that nnU-Net predicts an image from, without mirroring.
+
+    Args:
+        image, patch: Voxels along the axes of the patch.
+    """
+    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
+    # Smaller images are padded to the patch.
+    padded = tuple(max(round(size), edge) for size, edge in zip(image, patch, strict=True))
+    return math.prod(map(len, compute_steps_for_sliding_window(padded, tuple(patch), STEP)))
 
 
 def passes_mirrored(setting: Setting) -> int:

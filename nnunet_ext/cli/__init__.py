@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "accuracy and cost of trained models next to default nnU-Net, as a report",
     "deploy": "a trained model fused, small and fast, for prediction elsewhere",
     "cascade-predict": "both predictions of a trained cascade, the first one kept",
+    "advise": "which trainer and planner to take for a data set and a GPU, with the commands",
     "estimate": "memory that a training will need, before it is started",
     "benchmark": "parameters, operations, memory and time of networks next to default nnU-Net",
 }

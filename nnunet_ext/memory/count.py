@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from nnunet_ext.memory.autocast import CudaAutocast
 from nnunet_ext.memory.tracker import GIB, StorageTracker
@@ -66,11 +67,17 @@ class TrainingMemory:
 
 
 class StepTracker(StorageTracker):
-    """Follows a trainer's step, notes its largest convolution, answers questions for values that shapes can't tell."""
+    """Follows a trainer's step, notes its largest convolution, answers questions for values that shapes can't tell.
+
+    Attributes:
+        largest_convolution: Bytes of its input and output.
+        operations: Multiply-accumulate operations of convolutions and matrix products so far, backward ones too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.largest_convolution = 0
+        self.operations = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -83,6 +90,8 @@ class StepTracker(StorageTracker):
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf.untyped_storage())
+        if (count := flop_registry.get(getattr(func, "overloadpacket", None))) is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=result) // 2
         if func is torch.ops.aten.convolution.default:
             self.largest_convolution = max(self.largest_convolution, _bytes(args[0]) + _bytes(result))
         return result
@@ -113,6 +122,19 @@ def count_memory(setting: Setting, trainer: str, batch_size: int, mixed: bool = 
         setting, trainer, mixed: Arguments of `training_memory`.
         batch_size: Patches per step.
     """
+    return _of_step(setting, trainer, batch_size, mixed)[0]
+
+
+def training_operations(setting: Setting, trainer: str) -> int:
+    """Count the multiply-accumulate operations of a training step, what is recomputed included.
+
+    Args:
+        setting, trainer: Arguments of `training_memory`, with which it is counted.
+    """
+    return _of_step(setting, trainer, setting.batch_size, True)[1]
+
+
+def _of_step(setting: Setting, trainer: str, batch_size: int, mixed: bool) -> tuple[TrainingMemory, int]:
     setting.check_code()
     plans, dataset = json.dumps(setting.plans), json.dumps(setting.dataset)
     return _counted(plans, dataset, setting.configuration, trainer, batch_size, mixed)
@@ -121,7 +143,7 @@ def count_memory(setting: Setting, trainer: str, batch_size: int, mixed: bool = 
 @lru_cache(maxsize=1024)
 def _counted(
     plans: str, dataset: str, configuration: str, trainer: str, batch_size: int, mixed: bool
-) -> TrainingMemory:
+) -> tuple[TrainingMemory, int]:
     from nnunet_ext.memory.step import TrainerStep
 
     content = json.loads(plans)
@@ -134,11 +156,11 @@ def _counted(
         parameters = tracker.current
         step.make_state()
         always = tracker.peak = tracker.current
-        held = 0
+        tracker.operations = held = 0
         for _ in step.passes():
             held = max(held, tracker.current - always)
         gradients = sum(_bytes(p) for p in step.parameters if p.requires_grad)
-        return TrainingMemory(
+        memory = TrainingMemory(
             parameters=parameters,
             gradients=gradients,
             optimizer=always - parameters,
@@ -146,3 +168,4 @@ def _counted(
             peak=tracker.peak,
             workspace=tracker.largest_convolution,
         )
+        return memory, tracker.operations

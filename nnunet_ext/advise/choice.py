@@ -1,0 +1,132 @@
+"""Which row to take: what the figures of the aim say, nnU-Net's own network where the difference is small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nnunet_ext import aims
+from nnunet_ext.advise.records import DEFAULT_PLANNER, Advice, Row
+from nnunet_ext.errors import UsageError
+from nnunet_ext.memory.tracker import GIB
+
+SMALL = 0.1  # difference that default nnU-Net is not left for
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The row to take and the best one of nnU-Net's own networks, which may be the same."""
+
+    row: Row
+    own: Row | None
+
+
+def choose(advice: Advice) -> Choice:
+    """Take the best for the aim; of rows as good as that default nnU-Net, then its own network, then the cheapest.
+
+    As good is what lacks less than a tenth: of the best one's coverage, else of what default nnU-Net needs.
+
+    Raises:
+        UsageError: nothing fits the GPU.
+    """
+    able = [row for row in advice.rows if advice.fits(row) and not row.is_research and _serves(row, advice.aim)]
+    if not able:
+        raise UsageError(_too_small(advice))
+    best = min(able, key=advice.value)
+    lack = SMALL * abs(advice.value(best if advice.aim == "context" else advice.default))
+    near = [row for row in able if advice.value(row) - advice.value(best) <= lack]
+    row = min(near, key=lambda row: (not row.is_default, not row.has_own_weights, *_cost(advice, row)))
+    own = [row for row in able if row.has_own_weights]
+    return Choice(row, min(own, key=advice.value, default=None))
+
+
+def _serves(row: Row, aim: aims.Aim) -> bool:
+    """In the memory of the same patch only what trains all levels on it."""
+    return aim != "memory" or row.standard_patch is None
+
+
+def _cost(advice: Advice, row: Row) -> tuple[float, float]:
+    """What decides between rows that are equally good for the aim."""
+    in_use = advice.aim in ("size", "speed")
+    return (advice.prediction(row)[0] if in_use else advice.step(row)), advice.value(row)
+
+
+def _too_small(advice: Advice) -> str:
+    planned = [row for row in advice.rows if not row.reason]
+    if not planned:
+        return f"no method trains {advice.configuration} of {advice.dataset} in {advice.target:g} GB: enlarge --gpu."
+    least = min(planned, key=lambda row: row.expected)
+    return (
+        f"no method trains {advice.configuration} of {advice.dataset} in {advice.target:g} GB, the least is "
+        f"{least.expected / GIB:.1f} GB ({least.trainer}): enlarge --gpu."
+    )
+
+
+def reasons(advice: Advice, choice: Choice) -> Iterator[str]:
+    """Sentences on why this one, what it costs, and what is not known of it."""
+    row = choice.row
+    if row.is_default:
+        yield _stay(advice)
+        return
+    yield f"It {_gain(advice, row)}."
+    yield _step(advice, row)
+    if row.has_own_weights:
+        yield "Network, weights and results are nnU-Net's own, whose accuracy is published."
+        return
+    yield (
+        "Its accuracy at nnU-Net's full schedule has not been shown (docs/methods): compare it with nnUNetTrainer on "
+        "your data (nnunet-ext compare)."
+    )
+    if choice.own is not None and not choice.own.is_default:
+        yield f"Of nnU-Net's own networks {label(choice.own)} is the best here: it {_gain(advice, choice.own)}."
+
+
+def _stay(advice: Advice) -> str:
+    default = advice.default
+    if default.coverage == 1 and advice.aim == "context":
+        return "Its patch covers a typical image already, and it fits the card: a larger one gains nothing."
+    others = [row for row in advice.rows if advice.fits(row) and not row.is_default]
+    best = min(others, key=advice.value, default=None)
+    found = "nothing else fits the card" if best is None else f"{label(best)} {_gain(advice, best)}"
+    return f"Nothing is better by a tenth: {found}."
+
+
+def _gain(advice: Advice, row: Row) -> str:
+    """What the row does for the aim, and default nnU-Net beside it."""
+    default = advice.default
+    if advice.aim == "context":
+        return f"covers {row.coverage:.1%} of a typical image with a patch, default nnU-Net {_coverage(advice)}"
+    if advice.aim == "memory":
+        return (
+            f"trains the patch of its plan in {row.expected / GIB:.1f} GB, default nnU-Net its own in "
+            f"{default.expected / GIB:.1f} GB"
+        )
+    if advice.aim == "size":
+        return (
+            f"ships {row.parameters_deployed / 1e6:.2f} M weights, default nnU-Net "
+            f"{default.parameters_deployed / 1e6:.2f} M"
+        )
+    time, is_measured = advice.prediction(row)
+    how = "measured on a CPU" if is_measured else "predicted from operations, not measured"
+    return f"predicts a typical image in {time:.2f} times the time of default nnU-Net, {how}"
+
+
+def _coverage(advice: Advice) -> str:
+    default = advice.default
+    fits = "" if advice.fits(default) else f", which needs {default.expected / GIB:.1f} GB and does not fit"
+    return f"{default.coverage:.1%}{fits}"
+
+
+def _step(advice: Advice, row: Row) -> str:
+    known = row.measured_step
+    on_gpu = "" if known is None else f"; on one H100 it took {known:.1f} times as long on the same patch"
+    return f"A training step has {advice.step(row):.1f} times the operations of default nnU-Net's{on_gpu}."
+
+
+def label(row: Row) -> str:
+    """Trainer and planner."""
+    return (
+        f"{row.trainer} on nnU-Net's own plans"
+        if row.planner == DEFAULT_PLANNER
+        else f"{row.trainer} with {row.planner}"
+    )
