@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpointing --output docs/benchmarks/2026-11-27-checkpointing
 
-Memory is counted on shapes, float16 autocast (docs/how-to/plan-memory.md): no GPU, the same figures everywhere. Data
+Memory is counted on shapes, float16 autocast (docs/reference/memory.md): no GPU, the same figures everywhere. Data
 sets are fingerprints alone; they and nnU-Net's plans lie in a temporary folder.
 """
 

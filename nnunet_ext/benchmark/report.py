@@ -13,7 +13,7 @@ from nnunet_ext.files import write_files
 
 
 def to_json(report: Report, command: str) -> str:
-    """Strict JSON of all records; docs/how-to/benchmark.md lists the keys.
+    """Strict JSON of all records; docs/reference/benchmark.md lists the keys.
 
     Args:
         report: What was measured.

@@ -97,7 +97,7 @@ def tables(report: Report) -> list[BenchmarkTable]:
 
 def _methods_table(title: str, report: Report, columns: Sequence[_Column]) -> BenchmarkTable:
     kept = [column for column in columns if _is_shown(report, column)]
-    rows = ((_name(method), *(column.cell(method) for column in kept)) for method in report.methods)
+    rows = (((method.label,), *(column.cell(method) for column in kept)) for method in report.methods)
     header = (("trainer",), *((*column.title.split(), f"[{column.unit}]") for column in kept))
     return BenchmarkTable(title, header, tuple(rows))
 
@@ -122,12 +122,6 @@ def _depth_table(title: str, report: Report) -> BenchmarkTable:
         for point in report.depth
     )
     return BenchmarkTable(title, header, tuple(rows))
-
-
-def _name(method: Method) -> Cell:
-    """Two lines where that saves width: nnUNetTrainer, then what is special."""
-    prefix, label = "nnUNetTrainer", method.label
-    return (prefix, label.removeprefix(prefix)) if label.startswith(prefix) and label != prefix else (label,)
 
 
 def notes(report: Report) -> Iterator[str]:
@@ -201,8 +195,7 @@ def markdown(report: Report, command: str) -> str:
     ]
     for table in tables(report):
         lines += [f"## {table.title}", ""]
-        texts = [[*map(" ".join, table.header)]]
-        texts += [["".join(row[0]), *map(" ".join, row[1:])] for row in table.rows]
+        texts = [[*map(" ".join, row)] for row in (table.header, *table.rows)]
         header, *rows = ([escaping.markdown_cell(text) for text in line] for line in texts)
         lines += [escaping.markdown_table(header, rows), ""]
     return "\n".join([*lines, *(f"- {escaping.markdown(note)}" for note in notes(report)), ""])

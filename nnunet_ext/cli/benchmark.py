@@ -133,5 +133,5 @@ def _print(report: Report) -> None:
 
 
 def _lines_joined(found: BenchmarkTable) -> tuple[list[str], list[list[str]]]:
-    header, *rows = (["".join(name), *map("\n".join, cells)] for name, *cells in (found.header, *found.rows))
+    header, *rows = ([*map("\n".join, row)] for row in (found.header, *found.rows))
     return header, rows

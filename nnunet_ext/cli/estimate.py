@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from nnunet_ext.cli.terminal import wrapped
 from nnunet_ext.nnunet.trust import OPTION
 
 
@@ -53,5 +54,8 @@ def run(args: argparse.Namespace) -> int:
             trusted=args.trust,
         )
         found = estimate(source.setting(), args.trainer, args.measure)
-    print(json.dumps(found.as_dict(), indent=2) if args.json else "\n".join(found.lines()))
+    if args.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print("\n".join(line for text in found.lines() for line in wrapped(text)))
     return 0

@@ -2,7 +2,7 @@
 
 The step of the trainer runs under PyTorch's fake tensors with the dtypes of CUDA's autocast (`memory.autocast`), not
 compiled. What is not a tensor of PyTorch is an allowance. Three words: *held* is alive after the forward pass, *peak*
-the most at any time of a step, *expected* the peak with the allowance (docs/how-to/benchmark.md).
+the most at any time of a step, *expected* the peak with the allowance (docs/reference/memory.md).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nnunet_ext.memory.autocast import CudaAutocast
 from nnunet_ext.memory.tracker import GIB, StorageTracker
 from nnunet_ext.nnunet.setting import Setting
 
-# The allowance; assumed, not yet measured on a GPU (docs/how-to/plan-memory.md).
+# The allowance; assumed, not yet measured on a GPU (docs/reference/memory.md).
 CONTEXT_BYTES = GIB // 2  # CUDA context, cuDNN and cuBLAS
 FRAGMENTED_SHARE = 0.05  # of the peak: what PyTorch's allocator reserves beyond it
 

@@ -81,9 +81,10 @@ class Estimate:
         for name, size in parts.items():
             yield f"  {name:<20}{size / GIB:8.2f} GB"
         share = f"{FRAGMENTED_SHARE:.0%}"
-        yield "Held: alive after the forward pass, beside weights and optimiser; peak: the most at any time;"
-        yield f"expected: peak + allowance, which is assumed: context, workspaces, {share} of the peak."
-        yield "1 GB is 2**30 bytes."
+        yield (
+            "Held: alive after the forward pass, beside weights and optimiser; peak: the most at any time; expected: "
+            f"peak + allowance, which is assumed: context, workspaces, {share} of the peak. 1 GB is 2**30 bytes."
+        )
         yield self._verdict()
         if self.measured is not None:
             yield from _beside(self.measured, memory)

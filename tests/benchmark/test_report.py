@@ -211,7 +211,7 @@ def test_markdown_tables_have_as_many_cells_in_every_line() -> None:
 
 def test_json_has_the_documented_keys_and_no_nan() -> None:
     found = json.loads(to_json(REPORT, COMMAND))
-    documented = (Path(__file__).parents[2] / "docs" / "how-to" / "benchmark.md").read_text(encoding="utf-8")
+    documented = (Path(__file__).parents[2] / "docs" / "reference" / "benchmark.md").read_text(encoding="utf-8")
     keys = {*found, *found["methods"][0], *found["depth"][0], *found["methods"][0]["step_seconds"]}
     assert [key for key in sorted(keys) if f"`{key}`" not in documented] == []
     assert found["command"] == COMMAND

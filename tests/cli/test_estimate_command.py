@@ -38,8 +38,8 @@ def test_parts_add_up_and_gpus_are_named(planned_dataset: Path, capsys: pytest.C
         "allowance",
         "  expected ",
     ):
-        assert text in out
-    assert max(map(len, out.splitlines())) <= 100
+        assert text in out.replace("\n", " ")
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(24, "This GPU has it"), (8, "This GPU does not have it")])
@@ -71,7 +71,6 @@ def test_measured_memory_stands_beside_what_it_can_be_compared_with() -> None:
     assert "Measured reserved and outside: 20.00 GB; expected as counted: 13.00 GB (-35.0%)" in text
     assert "Reserved by PyTorch: 16.00 GB." in text
     assert "Outside of it (context, libraries, other programs): 4.00 GB." in text
-    assert max(map(len, text.splitlines())) <= 110
     sizes = found.as_dict()
     for key, size in (("held", 5), ("peak", 15), ("reserved", 16), ("outside", 4)):
         assert sizes[f"measured_{key}_bytes"] == size * GIB

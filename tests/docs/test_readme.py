@@ -1,16 +1,20 @@
-"""The README's table is what the committed benchmark has measured, for every trainer."""
+"""The tables of README and of the methods' page are what aims and the committed benchmark say, for every trainer."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from nnunet_ext import registry
+from nnunet_ext import aims, registry
 from nnunet_ext.protocols import only_predicts
 
 DASH = "\N{EN DASH}"
@@ -34,9 +38,67 @@ def benchmark() -> dict[str, Any]:
     return content
 
 
-def test_table_is_what_was_measured(script: ModuleType, benchmark: dict[str, Any]) -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert script.inserted(readme, benchmark, BENCHMARK.parent.relative_to(REPOSITORY).as_posix()) == readme
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_are_what_was_measured(script: ModuleType, benchmark: dict[str, Any]) -> None:
+    folder = f"../benchmarks/{BENCHMARK.parent.name}"
+    for page, text in script.pages(benchmark, folder).items():
+        assert page.read_text(encoding="utf-8") == text
+
+
+def test_readme_is_short_and_its_tables_too(readme: str) -> None:
+    assert len(readme.splitlines()) <= 120
+    tables = re.findall(r"(?:^\|.*\n)+", readme, flags=re.MULTILINE)
+    assert tables
+    assert max(table.count("\n") for table in tables) <= 12  # ten rows
+
+
+def test_readme_quotes_no_accuracy(readme: str) -> None:
+    quoted = re.findall(r"[^.\n]*\b(?:Dice|NSD|HD95|IoU|accura\w+)\b[^.\n]*", readme)
+    assert [sentence for sentence in quoted if re.search(r"\d+[.]\d+|[+-]\d|\d %", sentence)] == []
+
+
+def test_readme_names_one_page_for_each_job(readme: str) -> None:
+    _, _, jobs = readme.partition("## Your job")
+    jobs = jobs.partition("\n## ")[0]
+    found = re.findall(r"^\*\*.+\*\* \(\[(.+?)\]\((.+?)\)\)", jobs, flags=re.MULTILINE)
+    assert [text for text, target in found if text != target] == []
+    pages = ("advise", "deploy", "compare", "install", "add-a-method")
+    assert [target for _, target in found] == [f"docs/how-to/{page}.md" for page in pages]
+
+
+def test_half_width_stands_beside_faster_fusion() -> None:
+    for page in ("README.md", "docs/methods/faster_fusion.md", "docs/how-to/deploy.md"):
+        text = " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
+        for words in ("nnUNetTrainerHalfWidthBN", "nnUNetTrainerFasterFusionBN", "compared at convergence"):
+            assert words in text, page
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/how-to/install.md", "docs/how-to/deploy.md", "docs/how-to/demo.md"]
+)
+def test_commands_are_those_that_exist(page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL))
+    for command, rest in re.findall(r"^(?:\S*/)?nnunet-ext ([\w-]+)(.*)$", blocks, flags=re.MULTILINE):
+        module = importlib.import_module(f"nnunet_ext.cli.{command.replace('-', '_')}")
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        parser.parse_args(shlex.split(rest, comments=True))
+    named = {*re.findall(r"-tr (\w+)", blocks), *re.findall(r"-pl (\w+)", blocks)} - {"nnUNetTrainerX"}
+    for name in named - {"nnUNetTrainer"}:
+        kind = "trainers" if "Trainer" in name else "planners"
+        base = registry.parse_schedule(name).base if registry.parse_schedule(name) else name  # type: ignore[union-attr]
+        assert base in {aims.DEFAULT, *registry.names(kind)}, name
+    plans = {plans for planner in registry.names("planners") if (plans := plans_of(planner))} | {"nnUNetPlans"}
+    assert {*re.findall(r" -p (nnUNet\w+)", blocks)} <= plans
+
+
+def plans_of(planner: str) -> str:
+    return next(registry.planned(entry)[1] for entry in registry.entries("planners") if entry.name == planner)
 
 
 def test_every_trainer_that_trains_has_a_row(script: ModuleType, benchmark: dict[str, Any]) -> None:
@@ -64,9 +126,9 @@ CHECKPOINTING = method("nnUNetTrainerActivationCheckpointing", peak_bytes=0.47)
 FOLDED = method("nnUNetTrainerHalfWidthBN", parameters_deployed=0.25, macs=0.25)
 
 
-def test_rivals_follow_the_default_and_what_is_not_known_is_a_dash(script: ModuleType) -> None:
+def test_recommended_and_rivals_follow_the_default_and_what_is_not_known_is_a_dash(script: ModuleType) -> None:
     budget = {**method("nnUNetTrainer", held_bytes=0.57), "budget": 0.5}
-    others = [method("nnUNetTrainerReversible", peak_bytes=1 / 3), CHECKPOINTING, budget]
+    others = [method("nnUNetTrainerReversible", peak_bytes=1 / 3), budget, CHECKPOINTING]
     rows = script.table({"methods": [method("nnUNetTrainer", peak_bytes=1.0, held_bytes=1.0), *others]}).splitlines()
     assert rows[0] == "| trainer | network | planner | for | held | peak | weights |"
     assert [row.split("|")[1].strip() for row in rows[2:]] == [
@@ -78,37 +140,50 @@ def test_rivals_follow_the_default_and_what_is_not_known_is_a_dash(script: Modul
     cells = [[cell.strip(" \N{MULTIPLICATION SIGN}") for cell in row.split("|")[3:-1]] for row in rows[4:]]
     assert cells == [
         [DASH, "rival", "0.57", DASH, "0.50"],
-        ["`ReversibleUNetDeepPlanner`, `ReversibleUNetPlanner`", "memory of training", DASH, "0.33", "0.50"],
+        ["`ReversibleUNetDeepPlanner`, `ReversibleUNetPlanner`", "memory, context", DASH, "0.33", "0.50"],
     ]
 
 
 @pytest.mark.parametrize(
     ("trainer", "ratios", "expected"),
     [
-        ("nnUNetTrainerReversible", {"peak_bytes": 0.68}, "memory of training; **behind checkpointing**"),
-        ("nnUNetTrainerReversible", {"peak_bytes": 0.47}, "memory of training"),
-        ("nnUNetTrainerMeReversible", {"peak_bytes": None}, "memory of training"),
+        ("nnUNetTrainerReversible", {"peak_bytes": 0.68}, "memory, context; behind ActivationCheckpointing"),
+        ("nnUNetTrainerReversible", {"peak_bytes": 0.474}, "memory, context"),  # the same two digits
+        ("nnUNetTrainerMeReversible", {"peak_bytes": None}, "context, memory"),
+        ("nnUNetTrainerActivationCheckpointing", {"peak_bytes": 0.9}, "**context**, **memory**: recommended"),
         (
             "nnUNetTrainerFasterFusion",
             {"parameters_deployed": 0.29, "macs": 0.9},
-            "small and fast in prediction; **behind half width, norm folded**",
+            "size, speed: research; behind HalfWidthBN",
         ),
         (
-            "nnUNetTrainerFasterFusion",
+            "nnUNetTrainerFasterFusionBN",
             {"parameters_deployed": 0.22, "macs": 0.9},
-            "small and fast in prediction; **behind half width, norm folded** in operations",
+            "size, speed; behind HalfWidthBN in operations",
         ),
-        ("nnUNetTrainerFasterFusion", {"parameters_deployed": 0.22, "macs": 0.19}, "small and fast in prediction"),
-        ("nnUNetTrainerHalfWidthBN", {"macs": 0.9}, "rival"),
+        ("nnUNetTrainerFasterFusionBN", {"parameters_deployed": 0.22, "macs": 0.19}, "size, speed"),
+        ("nnUNetTrainerHalfWidth", {"macs": 0.25}, "size, speed: rival"),
         ("nnUNetTrainerOfOthers", {"peak_bytes": 2.0}, DASH),
     ],
 )
-def test_row_says_where_it_is_behind_a_rival_in_what_it_is_for(
+def test_row_says_where_it_is_behind_the_recommended_trainer(
     trainer: str, ratios: dict[str, float | None], expected: str, script: ModuleType
 ) -> None:
     assert script.purpose(method(trainer, **ratios), [CHECKPOINTING, FOLDED]) == expected
 
 
-def test_a_readme_without_markers_is_refused(script: ModuleType, benchmark: dict[str, Any]) -> None:
+def test_a_page_without_markers_is_refused(script: ModuleType) -> None:
     with pytest.raises(ValueError, match="needs one <!-- methods:begin -->"):
-        script.inserted("# nnunet-ext", benchmark, "docs")
+        script.inserted("# nnunet-ext", "methods", "text")
+
+
+def test_figure_shows_what_was_counted(benchmark: dict[str, Any]) -> None:
+    figure = (REPOSITORY / "docs" / "methods" / "methods.svg").read_text(encoding="utf-8")
+    drawn = [method for method in aims.METHODS if method.standing != "research"]
+    by_trainer = {found["trainer"]: found for found in benchmark["methods"] if not found.get("budget")}
+    for method in drawn:
+        figures = by_trainer[method.trainer]
+        texts = [method.trainer.removeprefix(aims.DEFAULT) or "default nnU-Net"]
+        texts += [f"{figures['peak_bytes'] / 2**30:.3g}", f"{figures['macs'] / 1e9:.3g}"]
+        texts += [f"{figures['parameters_deployed'] / 1e6:.3g}"]
+        assert [text for text in texts if f">{text}<" not in figure] == [], method.trainer
