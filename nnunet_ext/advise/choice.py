@@ -68,17 +68,17 @@ def reasons(advice: Advice, choice: Choice) -> Iterator[str]:
     if row.is_default:
         yield _stay(advice)
         return
-    yield f"It {_gain(advice, row)}."
+    yield f"It {_does(advice, row)}; default nnU-Net {_does(advice, advice.default)}{_too_large(advice)}."
     yield _step(advice, row)
     if row.has_own_weights:
-        yield "Network, weights and results are nnU-Net's own, whose accuracy is published."
+        yield "Network, weights and training are nnU-Net's own, whose accuracy is published for its default patch."
         return
     yield (
         "Its accuracy at nnU-Net's full schedule has not been shown (docs/methods): compare it with nnUNetTrainer on "
         "your data (nnunet-ext compare)."
     )
     if choice.own is not None and not choice.own.is_default:
-        yield f"Of nnU-Net's own networks {label(choice.own)} is the best here: it {_gain(advice, choice.own)}."
+        yield f"Of nnU-Net's own networks the best here is {label(choice.own)}: it {_does(advice, choice.own)}."
 
 
 def _stay(advice: Advice) -> str:
@@ -86,35 +86,30 @@ def _stay(advice: Advice) -> str:
     if default.coverage == 1 and advice.aim == "context":
         return "Its patch covers a typical image already, and it fits the card: a larger one gains nothing."
     others = [row for row in advice.rows if advice.fits(row) and not row.is_default]
-    best = min(others, key=advice.value, default=None)
-    found = "nothing else fits the card" if best is None else f"{label(best)} {_gain(advice, best)}"
-    return f"Nothing is better by a tenth: {found}."
+    if not others:
+        return "Nothing else fits the card."
+    best = min(others, key=advice.value)
+    return (
+        f"Nothing is better by a tenth: {label(best)} {_does(advice, best)}, default nnU-Net {_does(advice, default)}."
+    )
 
 
-def _gain(advice: Advice, row: Row) -> str:
-    """What the row does for the aim, and default nnU-Net beside it."""
-    default = advice.default
+def _does(advice: Advice, row: Row) -> str:
+    """What a row does for the aim."""
     if advice.aim == "context":
-        return f"covers {row.coverage:.1%} of a typical image with a patch, default nnU-Net {_coverage(advice)}"
+        return f"covers {row.coverage:.1%} of a typical image with a patch"
     if advice.aim == "memory":
-        return (
-            f"trains the patch of its plan in {row.expected / GIB:.1f} GB, default nnU-Net its own in "
-            f"{default.expected / GIB:.1f} GB"
-        )
+        return f"trains the patch {'x'.join(map(str, row.patch))} in {row.expected / GIB:.1f} GB"
     if advice.aim == "size":
-        return (
-            f"ships {row.parameters_deployed / 1e6:.2f} M weights, default nnU-Net "
-            f"{default.parameters_deployed / 1e6:.2f} M"
-        )
+        return f"ships {row.parameters_deployed / 1e6:.2f} M weights"
     time, is_measured = advice.prediction(row)
-    how = "measured on a CPU" if is_measured else "predicted from operations, not measured"
-    return f"predicts a typical image in {time:.2f} times the time of default nnU-Net, {how}"
+    how = "" if row.is_default else ", measured on a CPU" if is_measured else ", predicted from operations"
+    return f"predicts a typical image in {time:.2f} times the time of default{how}"
 
 
-def _coverage(advice: Advice) -> str:
+def _too_large(advice: Advice) -> str:
     default = advice.default
-    fits = "" if advice.fits(default) else f", which needs {default.expected / GIB:.1f} GB and does not fit"
-    return f"{default.coverage:.1%}{fits}"
+    return "" if advice.fits(default) else f", but needs {default.expected / GIB:.1f} GB and does not fit"
 
 
 def _step(advice: Advice, row: Row) -> str:

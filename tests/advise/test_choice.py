@@ -64,9 +64,9 @@ def taken(aim: aims.Aim, *rows: Row, target: float = 8.0) -> tuple[str, str]:
 def test_the_largest_patch_is_taken_for_context_and_the_best_own_network_named() -> None:
     trainer, why = taken("context", OWN, row("New", patch=160))
     assert trainer == "New"
-    assert "covers 51.2% of a typical image with a patch, default nnU-Net 12.5%" in why
+    assert "covers 51.2% of a typical image with a patch; default nnU-Net covers 12.5% of a typical image" in why
     assert "has not been shown" in why
-    assert "Of nnU-Net's own networks Own with OwnPlanner is the best here: it covers 27.5%" in why
+    assert "Of nnU-Net's own networks the best here is Own with OwnPlanner: it covers 27.5%" in why
 
 
 def test_an_own_network_is_preferred_to_one_that_is_less_than_a_tenth_better() -> None:
@@ -102,7 +102,7 @@ def test_stays_with_default_whose_patch_covers_the_image() -> None:
 def test_default_that_does_not_fit_is_left() -> None:
     trainer, why = taken("context", row("New", patch=90, gb=3), target=4)
     assert trainer == "New"
-    assert "default nnU-Net 12.5%, which needs 6.0 GB and does not fit" in why
+    assert "12.5% of a typical image with a patch, but needs 6.0 GB and does not fit" in why
 
 
 def test_the_least_memory_is_taken_but_of_meunets_smaller_patch() -> None:
@@ -118,10 +118,10 @@ def test_of_equally_small_networks_the_faster_is_taken_and_measured_times_count(
     fusion = row("nnUNetTrainerFasterFusionBN", **slim)  # measured slower than its operations let expect
     trainer, why = taken("size", fusion, half)
     assert trainer == "nnUNetTrainerHalfWidthBN"
-    assert "ships 7.80 M weights, default nnU-Net 30.00 M" in why
+    assert "ships 7.80 M weights; default nnU-Net ships 30.00 M" in why
     trainer, why = taken("speed", fusion, half)
     assert trainer == "nnUNetTrainerHalfWidthBN"
-    assert "0.22 times the time of default nnU-Net, measured on a CPU" in why
+    assert "0.22 times the time of default, measured on a CPU" in why
 
 
 def test_research_switches_are_never_recommended() -> None:
