@@ -46,9 +46,9 @@ class Names:
 
     def __init__(self) -> None:
         self.entries = [entry for kind in registry.KINDS for entry in registry.entries(kind)]
-        self.usable = {entry.name: entry for entry in self.entries if not entry.refused}
+        self.usable = {(entry.kind, entry.name): entry for entry in self.entries if not entry.refused}
         # Planner -> trainer and name of plans, "" where it does not say.
-        self.planned = {name: _planned(entry) for name, entry in self.usable.items() if entry.kind == "planners"}
+        self.planned = {name: _planned(entry) for (kind, name), entry in self.usable.items() if kind == "planners"}
 
     def records(self) -> list[dict[str, object]]:
         """Of each entry, with its aims, planners and plans."""
@@ -57,7 +57,7 @@ class Names:
     def _belongs(self, entry: Entry) -> dict[str, list[str]]:
         method, planners = self._method(entry), self._planners(entry)
         return {
-            "aim": list(method.aims) if method else [],
+            "aim": list(method.aims) if method else [aims.OTHER] * (entry.kind != "architectures"),
             "recommended": list(method.recommended) if method and entry.kind == "trainers" else [],
             "planner": list(planners),
             "plans": [plans for plans in planners.values() if plans] or [NNUNET_PLANS] * bool(method),
@@ -67,11 +67,14 @@ class Names:
         """What an entry is for, a planner as the trainer that it plans for."""
         if not _is_ours(entry) or entry.kind == "architectures":
             return None
-        return aims.of(self.planned[entry.name][0] if entry.name in self.planned else entry.name)
+        return aims.of(self.planned[entry.name][0] if self._plans(entry) else entry.name)
+
+    def _plans(self, entry: Entry) -> bool:
+        return entry.kind == "planners" and entry.name in self.planned
 
     def _planners(self, entry: Entry) -> dict[str, str]:
         """Planners that plan for a trainer, or the planner itself, with the names of their plans."""
-        if entry.name in self.planned:
+        if self._plans(entry):
             return {entry.name: self.planned[entry.name][1]}
         return self._planning_for(entry.name) if entry.kind == "trainers" else {}
 
@@ -95,7 +98,7 @@ class Names:
                 yield from self._block(method)
         for planner in filter(self.planned.get, aims.RESEARCH_PLANNERS):
             yield f"  {self.planned[planner][0]}"
-            yield from wrapped(registry.summary(self.usable[planner]), 4)
+            yield from wrapped(registry.summary(self.usable["planners", planner]), 4)
             yield from _options(pl=planner, p=self.planned[planner][1])
         yield ""
         yield from self._rest()
@@ -105,7 +108,7 @@ class Names:
 
     def _block(self, method: aims.Method, why: str = "") -> Iterator[str]:
         """A trainer: why it is recommended, else what it is; planners and plans."""
-        entry = self.usable.get(method.trainer)
+        entry = self.usable.get(("trainers", method.trainer))
         if entry is None and method.trainer != aims.DEFAULT:
             return
         standing = "  recommended" if why else "  rival" if method.standing == "rival" else ""
@@ -130,7 +133,7 @@ class Names:
             for entry in entries:
                 yield from wrapped(f"{entry.name}  {entry.distribution}", 2)
                 yield from wrapped(entry.refused or registry.summary(entry), 4)
-                if entry.name in self.planned:
+                if self._plans(entry):
                     trainer, plans = self.planned[entry.name]
                     yield from _options(pl=entry.name, p=plans, tr=trainer)
             yield ""

@@ -102,6 +102,13 @@ def test_example_of_a_schedule_is_one() -> None:
     assert registry.parse_schedule(example) is not None
 
 
+def test_one_name_of_two_kinds_is_listed_twice(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install("acme", 'class Acme:\n    default_plans_name = "P"', planners=["Acme"], architectures=["Acme"])
+    found = blocks(output(capsys))
+    assert found["other"]["Acme  acme 1.0"] == ["-pl Acme -p P"]
+    assert found["architectures"]["Acme  acme 1.0"] == []
+
+
 def test_refused_names_are_listed_with_the_reason(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
     install("acme", "", trainers=["nnUNetTrainerAdam"])
     above, _, refused = output(capsys).partition("\nrefused\n")
@@ -131,6 +138,7 @@ def test_json_holds_the_records(install: Install, capsys: pytest.CaptureFixture[
         "plans": [],
     } in records
     of_name = {record["name"]: record for record in records}
+    assert of_name["nnUNetTrainerDeployed"]["aim"] == [aims.OTHER]
     said = [of_name["nnUNetTrainerHalfWidthBN"], of_name["nnUNetTrainerInvertibleNoVAE"], of_name["MeUNetPlanner"]]
     assert [(record["aim"], record["planner"], record["plans"]) for record in said] == [
         (["size", "speed"], [], ["nnUNetPlans"]),
