@@ -7,7 +7,7 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -150,6 +150,25 @@ def test_class_that_ended_an_earlier_process_is_said_and_not_looked_up_again(
     assert found.cure == "repair or uninstall quits 1.0"
     assert "QuitPlanner" not in noted
     assert noted["ReversibleUNetPlanner"] == "planner ReversibleUNetPlanner"
+
+
+def test_spawned_process_starts_before_the_names_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *_: object, **__: object) -> Future[probe.Looked]:  # type: ignore[override]
+            done.append("spawned")
+            return super().submit(lambda: probe.Looked(True, "found"))
+
+    def look_up(kind: str, name: str) -> probe.Looked:
+        done.append(name)
+        return probe.Looked(True, "found")
+
+    monkeypatch.setattr(probe, "look_up", look_up)
+    monkeypatch.setattr(probe, "ProcessPoolExecutor", lambda *_, **__: Pool(1))
+    list(probe.lookups(tmp_path / "asked", {}))
+    assert done[0] == "spawned"  # both import nnU-Net, for seconds
+    assert len(done) > 2
 
 
 @pytest.mark.slow
