@@ -89,7 +89,7 @@ def rendered(figure: Any, kind: Kind) -> bytes:
     stream = BytesIO()
     with _style():
         figure.savefig(stream, format=kind, dpi=_DPI, metadata=dict.fromkeys(unsaid[kind]))
-    figure.set_layout_engine("none")  # laid out
+    figure.set_layout_engine(None)  # laid out; with one each file would draw twice
     return stream.getvalue()
 
 

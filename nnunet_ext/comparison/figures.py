@@ -181,7 +181,7 @@ def learning_curves(trainings: Mapping[str, Training], width: float = PAGE) -> A
             for axis, name in zip(axes, ("training_loss", "validation_loss", "dice"), strict=True):
                 _curve(axis, [getattr(curves, name) for curves in folds], styles[label], is_large)
         for axis, title in zip(axes, ("Training loss", "Validation loss", "Dice of validation patches"), strict=True):
-            axis.set(xlabel="Epoch", title=title)
+            axis.set(xlabel="Epoch", title=title, xlim=(0, None))
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             tidy(axis)
         axes[2].set_ylim(0, 1)
