@@ -88,7 +88,7 @@ def differences(evaluation: Evaluation, margin: float | None, width: float = PAG
     ticks = [wrapped(_drawn(evaluation, name), 0.3 * min(width, 5)) for name in names]
     rows, columns = _grid(len(others), int(0.7 * width / 1.15))
     titles = [wrapped(drawn(label, others), 0.68 * width / columns, 8) for label in others]
-    height = len(names) * (LINE * (1 + max(tick.count("\n") for tick in ticks)) + 0.07)
+    height = max(0.45, len(names) * (LINE * (1 + max(tick.count("\n") for tick in ticks)) + 0.07))
     height += LINE * (1 + max(title.count("\n") for title in titles)) + 0.3
     with page(rows * height + 0.2, width) as figure:
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)

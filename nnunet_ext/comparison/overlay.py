@@ -19,7 +19,7 @@ LABEL_COLOURS = ("#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#E69F00
 _CT_WINDOW = (-160.0, 240.0)  # HU
 _PER_PAGE = 5  # pictures side by side
 _MARGIN = 0.25  # inches on the left
-_TALLEST = 4.0  # inches of the planes of a picture
+_TALLEST = 4.5  # inches of the planes of a picture
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def overlay(scan: Scan, width: float = PAGE) -> Any:
     shown: list[tuple[str, NDArray[Any] | None]] = [("Image", None), ("Reference", scan.truth)]
     shown += [("\n".join(drawn(line, titles) for line in t.splitlines()), p) for t, p in scan.predictions.items()]
     extent = [n * step for n, step in zip(scan.truth.shape, scan.spacing, strict=True)]
-    heights = [extent[plane.vertical] / extent[2] for plane in planes]
+    heights = [min(max(extent[plane.vertical] / extent[2], 0.3), 2.2) for plane in planes]  # per width, of its place
     blocks = math.ceil(len(shown) / (_PER_PAGE if width > COLUMN else 2))  # one below the other
     columns = math.ceil(len(shown) / blocks)
     side = min((width - _MARGIN) / columns, _TALLEST / sum(heights))
