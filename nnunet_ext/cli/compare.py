@@ -56,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--baseline", metavar="NAME", help="label or trainer of the baseline; default: the first run")
     how.add_argument(
-        "--margin", type=float, default=1.0, help="loss of Dice that does not matter, in points (%(default)s)"
+        "--margin", type=float, metavar="POINTS", help="loss of Dice that does not matter; without it no verdicts"
     )
+    how.add_argument("--accept", nargs="+", default=[], metavar="CHECK", help="checks that may fail, as you mean it")
     how.add_argument(
         "--surface", nargs="?", type=float, const=1.0, metavar="MM", help="also NSD at this tolerance (1 mm) and HD95"
     )
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         names=args.names,
         baseline=args.baseline,
         margin=args.margin,
+        accepted=args.accept,
         tolerance=args.surface,
         validation_references=args.references,
         images=args.images,
@@ -132,8 +134,9 @@ def _command(args: argparse.Namespace) -> str:
 def _print(comparison: Comparison) -> None:
     from nnunet_ext.comparison import report, tables
 
+    print("\n".join(wrapped(comparison.gate.first_line(comparison.evaluations))))
     for evaluation in comparison.evaluations:
-        content = tables.accuracy(evaluation, "Dice")
+        content = tables.means(evaluation, "Dice")
         header, *rows = ([*map(printable, row)] for row in (content.header, *content.rows))
         print_table(printable(f"Dice, {evaluation.name}"), header, rows)
         for line in report.conclusions(comparison, evaluation):

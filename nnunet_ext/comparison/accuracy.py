@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from nnunet_ext.comparison.scores import by_structure, case_means, common_cases
-from nnunet_ext.comparison.statistics import PairedDifference, difference, holm, rank_frequencies, verdict
+from nnunet_ext.comparison.statistics import PairedDifference, difference, holm, rank_frequencies
 from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import counted
 
@@ -41,20 +41,25 @@ class MeanScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparand:
-    """A run's difference to the baseline in one metric and structure.
+    """A run's difference to a baseline in one metric and structure.
 
     Args:
         p_holm: `difference.p` after Holm's correction over its family: all runs for the mean over structures (the
-            primary outcome), all runs and structures together for the single structures; each metric apart.
-        verdict: Non-inferiority by the margin; empty for metrics other than Dice.
+            primary outcome), all runs and structures together for the single structures; each metric and baseline
+            apart.
     """
 
     run: str
+    baseline: str
     metric: str
     structure: Structure
     difference: PairedDifference
     p_holm: float
-    verdict: str
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Run and baseline."""
+        return self.run, self.baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,7 @@ class Evaluation:
         name: "cross-validation" or "held-out".
         scores: All rows; `compared` tells whether the case is one that all runs have.
         labels: Labels of the runs, the baseline first.
+        second: Label of the run that the others are compared with in their means too; None without one.
         structures: Names, in the order of dataset.json.
         metrics: "Dice", "IoU" and, where surfaces were measured, "NSD", "HD95".
         cases: Names of the common cases.
@@ -76,6 +82,7 @@ class Evaluation:
     name: str
     scores: pd.DataFrame
     labels: tuple[str, ...]
+    second: str | None
     structures: tuple[str, ...]
     metrics: tuple[str, ...]
     cases: tuple[str, ...]
@@ -106,19 +113,35 @@ class Evaluation:
         """The mean of these."""
         return next(m for m in self.means if (m.run, m.metric, m.structure) == (run, metric, structure))
 
-    def comparand(self, run: str, metric: str = "Dice", structure: Structure = MEAN) -> Comparand:
-        """The difference of these."""
-        return next(c for c in self.comparands if (c.run, c.metric, c.structure) == (run, metric, structure))
+    def comparand(
+        self, run: str, metric: str = "Dice", structure: Structure = MEAN, baseline: str | None = None
+    ) -> Comparand:
+        """The difference of these; `baseline` is the first, where none is given."""
+        wanted = (run, baseline or self.labels[0], metric, structure)
+        return next(c for c in self.comparands if (c.run, c.baseline, c.metric, c.structure) == wanted)
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The baseline and the second one, where there is one."""
+        return (self.labels[0], *([self.second] if self.second else []))
+
+    def finds(self, run: str, structure: str) -> bool:
+        """Whether a run finds anything of a structure in any case."""
+        return bool((self.values("Dice", structure)[run] > 0).any())
+
+    def present(self, structure: str) -> int:
+        """Number of cases whose reference has a structure, or in which some run finds it."""
+        return len(self.values("Dice", structure).dropna(how="all"))
 
 
-def evaluate(name: str, scores: pd.DataFrame, labels: Sequence[str], margin: float) -> Evaluation:
+def evaluate(name: str, scores: pd.DataFrame, labels: Sequence[str], second: str | None = None) -> Evaluation:
     """Compare runs over the cases that all of them have.
 
     Args:
         name: Name of the set of cases.
         scores: One row per run, case and structure.
         labels: Labels of the runs, the baseline first.
-        margin: Margin of the verdicts, in Dice points.
+        second: Label of the second baseline.
 
     Raises:
         UsageError: no case is in all runs.
@@ -140,11 +163,12 @@ def evaluate(name: str, scores: pd.DataFrame, labels: Sequence[str], margin: flo
         name=name,
         scores=scores,
         labels=tuple(labels),
+        second=second,
         structures=structures,
         metrics=metrics,
         cases=tuple(cases),
         means=tuple(_means(kept, labels, metrics, structures)),
-        comparands=tuple(_comparands(kept, labels, metrics, structures, margin / 100)),
+        comparands=tuple(_comparands(kept, labels, second, metrics, structures)),
         ranks=rank_frequencies(dice),
         worst={label: _worst(dice[label]) for label in labels},
     )
@@ -191,23 +215,23 @@ def _mean(rows: pd.DataFrame, label: str, metric: str, structure: str) -> MeanSc
 
 
 def _comparands(
-    kept: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str], structures: Sequence[str], margin: float
-) -> list[Comparand]:
+    kept: pd.DataFrame, labels: Sequence[str], second: str | None, metrics: Sequence[str], structures: Sequence[str]
+) -> Iterator[Comparand]:
     baseline, *others = labels
-    found = []
+    rest = [label for label in others if label != second]
+    families: list[tuple[str, Sequence[str], tuple[Structure, ...]]] = [
+        (baseline, others, (MEAN,)),
+        (baseline, others, tuple(structures)),
+        *([(second, rest, (MEAN,))] if second else []),
+    ]
     for metric in metrics:
-        families: tuple[tuple[Structure, ...], ...] = ((MEAN,), tuple(structures))
-        for family in families:
+        for against, runs, family in families:
             tables = {structure: _values(kept, metric, structure) for structure in family}
-            pairs = [(label, structure) for structure in family for label in others]
-            differences = [difference(tables[s][label], tables[s][baseline]) for label, s in pairs]
+            pairs = [(run, structure) for structure in family for run in runs]
+            differences = [difference(tables[s][run], tables[s][against]) for run, s in pairs]
             adjusted = holm([d.p for d in differences])
-            for (label, structure), d, p in zip(pairs, differences, adjusted, strict=True):
-                judged = verdict(d, margin) if metric == "Dice" else ""
-                found.append(
-                    Comparand(run=label, metric=metric, structure=structure, difference=d, p_holm=p, verdict=judged)
-                )
-    return found
+            for (run, structure), d, p in zip(pairs, differences, adjusted, strict=True):
+                yield Comparand(run=run, baseline=against, metric=metric, structure=structure, difference=d, p_holm=p)
 
 
 def _worst(dice: pd.Series[float]) -> list[tuple[str, float]]:

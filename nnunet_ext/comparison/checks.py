@@ -10,10 +10,10 @@ import pandas as pd
 from nnunet_ext.comparison.places import Places
 from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.scores import common_cases
+from nnunet_ext.comparison.statistics import FEWEST_CASES
 from nnunet_ext.comparison.training import Training
 from nnunet_ext.printable import counted, first_few
 
-FEW_CASES = 10
 _ROUNDING = 1e-3  # of a Dice that was computed from its counts
 
 
@@ -42,8 +42,8 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
             f"The references of {counted(len(changed), 'case')} differ between the runs (other numbers of voxels), so "
             f"their Dice can't be compared; evaluate all runs against one set of references: {first_few(changed)}."
         )
-    if len(common) < FEW_CASES:
-        warnings.append(f"Compared: {counted(len(common), 'case')} only; intervals and p-values of so few are rough.")
+    if len(common) < FEWEST_CASES:
+        warnings.append(f"Compared: {counted(len(common), 'case')} only.")
     return [*warnings, *_contradictory(kept), *_failed(kept), *_invented(kept)]
 
 
@@ -112,7 +112,7 @@ def of_files(run: Run, scores: pd.DataFrame, places: Places) -> list[str]:
 
 
 def of_settings(runs: Sequence[Run], trainings: Mapping[str, Training]) -> list[str]:
-    """Differences in what the runs were given: folds, epochs, iterations, batch and patch size, machine."""
+    """Differences in what the runs were given and `gate` does not look at: data set and machine."""
 
     def differing(what: str, describe: Callable[[Run], object]) -> list[str]:
         values = {run.label: str(describe(run)) for run in runs}
@@ -120,20 +120,9 @@ def of_settings(runs: Sequence[Run], trainings: Mapping[str, Training]) -> list[
             return []
         return [f"The runs differ in {what}: {'; '.join(f'{label}: {value}' for label, value in values.items())}."]
 
-    def training(run: Run) -> Training:
-        return trainings[run.label]
-
-    def machines(run: Run) -> str:
-        return ", ".join(sorted(set(training(run).machines.values())))
-
     return [
         *differing("data set", lambda run: run.plans.get("dataset_name")),
-        *differing("folds", lambda run: " ".join(run.folds)),
-        *differing("epochs", lambda run: " or ".join(map(str, training(run).epochs)) or "unknown"),
-        *differing("iterations per epoch", lambda run: training(run).iterations or "unknown"),
-        *differing("patch size", lambda run: "x".join(map(str, run.settings.get("patch_size", ["unknown"])))),
-        *differing("batch size", lambda run: run.settings.get("batch_size", "unknown")),
-        *differing("GPU or PyTorch", machines),
+        *differing("GPU or PyTorch", lambda run: ", ".join(sorted(trainings[run.label].machines))),
     ]
 
 

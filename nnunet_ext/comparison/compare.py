@@ -12,6 +12,7 @@ import pandas as pd
 from nnunet_ext.comparison import checks
 from nnunet_ext.comparison.accuracy import Evaluation, evaluate
 from nnunet_ext.comparison.cost import Cost, read_cost
+from nnunet_ext.comparison.gate import Gate, gate
 from nnunet_ext.comparison.places import Places
 from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.scores import read_validation
@@ -32,7 +33,9 @@ class ComparisonRequest:
         references: Folder of the held-out cases' references.
         dataset: Content of dataset.json.
         baseline: Label of the run that the others are compared with.
-        margin: Loss of Dice that does not matter, in Dice points (1 point = 0.01).
+        second: Label of the second baseline; None without one.
+        margin: Loss of Dice that does not matter, in Dice points (1 point = 0.01); None: no verdicts.
+        accepted: Names of checks of `gate` that may fail.
         tolerance: Tolerance of NSD in mm; None: no surface distances.
         places: Folders of references and images of validation cases.
         benchmark: Content of `nnunet-ext benchmark`'s JSON.
@@ -45,7 +48,9 @@ class ComparisonRequest:
     references: Path | None
     dataset: dict[str, Any]
     baseline: str
-    margin: float = 1.0
+    second: str | None = None
+    margin: float | None = None
+    accepted: tuple[str, ...] = ()
     tolerance: float | None = None
     places: Places = field(default_factory=Places)
     benchmark: Mapping[str, Any] | None = None
@@ -67,6 +72,7 @@ class Comparison:
         request: What was asked for.
         evaluations: Results of cross-validation and of held-out cases, as far as there are any.
         trainings, costs: Label -> what its run logged and costs.
+        gate: What the comparison rests on, and what may be said.
         warnings: Why the comparison may not be fair.
     """
 
@@ -74,6 +80,7 @@ class Comparison:
     evaluations: tuple[Evaluation, ...]
     trainings: Mapping[str, Training]
     costs: Mapping[str, Cost]
+    gate: Gate
     warnings: tuple[str, ...]
 
 
@@ -87,16 +94,16 @@ def compare(request: ComparisonRequest, on_status: Status = lambda _: None) -> C
     request = replace(request, runs=tuple(runs))
     warnings: list[str] = []
     evaluations = []
-    if runs:
+    if runs and not any(run.deployed for run in runs):
         on_status("reading validation results")
         scores, found = _validation(request, on_status)
         warnings += found
-        evaluations.append(evaluate("cross-validation", scores, request.labels, request.margin))
+        evaluations.append(evaluate("cross-validation", scores, request.labels, request.second))
     if request.predictions:
         on_status("evaluating predictions")
         scores, found = _held_out(request, on_status)
         warnings += found
-        evaluations.append(evaluate("held-out", scores, request.labels, request.margin))
+        evaluations.append(evaluate("held-out", scores, request.labels, request.second))
     on_status("reading trainings")
     trainings = {run.label: read_training(run) for run in runs}
     costs = {}
@@ -105,7 +112,8 @@ def compare(request: ComparisonRequest, on_status: Status = lambda _: None) -> C
         costs[run.label], found = read_cost(run, trainings[run.label], request.benchmark, request.trusted)
         warnings += [*trainings[run.label].warnings, *found]
     settings = checks.of_settings(runs, trainings) if runs else []
-    return Comparison(request, tuple(evaluations), trainings, costs, (*settings, *warnings))
+    passed = gate(runs, trainings, evaluations, margin=request.margin, accepted=request.accepted)
+    return Comparison(request, tuple(evaluations), trainings, costs, passed, (*settings, *warnings))
 
 
 def _validation(request: ComparisonRequest, on_status: Status) -> tuple[pd.DataFrame, list[str]]:

@@ -12,6 +12,7 @@ from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.comparison.training import Training
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
+from nnunet_ext.nnunet.model_folder import DEPLOYED
 from nnunet_ext.printable import one_line
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ def read_cost(
     missing = "its network can't be built here, size and memory are missing"
     try:
         counted = count_size(run, trusted)
-        missing = "its training step can't be counted here, its memory is missing"
-        counted |= count_memory(run, trusted)
+        if run.deployed is None:
+            missing = "its training step can't be counted here, its memory is missing"
+            counted |= count_memory(run, trusted)
     except UsageError as error:
         warnings.append(f"{run.label}: {missing} ({error})")
     return (
@@ -87,7 +89,7 @@ def read_cost(
             epochs=training.epochs[0] if len(training.epochs) == 1 else None,
             iterations=training.iterations,
             seconds_per_epoch=training.seconds_per_epoch,
-            machine="; ".join(dict.fromkeys(training.machines.values())),
+            machine="; ".join(training.machines),
             held=counted.get("held"),
             peak=counted.get("peak"),
             inference_peak=counted.get("inference_peak"),
@@ -112,7 +114,8 @@ def count_size(run: Run, trusted: bool = False) -> dict[str, int]:
 
     with _as_usage_error():
         setting = _setting(run, trusted)
-        build, channels = setting.builder(run.trainer, False), setting.input_channels
+        trainer = DEPLOYED if run.deployed else run.trainer
+        build, channels = setting.builder(trainer, False), setting.input_channels
         size = measure_size(build, channels, setting.patch_size)
         inference = measure_inference(build, channels, setting.patch_size, torch.float16) + 4 * size.parameters
     return {"parameters": size.parameters, "macs": size.macs, "inference_peak": inference}

@@ -1,4 +1,4 @@
-"""Figures of accuracy: box plots, differences, paired cases, ranks; and of cost and learning.
+"""Figures of accuracy: box plots, differences, paired cases; and of cost and learning.
 
 Each is drawn for a width: `PAGE`, or `COLUMN` for a column of a paper and for a phone. What is small anyway is as wide
 as a column in both. The caller renders them (`style.rendered`).
@@ -138,30 +138,6 @@ def paired_cases(evaluation: Evaluation, width: float = PAGE) -> Any:
         _hide(list(axes.flat)[len(others) :])
         _label_below(figure, f"mean Dice of {drawn(baseline)}")
         figure.supylabel("mean Dice of the run", fontsize=8)
-    return figure
-
-
-def ranks(evaluation: Evaluation, width: float = PAGE) -> Any:
-    """Share of the cases in which each run takes each rank."""
-    table = evaluation.ranks
-    total = max(1, int(table.sum(axis=1).max()))
-    with page(0.8 + 0.34 * len(table), width) as figure:
-        axis = figure.subplots()
-        left = np.zeros(len(table))
-        for rank in map(int, table.columns):
-            share = table[rank].to_numpy() / total
-            grey = str(0.35 + 0.55 * (rank - 1) / max(1, len(table.columns) - 1))
-            axis.barh(range(len(table)), share, 0.7, left, color=grey, edgecolor="black", linewidth=0.5)
-            for y, (start, own) in enumerate(zip(left, share, strict=True)):
-                if own > 0.05:
-                    text = f"{rank}."
-                    colour = "white" if float(grey) < 0.5 else "black"
-                    axis.text(start + own / 2, y, text, ha="center", va="center", color=colour, fontsize=7)
-            left += share
-        axis.set_yticks(range(len(table)), [drawn(label, table.index) for label in table.index])
-        axis.invert_yaxis()
-        axis.set(xlim=(0, 1), xlabel=f"share of {counted(total, 'case')} in which a run takes this rank by mean Dice")
-        axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -18,6 +18,7 @@ from nnunet_ext import style
 from nnunet_ext.comparison import figures, latex, overlay, statistics, tables, worst_cases
 from nnunet_ext.comparison.accuracy import MEAN, Evaluation
 from nnunet_ext.comparison.compare import Comparison, Status
+from nnunet_ext.comparison.gate import Check
 from nnunet_ext.comparison.tables import Table
 from nnunet_ext.errors import UsageError
 from nnunet_ext.escaping import code_block, csv_cell, html, markdown, markdown_cell
@@ -119,7 +120,10 @@ def write(
     rows = [evaluation.scores.assign(evaluation=evaluation.name) for evaluation in comparison.evaluations]
     context: dict[str, Any] = {
         "title": _title(comparison),
-        "summary": [line for evaluation in comparison.evaluations for line in conclusions(comparison, evaluation)],
+        "first_line": comparison.gate.first_line(comparison.evaluations),
+        "conclusions": [line for evaluation in comparison.evaluations for line in conclusions(comparison, evaluation)],
+        "summary": tables.summary(comparison),
+        "gate": tables.gate(comparison),
         "warnings": warnings,
         "runs": tables.runs(comparison),
         "sections": sections,
@@ -180,32 +184,41 @@ def _title(comparison: Comparison) -> str:
 
 
 def conclusions(comparison: Comparison, evaluation: Evaluation) -> list[str]:
-    """One sentence per run: its mean Dice, its difference to the baseline, the verdict."""
-    baseline, *others = evaluation.labels
+    """One sentence per run and baseline: its mean Dice, its difference, the verdict where there is one."""
     sentences = []
-    for label in others:
-        found = evaluation.comparand(label)
-        d = found.difference
-        span = f" ({tables.signed(100 * d.low)} to {tables.signed(100 * d.high)})" if not math.isnan(d.low) else ""
+    for found in evaluation.comparands:
+        if found.metric != "Dice" or found.structure is not MEAN:
+            continue
+        d, verdict = found.difference, comparison.gate.judge(evaluation, found)
+        span = f" ({tables.signed(100 * d.low)} to {tables.signed(100 * d.high)})" if d.n > 1 else ""
+        run, baseline = (tables.number(evaluation.mean(label).mean, 4) for label in found.pair)
         sentences.append(
-            f"{label}, {evaluation.name}: mean Dice {tables.number(evaluation.mean(label).mean, 4)} against "
-            f"{tables.number(evaluation.mean(baseline).mean, 4)} of {baseline}; difference "
-            f"{tables.signed(100 * d.mean)}{span} points over {counted(d.n, 'case')}: {found.verdict} at a margin of "
-            f"{comparison.request.margin:.1f} points."
+            f"{found.run}, {evaluation.name}: mean Dice {run} against {baseline} of {found.baseline}; difference "
+            f"{tables.signed(100 * d.mean)}{span} points over {counted(d.n, 'case')}"
+            f"{f': {verdict}' if verdict and verdict.word else ''}."
         )
     return sentences
 
 
 def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str]) -> Section:
     prefix = evaluation.name.replace(" ", "-")
+    margin = comparison.gate.margin
     items: list[Table | Figure | None] = []
     for metric in evaluation.metrics:
-        items += _metric(evaluation, metric, comparison.request.margin, prefix)
+        if metric != "IoU":  # it follows from Dice, and is in cases.csv
+            items += _metric(comparison, evaluation, metric, prefix)
     if len(evaluation.labels) > 1:
-        ranks = partial(figures.ranks, evaluation)
-        items += [_figure(f"{prefix}-ranks", "Ranks of the runs over the cases.", ranks), tables.ranks(evaluation)]
+        forest = "Mean difference of Dice to the baseline with its 95 % interval"
+        forest += "." if margin is None else "; grey: the margin."
+        above = "Mean Dice of each case: above the line the run is better than the baseline."
+        items += [
+            _figure(f"{prefix}-differences", forest, partial(figures.differences, evaluation, margin)),
+            _figure(f"{prefix}-paired", above, partial(figures.paired_cases, evaluation)),
+        ]
     cost = partial(figures.accuracy_and_cost, evaluation, comparison.costs)
     items += [
+        tables.second(comparison, evaluation),
+        tables.ranks(evaluation),
         tables.absences(evaluation),
         _figure(f"{prefix}-cost", "Mean Dice against cost; upper left is better.", cost),
         tables.worst(evaluation),
@@ -223,27 +236,13 @@ def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str
     return Section(f"Accuracy, {evaluation.name}", (text,), shown)
 
 
-def _metric(evaluation: Evaluation, metric: str, margin: float, prefix: str) -> list[Table | Figure | None]:
-    """Tables and figures of one metric; of IoU, which follows from Dice, only the means."""
-    means = tables.accuracy(evaluation, metric)
-    if metric == "IoU":
-        return [means]
+def _metric(comparison: Comparison, evaluation: Evaluation, metric: str, prefix: str) -> list[Table | Figure | None]:
     boxes = (
         f"{metric} of {counted(len(evaluation.cases), 'case')}: quartiles, median, whiskers of at most 1.5 times their "
         "distance; beside each box every case as a point."
     )
     drawn = _figure(f"{prefix}-{metric.lower()}", boxes, partial(figures.box_plots, evaluation, metric))
-    if len(evaluation.labels) == 1:
-        return [means, drawn]
-    items = [means, drawn, tables.differences(evaluation, metric, margin)]
-    if metric == "Dice":
-        forest = "Mean difference of Dice to the baseline with its 95 % interval; grey: the margin."
-        above = "Mean Dice of each case: above the line the run is better than the baseline."
-        items += [
-            _figure(f"{prefix}-differences", forest, partial(figures.differences, evaluation, margin)),
-            _figure(f"{prefix}-paired", above, partial(figures.paired_cases, evaluation)),
-        ]
-    return items
+    return [tables.accuracy(comparison, evaluation, metric), drawn]
 
 
 def _cost(comparison: Comparison) -> Section:
@@ -265,12 +264,11 @@ def _method(comparison: Comparison) -> list[str]:
         "takes the cases in which both runs have a value.",
         "Mean: of the structures' means, as in nnU-Net's foreground mean; differences, ranks and worst cases are of "
         "each case's mean over its structures.",
-        f"Differences: run minus baseline ({request.baseline}); interval: percentile bootstrap over cases, "
-        f"{statistics.RESAMPLES} resamples, seed {statistics.SEED}; p: Wilcoxon signed-rank test, two-sided, zero "
-        "differences discarded; Holm's correction over all runs for the mean, over all runs and structures for the "
-        "single structures, each metric apart.",
-        f"Verdict, by a margin of {request.margin:.1f} Dice points chosen beforehand: superior, the interval lies "
-        "above zero; non-inferior, above minus the margin; inferior, below minus the margin; else inconclusive.",
+        f"Differences: run minus baseline ({request.baseline}); interval: Student's, of the mean of the paired "
+        "differences; p: Wilcoxon signed-rank test, two-sided, zero differences discarded, after Holm's correction "
+        "over all runs for the mean, over all runs and structures for the single structures, each metric and baseline "
+        "apart.",
+        *_of_verdicts(comparison.gate.margin),
         "One training per fold: intervals tell how far the result depends on the cases, not on another training.",
     ]
     if request.tolerance is not None:
@@ -280,6 +278,16 @@ def _method(comparison: Comparison) -> list[str]:
             "structures)."
         )
     return sentences
+
+
+def _of_verdicts(margin: float | None) -> list[str]:
+    if margin is None:
+        return []
+    return [
+        f"Verdict, by a margin of {margin:g} Dice points: superior, the interval lies above zero and p is below "
+        f"{statistics.SIGNIFICANT:.2f}; non-inferior, it lies above minus the margin; inferior, below it; else "
+        f"inconclusive. With fewer than {statistics.FEWEST_CASES} cases there is none."
+    ]
 
 
 def _versions() -> str:
@@ -299,10 +307,13 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     request = comparison.request
     return _plain(
         {
+            "first_line": comparison.gate.first_line(comparison.evaluations),
+            "gate": [_check(comparison, check) for check in comparison.gate.checks],
             "baseline": request.baseline,
+            "second_baseline": request.second,
             "margin_dice_points": request.margin,
             "nsd_tolerance_mm": request.tolerance,
-            "bootstrap": {"resamples": statistics.RESAMPLES, "seed": statistics.SEED, "level": statistics.CONFIDENCE},
+            "interval": {"method": "Student's t of paired differences", "level": statistics.CONFIDENCE},
             "runs": [
                 {
                     "label": run.label,
@@ -314,13 +325,22 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 }
                 for run in request.runs
             ],
-            "evaluations": [_evaluation(evaluation) for evaluation in comparison.evaluations],
+            "evaluations": [_evaluation(comparison, evaluation) for evaluation in comparison.evaluations],
             "warnings": comparison.warnings,
         }
     )
 
 
-def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+def _check(comparison: Comparison, check: Check) -> dict[str, Any]:
+    pairs = [c.pair for e in comparison.evaluations for c in e.comparands]
+    return {
+        **{"name": check.name, "rule": check.rule, "values": dict(check.values)},
+        "holds": not any(check.failures(*pair) for pair in pairs),
+        "accepted": check.name in comparison.gate.accepted,
+    }
+
+
+def _evaluation(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
     return {
         "name": evaluation.name,
         "cases": evaluation.cases,
@@ -330,15 +350,20 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "means": [{**asdict(m), "structure": evaluation.name_of(m.structure)} for m in evaluation.means],
         "differences": [
             {
-                **{"run": c.run, "metric": c.metric, "structure": evaluation.name_of(c.structure)},
+                **{"run": c.run, "baseline": c.baseline, "metric": c.metric},
+                **{"structure": evaluation.name_of(c.structure)},
                 **asdict(c.difference),
-                **{"p_holm": c.p_holm, "verdict": c.verdict or None},
+                **{"p_holm": c.p_holm, **_verdict(comparison.gate.judge(evaluation, c))},
             }
             for c in evaluation.comparands
         ],
         "ranks": {str(run): {str(k): int(n) for k, n in row.items()} for run, row in evaluation.ranks.iterrows()},
         "worst": {run: [{"case": case, "Dice": dice} for case, dice in rows] for run, rows in evaluation.worst.items()},
     }
+
+
+def _verdict(verdict: statistics.Verdict | None) -> dict[str, Any]:
+    return {"verdict": verdict and verdict.word, "note": (verdict and verdict.note) or None}
 
 
 def _plain(value: Any) -> Any:

@@ -3,32 +3,67 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nnunet_ext import registry
 from nnunet_ext.errors import UsageError
+from nnunet_ext.files import read_json
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.datasets import find_dataset
 from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.plans import configuration
+from nnunet_ext.nnunet.training_log import TrainingLog, log_of
 
 RESULTS = "nnUNet_results"
+RES_ENC_M = "nnUNetResEncUNetMPlans"
 _COPY = "copy the complete folder TRAINER__PLANS__CONFIGURATION, or leave the run out"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """What `nnunet-ext deploy` noted of the model that it wrote.
+
+    Args:
+        trainer, configuration: Names of the training that it came from.
+        dtype: Precision that it computes in.
+        logs: Fold -> its training; empty in folders of earlier versions.
+    """
+
+    trainer: str
+    configuration: str
+    dtype: str
+    logs: Mapping[str, TrainingLog]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run(ModelFolder):
-    """One trained model of a comparison; its folder has nnU-Net's name.
+    """One trained model of a comparison; its folder has nnU-Net's name, or it is a deployed one.
 
     Args:
         label: What tables and figures call it; unique in a comparison.
         folds: Names of the folds to compare ("0" to "4", "all"), sorted.
+        deployed: Where it came from; None: it is a training's own folder.
     """
 
     label: str
     folds: tuple[str, ...]
+    deployed: Deployed | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Trainer, plans and configuration."""
+        if self.deployed is None:
+            return super().parts
+        return self.deployed.trainer, str(self.plans.get("plans_name", "")), self.deployed.configuration
+
+    @property
+    def is_res_enc_m(self) -> bool:
+        """Whether it is nnU-Net's own ResEnc M, the second baseline of a comparison."""
+        own = self.trainer.removesuffix(suffix(self.trainer))
+        return self.deployed is None and (own, self.plans_name) == (registry.CORE_TRAINER, RES_ENC_M)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -78,6 +113,10 @@ def read_run(folder: Path, folds: Sequence[str] | None = None) -> Run:
         UsageError: the folder isn't nnU-Net's, or an asked fold was not validated.
     """
     model = ModelFolder.read(folder, "a run must be", _COPY)
+    if deployed := _deployed(model):
+        has = model.folds_with(FINAL_CHECKPOINT)
+        label = f"{deployed.trainer}, deployed {deployed.dtype}"
+        return Run(**vars(model), label=label, folds=tuple(f for f in folds or has if f in has), deployed=deployed)
     if len(model.parts) != 3:
         raise UsageError(
             f"a run must be a folder TRAINER__PLANS__CONFIGURATION, got {model.folder}: give its original name back."
@@ -87,6 +126,23 @@ def read_run(folder: Path, folds: Sequence[str] | None = None) -> Run:
             f"{model.folder / 'plans.json'} must hold the configuration {model.configuration}, it does not: {_COPY}."
         )
     return Run(**vars(model), label=model.trainer, folds=_choose_folds(model, folds))
+
+
+def _deployed(model: ModelFolder) -> Deployed | None:
+    """What the plans and deployment.json of a deployed model say; None for a training's own folder."""
+    noted = {name: entry["deployed"] for name, entry in model.plans["configurations"].items() if "deployed" in entry}
+    if not noted:
+        return None
+    name, entry = next(iter(noted.items()))
+    path = model.folder / "deployment.json"
+    folds = read_json(path, "deploy the model again").get("folds") if path.is_file() else None
+    records = {f: log_of(v.get("training")) for f, v in (folds or {}).items() if isinstance(v, dict)}
+    return Deployed(
+        trainer=str(entry.get("trainer")),
+        configuration=name,
+        dtype=str(entry.get("dtype")),
+        logs={fold: log for fold, log in records.items() if log is not None},
+    )
 
 
 def _choose_folds(model: ModelFolder, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -124,10 +180,10 @@ def labelled(runs: Sequence[Run], names: Sequence[str] = ()) -> list[Run]:
         if len(names) != len(runs) or len(set(names)) != len(names):
             raise UsageError(f"--names needs {len(runs)} different names, got {' '.join(names)}: correct them.")
         return [replace(run, label=name) for run, name in zip(runs, names, strict=True)]
-    schedules = {_suffix(run.trainer) for run in runs}
+    schedules = {suffix(run.trainer) for run in runs}
     parts = [
         (
-            run.trainer.removesuffix(_suffix(run.trainer)) if len(schedules) == 1 else run.trainer,
+            _shown_trainer(run, run.trainer.removesuffix(suffix(run.trainer)) if len(schedules) == 1 else run.trainer),
             run.plans_name,
             run.configuration,
         )
@@ -144,7 +200,11 @@ def labelled(runs: Sequence[Run], names: Sequence[str] = ()) -> list[Run]:
     return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
-def _suffix(trainer: str) -> str:
+def _shown_trainer(run: Run, name: str) -> str:
+    return f"{name}, deployed {run.deployed.dtype}" if run.deployed else name
+
+
+def suffix(trainer: str) -> str:
     """The suffix that asks for a schedule, empty without one."""
     schedule = registry.parse_schedule(trainer)
     return trainer[len(schedule.base) :] if schedule else ""

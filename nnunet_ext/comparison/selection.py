@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunet_ext import registry
-from nnunet_ext.comparison import cost, places, run_folders
+from nnunet_ext.comparison import cost, gate, places, run_folders
 from nnunet_ext.comparison.compare import ComparisonRequest
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.plans import DEFAULT_PLANS
@@ -28,7 +28,8 @@ class Selection:
         description: Dataset.json of the labels; None: the runs' own, or one beside the predictions.
         names: Names of the runs, in their order; empty: made of trainers, plans and configurations.
         baseline: Label or trainer; None: the first run.
-        margin: Loss of Dice that does not matter, in Dice points (1 point = 0.01).
+        margin: Loss of Dice that does not matter, in Dice points (1 point = 0.01); None: no verdicts.
+        accepted: Names of checks of `nnunet_ext.comparison.gate` that may fail.
         tolerance: Tolerance of NSD in mm; None: no surface distances.
         validation_references, images: Folders with the cases of runs that come from another machine.
         benchmark: JSON of `nnunet-ext benchmark`; None: benchmark.json in `output`, where there is one.
@@ -49,7 +50,8 @@ class Selection:
     description: Path | None = None
     names: Sequence[str] = ()
     baseline: str | None = None
-    margin: float = 1.0
+    margin: float | None = None
+    accepted: Sequence[str] = ()
     tolerance: float | None = None
     validation_references: Path | None = None
     images: Path | None = None
@@ -70,6 +72,7 @@ def request(selection: Selection) -> ComparisonRequest:
     _check(selection)
     found = [run_folders.read_run(folder, selection.folds) for folder in _folders(selection)]
     if found:
+        _check_deployed(found, selection)
         found = run_folders.labelled(found, selection.names)
         labels = [run.label for run in found]
         predictions = _named(labels, selection.predictions) if selection.predictions else {}
@@ -81,13 +84,17 @@ def request(selection: Selection) -> ComparisonRequest:
     else:
         beside = [*selection.predictions, *([selection.references] if selection.references else [])]
         dataset = places.dataset_of(beside, selection.description)
+    baseline = _baseline(selection.baseline, found, list(predictions))
+    found = _with_second(found, selection)
     return ComparisonRequest(
         runs=tuple(found),
         predictions=predictions,
         references=selection.references,
         dataset=dataset,
-        baseline=_baseline(selection.baseline, found, list(predictions)),
+        baseline=baseline,
+        second=next((run.label for run in found if run.is_res_enc_m and run.label != baseline), None),
         margin=selection.margin,
+        accepted=tuple(selection.accepted),
         tolerance=selection.tolerance,
         places=places.Places(
             raw=_variable("nnUNet_raw"),
@@ -103,6 +110,8 @@ def request(selection: Selection) -> ComparisonRequest:
 
 def _check(selection: Selection) -> None:
     """Refuse options that contradict each other or have values without a meaning."""
+    if unknown := [name for name in selection.accepted if name not in gate.NAMES]:
+        raise UsageError(f"--accept must be of {', '.join(gate.NAMES)}, got {unknown[0]}: correct it.")
     for name, value in (("--margin", selection.margin), ("--surface", selection.tolerance)):
         if value is not None and not 0 <= value < float("inf"):
             raise UsageError(f"{name} must be 0 or more, got {value:g}: correct it.")
@@ -128,6 +137,29 @@ def _folders(selection: Selection) -> list[Path]:
         selection.results, selection.dataset, selection.configurations, selection.trainers, selection.plans
     )
     return [*named, *selection.folders]
+
+
+def _check_deployed(found: Sequence[run_folders.Run], selection: Selection) -> None:
+    deployed = [run for run in found if run.deployed]
+    if deployed and not selection.predictions:
+        raise UsageError(
+            f"a deployed model has no validation, got {deployed[0].folder}: predict held-out scans with every model, "
+            "and add -pred FOLDER ... -ref REFERENCES."
+        )
+
+
+def _with_second(found: list[run_folders.Run], selection: Selection) -> list[run_folders.Run]:
+    """Add nnU-Net's ResEnc M as a second baseline, where it lies beside the runs, with the same schedule and folds."""
+    if not selection.dataset or selection.predictions or any(run.is_res_enc_m for run in found):
+        return found
+    first = found[0]
+    trainer = registry.CORE_TRAINER + run_folders.suffix(first.trainer)
+    folder = first.folder.with_name(f"{trainer}__{run_folders.RES_ENC_M}__{first.configuration}")
+    try:
+        second = run_folders.read_run(folder, first.folds)
+    except UsageError:  # not there, or not validated
+        return found
+    return [*found, replace(second, label="ResEnc M")]
 
 
 def _variable(name: str) -> Path | None:

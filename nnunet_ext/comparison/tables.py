@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nnunet_ext.comparison.accuracy import LESS_IS_BETTER, MEAN, Evaluation
+from nnunet_ext.comparison.accuracy import LESS_IS_BETTER, MEAN, Comparand, Evaluation, MeanScore
 from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.comparison.cost import Cost, plan_differences
+from nnunet_ext.comparison.statistics import NONE
 
-MISSING = "\N{EN DASH}"
+MISSING = NONE
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 _GIB = 2**30
 
@@ -51,41 +52,148 @@ def p_value(p: float) -> str:
     return MISSING if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def accuracy(evaluation: Evaluation, metric: str) -> Table:
+def gate(comparison: Comparison) -> Table | None:
+    """What a verdict rests on: a row per check, a column per run; None for plain folders of predictions."""
+    labels = comparison.evaluations[0].labels
+    if not comparison.request.runs:
+        return None
+    pairs = [c.pair for e in comparison.evaluations for c in e.comparands]
+    rows = []
+    for check in comparison.gate.checks:
+        fails = any(check.failures(*pair) for pair in pairs)
+        holds = "yes" if not fails else "accepted" if check.name in comparison.gate.accepted else "no"
+        rows.append((check.title, *(check.values[label] for label in labels), *([holds] if pairs else [])))
+    header = ("check", *labels, *(["holds"] if pairs else []))
+    return Table("What a verdict rests on.", header, tuple(rows), len(header))
+
+
+def summary(comparison: Comparison) -> Table:
+    """The table of a paper: a row per run with accuracy and cost."""
+    labels = comparison.evaluations[0].labels
+    columns: dict[str, list[str]] = {}
+    for evaluation in comparison.evaluations:
+        name = "" if len(comparison.evaluations) == 1 else f", {evaluation.name}"
+        for metric in evaluation.metrics:
+            if metric != "IoU":
+                means = (evaluation.mean(label, metric).mean for label in labels)
+                columns[f"{metric}{' [mm]' if metric in LESS_IS_BETTER else ''}{name}"] = [
+                    number(mean, _digits(metric)) for mean in means
+                ]
+        for baseline in evaluation.baselines if len(labels) > 1 else ():
+            columns[f"Dice points to {baseline}{name}"] = [_points(evaluation, label, baseline) for label in labels]
+    for title, (attribute, unit, digits) in _COLUMNS.items():
+        values = [getattr(comparison.costs.get(label), attribute, None) for label in labels]
+        if any(value is not None for value in values):
+            columns[title] = [number(None if v is None else v / unit, digits) for v in values]
+    rows = tuple((label, *(column[i] for column in columns.values())) for i, label in enumerate(labels))
+    caption = (
+        f"Means over cases{', differences with 95 % intervals' if len(labels) > 1 else ''}, and cost. Memory is of "
+    )
+    caption += "float16 autocast, counted unless it says measured; 1 GB is 2**30 bytes."
+    return Table(caption, ("run", *columns), rows, name="summary")
+
+
+# Title -> attribute of a cost, unit, digits.
+_COLUMNS = {
+    "weights [million]": ("parameters", 1e6, 2),
+    "GMAC per patch": ("macs", 1e9, 1),
+    "training [GB]": ("peak", _GIB, 2),
+    "training, measured [GB]": ("measured_peak", _GIB, 2),
+    "epoch [s]": ("seconds_per_epoch", 1, 1),
+    "prediction [GB]": ("inference_peak", _GIB, 2),
+    "prediction, measured [GB]": ("measured_inference_peak", _GIB, 2),
+    "prediction of a case [s]": ("case_seconds", 1, 1),
+}
+
+
+def _file(evaluation: Evaluation, of: str) -> str:
+    return f"{evaluation.name}-{of.lower()}"
+
+
+def _digits(metric: str) -> int:
+    return 2 if metric == "HD95" else 4
+
+
+def _points(evaluation: Evaluation, label: str, baseline: str) -> str:
+    """Mean difference of Dice, with its interval."""
+    if label in (baseline, evaluation.labels[0]):
+        return MISSING
+    d = evaluation.comparand(label, baseline=baseline).difference
+    return signed(100 * d.mean) + (f" ({signed(100 * d.low)} to {signed(100 * d.high)})" if d.n > 1 else "")
+
+
+def means(evaluation: Evaluation, metric: str) -> Table:
     """Means of one metric: a row per structure, a column per run."""
-    unit = " in mm, less is better" if metric == "HD95" else ""
     rows = []
     for structure in (*evaluation.structures, MEAN):
-        means = [evaluation.mean(label, metric, structure) for label in evaluation.labels]
-        counts = list(dict.fromkeys(str(m.n) for m in means))
-        digits = 2 if metric == "HD95" else 4
-        values = (f"{number(m.mean, digits)} ± {number(m.standard_deviation, digits - 1)}" for m in means)
-        rows.append((evaluation.name_of(structure), " / ".join(counts), *values))
-    caption = f"{metric}{unit}, mean ± standard deviation over cases; n: cases with a value, per run where they differ."
-    name = f"{evaluation.name}-{metric.lower()}"
-    return Table(caption, ("structure", "n", *evaluation.labels), tuple(rows), name=name)
+        found = [evaluation.mean(label, metric, structure) for label in evaluation.labels]
+        counts = " / ".join(dict.fromkeys(str(m.n) for m in found))
+        values = (f"{number(m.mean, _digits(metric))} ± {_spread(m, metric)}" for m in found)
+        rows.append((evaluation.name_of(structure), counts, *values))
+    caption = f"{metric}, mean ± standard deviation over cases; n: cases with a value, per run where they differ."
+    return Table(caption, ("structure", "n", *evaluation.labels), tuple(rows))
 
 
-def differences(evaluation: Evaluation, metric: str, margin: float) -> Table:
-    """Paired differences to the baseline: a row per structure and run."""
-    baseline, *others = evaluation.labels
-    factor, unit = (1.0, "mm") if metric == "HD95" else (100.0, "points, 1 point = 0.01")
+def accuracy(comparison: Comparison, evaluation: Evaluation, metric: str) -> Table:
+    """One metric: rows of structures and, in each, of runs; means, and differences to the baseline."""
+    several, compares = len(evaluation.structures) > 1, len(evaluation.labels) > 1
+    rows, judged = [], False
+    for structure in (MEAN, *evaluation.structures) if several else evaluation.structures:
+        for label in evaluation.labels:
+            m = evaluation.mean(label, metric, structure)
+            name = evaluation.name_of(structure) if label == evaluation.labels[0] else ""
+            row = [name, label, str(m.n), f"{number(m.mean, _digits(metric))} ± {_spread(m, metric)}"]
+            if compares and label == evaluation.labels[0]:
+                row += [MISSING] * 5
+            elif compares:
+                c = evaluation.comparand(label, metric, structure)
+                verdict = comparison.gate.judge(evaluation, c)
+                judged |= verdict is not None and str(verdict) != NONE
+                row += [*_difference(c, metric), str(verdict or NONE)]
+            rows.append(row)
+    header = ["structure", "run", "n", metric]
+    header += ["difference", "95 % interval", "p (Holm)", "higher / lower", "verdict"] if compares else []
+    kept = len(header) - (compares and not judged)
+    return Table(_caption(evaluation, metric), tuple(header[:kept]), tuple(tuple(row[:kept]) for row in rows), 2, _file(evaluation, metric))
+
+
+def _spread(mean: MeanScore, metric: str) -> str:
+    return number(mean.standard_deviation, _digits(metric) - 1)
+
+
+def _difference(c: Comparand, metric: str) -> tuple[str, str, str, str]:
+    """Mean, interval, p and the numbers of cases above and below."""
+    d, factor = c.difference, 1.0 if metric == "HD95" else 100.0
+    span = f"{signed(factor * d.low)} to {signed(factor * d.high)}" if not math.isnan(d.low) else MISSING
+    return signed(factor * d.mean), span, p_value(c.p_holm), f"{d.better} / {d.worse}"
+
+
+def _caption(evaluation: Evaluation, metric: str) -> str:
+    unit = "mm" if metric == "HD95" else "points of 0.01"
+    means = f"{metric}{' in mm' if metric == 'HD95' else ''}, mean ± standard deviation over cases with a value (n)"
+    if len(evaluation.labels) == 1:
+        return f"{means}."
+    return (
+        f"{means}; difference to {evaluation.labels[0]} over the same cases in {unit}"
+        f"{', less is better' if metric in LESS_IS_BETTER else ''}: mean, 95 % interval, Wilcoxon's p after Holm's "
+        "correction, number of cases with a higher / lower value."
+    )
+
+
+def second(comparison: Comparison, evaluation: Evaluation) -> Table | None:
+    """Differences of the means to the second baseline; None without one."""
+    if evaluation.second is None:
+        return None
     rows = []
-    for structure in (MEAN, *evaluation.structures) if len(evaluation.structures) > 1 else evaluation.structures:
-        for label in others:
-            c = evaluation.comparand(label, metric, structure)
-            d = c.difference
-            span = f"{signed(factor * d.low)} to {signed(factor * d.high)}" if not math.isnan(d.low) else MISSING
-            name = evaluation.name_of(structure)
-            row = (name, label, str(d.n), signed(factor * d.mean), span, p_value(d.p), p_value(c.p_holm))
-            rows.append((*row, f"{d.better} / {d.worse}", *([c.verdict] if c.verdict else [])))
-    sense = "less is better" if metric in LESS_IS_BETTER else "more is better"
-    caption = f"{metric}, difference to {baseline} over the same cases ({unit}; {sense}): mean, 95 % bootstrap "
-    caption += "interval, Wilcoxon signed-rank p, the same after Holm's correction, cases with a higher / lower value"
-    caption += f", verdict at a margin of {margin:.1f} points." if metric == "Dice" else "."
-    header = ("structure", "run", "n", "difference", "95 % interval", "p", "p (Holm)", "higher / lower")
-    name = f"{evaluation.name}-{metric.lower()}-differences"
-    return Table(caption, (*header, "verdict") if metric == "Dice" else header, tuple(rows), 2, name)
+    for metric in evaluation.metrics:
+        for label in evaluation.labels:
+            if metric != "IoU" and label not in evaluation.baselines:
+                c = evaluation.comparand(label, metric, MEAN, evaluation.second)
+                verdict = comparison.gate.judge(evaluation, c)
+                rows.append((metric, label, str(c.difference.n), *_difference(c, metric), str(verdict or NONE)))
+    name = _file(evaluation, "second-baseline")
+    header = ("mean", "run", "n", "difference", "95 % interval", "p (Holm)", "higher / lower", "verdict")
+    return Table(f"Difference to {evaluation.second}, the second baseline.", header, tuple(rows), 2, name) if rows else None
 
 
 def absences(evaluation: Evaluation) -> Table | None:
@@ -101,8 +209,10 @@ def absences(evaluation: Evaluation) -> Table | None:
     return Table(caption, ("structure", *evaluation.labels), tuple(rows))
 
 
-def ranks(evaluation: Evaluation) -> Table:
-    """Rank frequencies: a row per run."""
+def ranks(evaluation: Evaluation) -> Table | None:
+    """Rank frequencies: a row per run; None of two runs, of which the numbers of higher and lower cases say it."""
+    if len(evaluation.labels) < 3:
+        return None
     table = evaluation.ranks
     rows = tuple(
         (str(label), *(str(int(n)) for n in row)) for label, row in zip(table.index, table.values, strict=True)

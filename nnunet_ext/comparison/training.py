@@ -9,22 +9,9 @@ from pathlib import Path
 from statistics import median
 
 from nnunet_ext.comparison.run_folders import Run
-from nnunet_ext.errors import UsageError
-from nnunet_ext.files import read_json
-from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT, read_checkpoint
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
+from nnunet_ext.nnunet.training_log import Curves, TrainingLog, read_log
 from nnunet_ext.printable import counted
-
-_CHECKPOINTS = (FINAL_CHECKPOINT, "checkpoint_latest.pth", "checkpoint_best.pth")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """What one training logged, one value per epoch; `dice` is of nnU-Net's random validation patches."""
-
-    training_loss: tuple[float, ...]
-    validation_loss: tuple[float, ...]
-    dice: tuple[float, ...]
-    seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -32,23 +19,33 @@ class Training:
     """The trainings of one run.
 
     Args:
-        curves: Fold -> what it logged; folds without a readable checkpoint are missing.
-        machines: Fold -> GPU (or "cpu"), PyTorch; from debug.json.
-        planned_epochs: Number of epochs of each fold that debug.json tells.
-        iterations: Training iterations per epoch, None where unknown or not the same in all folds.
+        logs: Fold -> what it left; of a deployed model what was noted when it was deployed.
         warnings: Sentences about what is missing or doubtful.
     """
 
-    curves: Mapping[str, Curves]
-    machines: Mapping[str, str]
-    planned_epochs: Mapping[str, int]
-    iterations: int | None
-    warnings: tuple[str, ...]
+    logs: Mapping[str, TrainingLog]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def curves(self) -> dict[str, Curves]:
+        """Fold -> what it logged; folds without a readable checkpoint are missing."""
+        return {fold: log.curves for fold, log in self.logs.items() if log.curves is not None}
 
     @property
     def epochs(self) -> tuple[int, ...]:
         """Different numbers of logged epochs, sorted."""
         return tuple(sorted({len(curves.dice) for curves in self.curves.values()}))
+
+    @property
+    def iterations(self) -> int | None:
+        """Training iterations per epoch; None where unknown or not the same in all folds."""
+        found = {log.iterations for log in self.logs.values()}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def machines(self) -> list[str]:
+        """GPU and PyTorch of the trainings, each once."""
+        return list(dict.fromkeys(log.machine for log in self.logs.values()))
 
     @property
     def seconds_per_epoch(self) -> float | None:
@@ -59,65 +56,29 @@ class Training:
 
 def read_training(run: Run) -> Training:
     """Read checkpoints and debug.json of the compared folds; what can't be read becomes a warning."""
-    curves, machines, planned = {}, {}, {}
-    iterations, warnings = set(), []
+    if run.deployed is not None:
+        return Training(run.deployed.logs)
+    logs, warnings = {}, []
     for fold in run.folds:
         folder = run.fold_folder(fold)
-        try:
-            curves[fold] = read_curves(folder)
-        except UsageError as error:
-            warnings.append(f"{run.label}: {error}")
-        try:
-            debug = read_json(folder / "debug.json", "epochs and GPU of this fold stay unknown")
-        except UsageError as error:
-            warnings.append(f"{run.label}: {error}")
-            debug = {}
-        device = debug.get("gpu_name", debug.get("device", "unknown device"))
-        machines[fold] = f"{device}, PyTorch {debug.get('torch_version', 'unknown')}"
-        if str(debug.get("num_epochs", "")).isdecimal():
-            planned[fold] = int(debug["num_epochs"])
-        iterations.add(str(debug.get("num_iterations_per_epoch", "")))
-        warnings += _doubts(run, folder, fold, curves.get(fold), planned.get(fold))
+        logs[fold], problems = read_log(folder)
+        warnings += [f"{run.label}: {problem}" for problem in problems]
+        warnings += _doubts(run, folder, fold, logs[fold])
     unfinished = [fold for fold in run.folds_with() if fold not in run.folds and fold != "all"]
     if unfinished:
         warnings.append(
             f"{run.label}: folds {', '.join(unfinished)} are not compared (no validation, or not asked for)."
         )
-    only = iterations.pop() if len(iterations) == 1 else ""
-    return Training(curves, machines, planned, int(only) if only.isdecimal() else None, tuple(warnings))
+    return Training(logs, tuple(warnings))
 
 
-def read_curves(folder: Path) -> Curves:
-    """Read what a fold logged from its last checkpoint, without running code that the file may hold.
-
-    Raises:
-        UsageError: there is no checkpoint, or it is cut off or not of nnU-Net.
-    """
-    path = next((folder / name for name in _CHECKPOINTS if (folder / name).is_file()), None)
-    if path is None:
-        raise UsageError(f"{folder} has no checkpoint: its learning curves and times are missing here.")
-    cure = "copy it again; its learning curves and times are missing here"
-    try:
-        log = read_checkpoint(path, cure)["logging"]
-        times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
-        return Curves(
-            training_loss=tuple(map(float, log["train_losses"])),
-            validation_loss=tuple(map(float, log["val_losses"])),
-            dice=tuple(map(float, log["mean_fg_dice"])),
-            seconds=tuple(float(end - start) for start, end in times),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is not a complete checkpoint of nnU-Net ({error}): {cure}.") from error
-
-
-def _doubts(run: Run, folder: Path, fold: str, curves: Curves | None, planned: int | None) -> list[str]:
+def _doubts(run: Run, folder: Path, fold: str, log: TrainingLog) -> list[str]:
     """Reasons to doubt that a fold is what it seems."""
     doubts = []
-    if curves is not None and planned is not None and len(curves.dice) < planned:
-        doubts.append(
-            f"{run.label}, fold {fold}: unfinished, {len(curves.dice)} of {counted(planned, 'epoch')} logged."
-        )
-    if not (folder / FINAL_CHECKPOINT).is_file() and curves is not None:
+    if log.is_unfinished:
+        done, planned = len(log.curves.dice if log.curves else ()), counted(log.epochs or 0, "epoch")
+        doubts.append(f"{run.label}, fold {fold}: unfinished, {done} of {planned} logged.")
+    if not (folder / FINAL_CHECKPOINT).is_file() and log.curves is not None:
         doubts.append(
             f"{run.label}, fold {fold}: there is no {FINAL_CHECKPOINT}, the validation is of another checkpoint "
             "(best or latest)."

@@ -11,12 +11,11 @@ from torch import nn
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.checkpoints import Trained, read_trained
-from nnunet_ext.nnunet.model_folder import ModelFolder
+from nnunet_ext.nnunet.model_folder import DEPLOYED, ModelFolder
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.printable import one_line
 
 _COPY = "give the complete folder TRAINER__PLANS__CONFIGURATION of a training"
-DEPLOYED = "nnUNetTrainerDeployed"
 
 
 @dataclass(frozen=True)

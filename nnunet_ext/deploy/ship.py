@@ -26,10 +26,12 @@ from nnunet_ext.deploy.check import (
     random_image,
     real_patch,
 )
-from nnunet_ext.deploy.model import DEPLOYED, TrainedModel
+from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
 from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
+from nnunet_ext.nnunet.model_folder import DEPLOYED
+from nnunet_ext.nnunet.training_log import TrainingLog, read_log, record
 
 # In float32 fusing changes logits by rounding only.
 _TOLERANCE = 1e-4
@@ -61,6 +63,7 @@ class Shipped:
         bytes, bytes_before: Size of the checkpoint's file, deployed and trained.
         differences: Differences of the deployed network to the trained one.
         onnx_differences: Differences of ONNX Runtime to the fused network in float32.
+        training: Length and curves of the training that it came from, for `nnunet-ext compare`.
     """
 
     parameters_before: int
@@ -69,6 +72,7 @@ class Shipped:
     bytes: int
     differences: tuple[Difference, ...]
     onnx_differences: tuple[Difference, ...]
+    training: TrainingLog
 
 
 def ship(
@@ -98,7 +102,8 @@ def ship(
         _write_json(folder / "dataset.json", model.setting.dataset)
         _write_json(folder / "plans.json", _plans(model, options))
         report = {"nnunet_ext": __version__, "trainer": model.trainer, **asdict(options), "images": sorted(images)}
-        _write_json(folder / "deployment.json", {**report, "folds": {f: asdict(s) for f, s in shipped.items()}})
+        folds = {f: {**asdict(s), "training": record(s.training)} for f, s in shipped.items()}
+        _write_json(folder / "deployment.json", {**report, "folds": folds})
     return shipped
 
 
@@ -162,6 +167,7 @@ class _Fold:
             bytes=path.stat().st_size,
             differences=self._compare(trained, deployed),
             onnx_differences=exported,
+            training=read_log(self._model.checkpoints[self._fold].parent)[0],
         )
 
     def _trained(self) -> nn.Module:

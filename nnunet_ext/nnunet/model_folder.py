@@ -12,6 +12,8 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.datasets import read_dataset
 from nnunet_ext.nnunet.plans import read_plans
 
+DEPLOYED = "nnUNetTrainerDeployed"  # the trainer of what `nnunet-ext deploy` writes
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:

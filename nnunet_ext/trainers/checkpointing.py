@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ class AtomicCheckpointMixin(HostTrainer):
 
     # The file that a training continues from, where it holds the best weights so far.
     _best_so_far: Path | None = None
+
+    @property
+    def batchgeneratorsv2_version(self) -> str:
+        """For debug.json, where nnU-Net writes all attributes: releases augment differently."""
+        return version("batchgeneratorsv2")
 
     def run_training(self) -> None:
         """Train as nnU-Net does, while no other training can write to this fold.

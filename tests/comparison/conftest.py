@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -59,16 +60,39 @@ def dice_counts(dice: float) -> Counts:
     return tp, 1000 - tp, 1000 - tp
 
 
-def write_fold(folder: Path, cases: Mapping[str, Sequence[Counts]], epochs: int = 3) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What the training of a fold logs.
+
+    Args:
+        rise: Of the Dice of validation patches from epoch to epoch.
+        started: Seconds since 1970.
+        augmentation: Version of batchgeneratorsv2, where it is noted.
+    """
+
+    epochs: int = 3
+    iterations: int = 50
+    rise: float = 0.1
+    started: float = 10.0
+    augmentation: str | None = None
+
+
+FULL = Schedule(epochs=1000, iterations=250, rise=0.0)
+
+
+def write_fold(folder: Path, cases: Mapping[str, Sequence[Counts]], schedule: Schedule = Schedule()) -> None:
     """A finished and validated fold."""
+    epochs = schedule.epochs
     (folder / "validation").mkdir(parents=True)
     (folder / "validation" / "summary.json").write_text(json.dumps(summary(cases)))
-    values = [np.float32(0.1 * (i + 1)) for i in range(epochs)]
+    values = [np.float32(0.1 + schedule.rise * i) for i in range(epochs)]
     log: dict[str, Any] = {key: values for key in ("train_losses", "val_losses", "mean_fg_dice")}
-    log["epoch_start_timestamps"] = [10.0 * i for i in range(epochs)]
-    log["epoch_end_timestamps"] = [10.0 * i + 4 + i for i in range(epochs)]  # 4, 5, 6 seconds
+    log["epoch_start_timestamps"] = [schedule.started + 10.0 * i for i in range(epochs)]
+    log["epoch_end_timestamps"] = [schedule.started + 10.0 * i + 4 + i for i in range(epochs)]  # 4, 5, 6 seconds
     torch.save({"logging": log, "network_weights": {}}, folder / "checkpoint_final.pth")
-    debug = {"num_epochs": str(epochs), "num_iterations_per_epoch": "50", "gpu_name": "GPU", "torch_version": "2.9"}
+    debug = {"num_epochs": str(epochs), "num_iterations_per_epoch": str(schedule.iterations)}
+    debug |= {"gpu_name": "GPU", "torch_version": "2.9"}
+    debug |= {"batchgeneratorsv2_version": schedule.augmentation} if schedule.augmentation else {}
     (folder / "debug.json").write_text(json.dumps(debug))
 
 
@@ -80,13 +104,14 @@ def write_run(
     trainer: str,
     folds: Mapping[str, Mapping[str, Sequence[Counts]]],
     plans: str = "nnUNetPlans",
+    schedule: Schedule = Schedule(),
     **changes: Any,
 ) -> Path:
     """Write a result folder: ``write_run(root, "nnUNetTrainer", {"0": {"case_1": [counts, counts]}})``."""
     folder = root / "results" / "Dataset007_Toy" / f"{trainer}__{plans}__3d_fullres"
     folder.mkdir(parents=True)
     for fold, cases in folds.items():
-        write_fold(folder / f"fold_{fold}", cases)
+        write_fold(folder / f"fold_{fold}", cases, schedule)
     content = {
         "dataset_name": "Dataset007_Toy",
         "plans_name": plans,
@@ -107,17 +132,18 @@ def make_run(tmp_path: Path) -> MakeRun:
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests compare runs of one network: it is counted for the first of them."""
-    monkeypatch.setattr(cost, "count_size", _count)
+    for name in ("count_size", "count_memory"):
+        monkeypatch.setattr(cost, name, partial(_count, name))
 
 
 _counted: dict[str, dict[str, int]] = {}
-_really_count = cost.count_size
+_really = {name: getattr(cost, name) for name in ("count_size", "count_memory")}
 
 
-def _count(run: Run, trusted: bool = False) -> dict[str, int]:
-    key = json.dumps([run.plans, run.dataset, run.trainer, run.configuration, trusted])
+def _count(name: str, run: Run, trusted: bool = False) -> dict[str, int]:
+    key = json.dumps([name, run.plans["configurations"], run.dataset, run.trainer, run.configuration, trusted])
     if key not in _counted:
-        _counted[key] = _really_count(run, trusted)
+        _counted[key] = _really[name](run, trusted)
     return _counted[key]
 
 

@@ -18,7 +18,7 @@ from nnunet_ext.comparison.selection import Selection
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.count import training_memory
 from nnunet_ext.nnunet.setting import Setting
-from tests.comparison.conftest import Counts, MakeRun, dice_counts, random_folds
+from tests.comparison.conftest import FULL, Counts, MakeRun, dice_counts, random_folds
 
 Folds = dict[str, dict[str, list[Counts]]]
 
@@ -31,6 +31,10 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*folders: Path, **options: Any) -> Comparison:
     return compare.compare(selection.request(Selection(folders=folders, processes=1, **options)))
+
+
+def first_line(found: Comparison) -> str:
+    return found.gate.first_line(found.evaluations)
 
 
 def dice(folds: Folds) -> np.ndarray:
@@ -54,9 +58,8 @@ def test_means_differences_and_p_values_are_those_of_an_independent_computation(
         c = evaluation.comparand(name)
         assert c.difference.mean == pytest.approx(d.mean())
         assert c.difference.p == pytest.approx(stats.wilcoxon(d).pvalue)
-        resampled = np.random.default_rng(7).choice(d, (20_000, len(d))).mean(axis=1)
-        expected = np.percentile(resampled, [2.5, 97.5])
-        assert (c.difference.low, c.difference.high) == pytest.approx(expected, abs=0.03 * np.ptp(expected))
+        expected = stats.ttest_rel(own.mean(axis=1), values[0].mean(axis=1)).confidence_interval(0.95)
+        assert (c.difference.low, c.difference.high) == pytest.approx((expected.low, expected.high))
         raw_p.append(c.difference.p)
     low, high = sorted(raw_p)
     adjusted = sorted(evaluation.comparand(name).p_holm for name in names[1:])
@@ -73,9 +76,11 @@ def test_holm_family_of_single_structures_is_all_runs_and_structures(make_run: M
 def test_verdicts_follow_the_margin(make_run: MakeRun) -> None:
     base = {"0": {f"c{i}": [dice_counts(0.5 + 0.01 * i)] * 2 for i in range(12)}}
     lower = {"0": {f"c{i}": [dice_counts(0.495 + 0.01 * i)] * 2 for i in range(12)}}
-    folders = make_run("nnUNetTrainer", base), make_run("nnUNetTrainerB", lower)
-    for margin, verdict in ((1.0, "non-inferior"), (0.4, "inferior")):
-        assert run(*folders, margin=margin).evaluations[0].comparand("nnUNetTrainerB").verdict == verdict
+    folders = [make_run(f"nnUNetTrainer{x}", cases, schedule=FULL) for x, cases in (("", base), ("B", lower))]
+    for margin, verdict in ((1.0, "non-inferior (less, by less than the margin)"), (0.4, "inferior")):
+        found = run(*folders, margin=margin)
+        evaluation = found.evaluations[0]
+        assert str(found.gate.judge(evaluation, evaluation.comparand("nnUNetTrainerB"))) == verdict
 
 
 def test_baseline_comes_first_and_can_be_chosen(make_run: MakeRun) -> None:
@@ -108,7 +113,7 @@ def test_only_common_cases_are_compared_and_the_others_are_named(make_run: MakeR
 def test_missing_fold_is_warned_of(make_run: MakeRun) -> None:
     folds = random_folds(1)
     found = run(make_run("nnUNetTrainer", folds), make_run("nnUNetTrainerB", {"0": folds["0"]}))
-    assert "The runs differ in folds: nnUNetTrainer: 0 1; nnUNetTrainerB: 0." in found.warnings
+    assert "runs must have the same folds (nnUNetTrainer: 0 1; nnUNetTrainerB: 0)" in first_line(found)
     assert len(found.evaluations[0].cases) == 6
 
 
@@ -141,8 +146,12 @@ def test_different_epochs_machines_and_batches_are_warned_of(make_run: MakeRun) 
     a, b = (make_run("nnUNetTrainer", random_folds(1)), make_run("nnUNetTrainerB", random_folds(1), batch_size=4))
     debug = {"num_epochs": "9", "num_iterations_per_epoch": "25", "gpu_name": "Other", "torch_version": "2.9"}
     (b / "fold_0" / "debug.json").write_text(json.dumps(debug))
-    warnings = "\n".join(run(a, b).warnings)
-    assert "differ in batch size: nnUNetTrainer: 2; nnUNetTrainerB: 4." in warnings
+    found = run(a, b)
+    warnings = "\n".join(found.warnings)
+    assert (
+        "runs must see equal voxels in an iteration "
+        "(nnUNetTrainer: 8,192 (2 of 16x16x16); nnUNetTrainerB: 16,384 (4 of 16x16x16))" in first_line(found)
+    )
     assert "differ in GPU or PyTorch" in warnings
     assert "nnUNetTrainerB, fold 0: unfinished, 3 of 9 epochs logged." in warnings
 

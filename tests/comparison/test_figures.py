@@ -22,7 +22,8 @@ from nnunet_ext import style
 from nnunet_ext.comparison import figures, overlay
 from nnunet_ext.comparison.accuracy import Evaluation, evaluate
 from nnunet_ext.comparison.cost import Cost
-from nnunet_ext.comparison.training import Curves, Training
+from nnunet_ext.comparison.training import Training
+from nnunet_ext.nnunet.training_log import Curves, TrainingLog
 
 LONG = "nnU-Net with residual encoders, trained again with seed {} too"
 JOINED = "nnUNetTrainerReversible__nnUNetResEncUNetMPlans_seed{}_3d_full"
@@ -41,7 +42,7 @@ def evaluation(runs: int, structures: int, cases: int, name: str = LONG, empty: 
     scores = pd.DataFrame(rows).assign(TP=5, FP=1, FN=1, Dice=random.uniform(0.5, 1, len(rows)))
     if empty:
         scores.loc[scores["structure"] == rows[-1]["structure"], ["TP", "FP", "FN", "Dice"]] = [0, 0, 0, np.nan]
-    return evaluate("cross-validation", scores, labels, 1.0)
+    return evaluate("cross-validation", scores, labels)
 
 
 def cost(i: int) -> Cost:
@@ -55,7 +56,8 @@ def cost(i: int) -> Cost:
 def curves(epochs: int = 3) -> Training:
     values = tuple(np.linspace(0.1, 0.9, epochs))
     logged = Curves(training_loss=values, validation_loss=values, dice=values, seconds=values)
-    return Training({"0": logged, "1": logged}, {}, {}, None, ())
+    log = TrainingLog(curves=logged, epochs=epochs, iterations=1, machine="", augmentation=None)
+    return Training({"0": log, "1": log})
 
 
 def scan(predictions: int, name: str = LONG, labels: int = 2) -> overlay.Scan:
@@ -158,7 +160,7 @@ def test_learning_curves_render(n: int, epochs: int) -> None:
 
 
 def test_curves_without_values_are_no_figure() -> None:
-    assert figures.learning_curves({"a": Training({}, {}, {}, None, ())}) is None
+    assert figures.learning_curves({"a": Training({})}) is None
 
 
 def test_many_structures_fill_several_rows() -> None:

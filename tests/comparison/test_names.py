@@ -99,8 +99,8 @@ def test_report_shows_every_name_and_the_mean_beside_it(
 
     lines = (out / "report.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| structure |"))
-    table = [line.replace("\\|", "").count("|") for line in lines[start : start + 3 + len(names)]]
-    assert set(table) == {5}
+    table = [line.replace("\\|", "").count("|") for line in lines[start : start + 4 + 2 * len(names)]]
+    assert set(table) == {9}
     assert not any("<script" in line or line.startswith("=") for line in lines)
 
     rows = list(csv.DictReader((out / "cases.csv").read_text(encoding="utf-8").splitlines()))

@@ -1,0 +1,226 @@
+"""No verdict where the data carry none: planted reports, each with one fault, and the sound one beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nnunet_ext.comparison import compare, report, selection
+from nnunet_ext.comparison.compare import Comparison
+from nnunet_ext.comparison.selection import Selection
+from nnunet_ext.errors import UsageError
+from tests.comparison.conftest import FULL, Counts, MakeRun, Schedule, dice_counts, random_folds
+
+A, B = "nnUNetTrainer", "nnUNetTrainerB"
+JULY = 1_784_000_000.0  # 2026-07-14
+Folds = dict[str, dict[str, list[Counts]]]
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.delenv(f"nnUNet_{name}", raising=False)
+
+
+def run(*folders: Path, **options: Any) -> Comparison:
+    return compare.compare(
+        selection.request(Selection(**{"folders": folders, "processes": 1, "margin": 1.0} | options))
+    )
+
+
+def first_line(found: Comparison) -> str:
+    return found.gate.first_line(found.evaluations)
+
+
+def words(found: Comparison) -> set[str | None]:
+    """Words of all verdicts that a report of this would hold."""
+    content = report.as_json(found)
+    return {d["verdict"] for e in content["evaluations"] for d in e["differences"]}
+
+
+def shifted(folds: Folds, by: float) -> Folds:
+    return {
+        fold: {case: [dice_counts(c[0] / 1000 + by) for c in counts] for case, counts in cases.items()}
+        for fold, cases in folds.items()
+    }
+
+
+def pair(make_run: MakeRun, *, baseline: dict[str, Any] | None = None, **other: Any) -> tuple[Path, Path]:
+    """Two full trainings, the second 3 points better, and what is different in either."""
+    folds = random_folds(1)
+    first = {"folds": folds, "schedule": FULL} | (baseline or {})
+    second = {"folds": shifted(folds, 0.03), "schedule": FULL} | other
+    return make_run(A, **first), make_run(B, **second)
+
+
+def test_sound_comparison_has_verdicts(make_run: MakeRun) -> None:
+    found = run(*pair(make_run))
+    assert words(found) == {"superior", None}  # None: of IoU
+    assert first_line(found) == "Verdicts by the margin of 1 Dice points that --margin gives."
+
+
+PLANTED: dict[str, tuple[dict[str, Any], str]] = {
+    "unlearned baseline": (
+        {"baseline": {"folds": shifted(random_folds(1), -0.45)}},
+        "a baseline must reach a mean Dice of 0.5 (nnUNetTrainer: 0.2",
+    ),
+    "short schedules": (
+        {"baseline": {"schedule": replace(FULL, epochs=99)}, "schedule": replace(FULL, epochs=99)},
+        "at least 10% of nnU-Net's 250,000 iterations (nnUNetTrainer: 9.9 %; nnUNetTrainerB: 9.9 %)",
+    ),
+    "unequal schedules": (
+        {"schedule": replace(FULL, epochs=500)},
+        "runs must have equal iterations (nnUNetTrainer: 250,000; nnUNetTrainerB: 125,000)",
+    ),
+    "rising curve": (
+        {"schedule": replace(FULL, rise=0.0002)},
+        "learning curves must have flattened (nnUNetTrainerB: +2.0 Dice points)",
+    ),
+    "few epochs": (
+        {"schedule": replace(FULL, epochs=10, iterations=25_000)},
+        "learning curves must have flattened (nnUNetTrainerB: fewer than 20 epochs)",
+    ),
+    "other voxels": (
+        {"batch_size": 4},
+        "equal voxels in an iteration (nnUNetTrainer: 8,192 (2 of 16x16x16); nnUNetTrainerB: 16,384 (4 of 16x16x16))",
+    ),
+    "other folds": ({"folds": {"0": random_folds(1)["0"]}}, "the same folds (nnUNetTrainer: 0 1; nnUNetTrainerB: 0)"),
+    "other augmentation": (
+        {"schedule": replace(FULL, augmentation="0.3.4")},
+        "(nnUNetTrainer: before 0.3.4, by date; nnUNetTrainerB: 0.3.4)",
+    ),
+    "run that never finds a structure": (
+        {"folds": {f: {c: [n[0], (0, 0, 1000)] for c, n in cases.items()} for f, cases in random_folds(1).items()}},
+        "cross-validation, nnUNetTrainerB: nnUNetTrainerB never finds lesion",
+    ),
+    "two cases": (
+        {
+            "baseline": {"folds": {"0": {c: [dice_counts(0.7)] * 2 for c in "ab"}}},
+            "folds": {"0": {c: [dice_counts(0.8)] * 2 for c in "ab"}},
+        },
+        "cross-validation, nnUNetTrainerB: 2 of the 10 cases that it takes",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_fault_leaves_no_verdict_and_the_first_line_says_why(make_run: MakeRun, fault: str) -> None:
+    changes, reason = PLANTED[fault]
+    found = run(*pair(make_run, **changes))
+    assert words(found) == {None}
+    assert first_line(found).startswith("No verdict: ")
+    assert reason in first_line(found)
+
+
+def test_without_a_margin_there_are_intervals_alone(make_run: MakeRun) -> None:
+    found = run(*pair(make_run), margin=None)
+    assert words(found) == {None}
+    assert first_line(found) == "No verdict: no margin was chosen (--margin)."
+    assert found.evaluations[0].comparand(B).difference.low > 0
+
+
+def test_unfinished_training_fails_the_schedule(make_run: MakeRun) -> None:
+    a, b = pair(make_run)
+    debug = json.loads((b / "fold_1" / "debug.json").read_text())
+    (b / "fold_1" / "debug.json").write_text(json.dumps({**debug, "num_epochs": "1500"}))
+    assert "(nnUNetTrainerB: 100 %, unfinished)" in first_line(run(a, b))
+
+
+def test_diverged_training_counts_as_failed(make_run: MakeRun) -> None:
+    found = run(*pair(make_run, schedule=replace(FULL, rise=float("nan"))))
+    assert words(found) == {None}
+
+
+def test_trainings_of_which_nothing_is_known_have_no_verdict(make_run: MakeRun) -> None:
+    a, b = pair(make_run)
+    for path in b.glob("fold_*/checkpoint_final.pth"):
+        path.unlink()
+    found = run(a, b)
+    assert words(found) == {None}
+    assert "the trainings must be known" in first_line(found)
+
+
+def test_structure_that_neither_run_finds_has_no_verdict(make_run: MakeRun) -> None:
+    missed = {f: {c: [n[0], (0, 0, 1000)] for c, n in cases.items()} for f, cases in random_folds(1).items()}
+    made = pair(
+        make_run,
+        baseline={"folds": missed},
+        folds={f: {c: [n[0], (0, 0, 1000)] for c, n in cs.items()} for f, cs in shifted(random_folds(1), 0.03).items()},
+    )
+    found = run(*made, accepted=("baseline",))
+    evaluation = found.evaluations[0]
+    judged = {s: found.gate.judge(evaluation, evaluation.comparand(B, structure=s)) for s in ("organ", "lesion")}
+    assert [str(v) for v in judged.values()] == ["superior", "\N{EN DASH} (found by neither)"]
+
+
+def test_one_bad_run_leaves_the_verdict_on_the_others(make_run: MakeRun) -> None:
+    short = make_run("nnUNetTrainerC", random_folds(1), schedule=replace(FULL, epochs=50))
+    found = run(*pair(make_run), short)
+    verdicts = {
+        c.run: str(found.gate.judge(found.evaluations[0], c))
+        for c in found.evaluations[0].comparands
+        if c.metric == "Dice" and c.structure is None
+    }
+    assert verdicts == {B: "superior", "nnUNetTrainerC": "\N{EN DASH}"}
+    line = first_line(found)
+    assert line.startswith("Verdicts by the margin of 1 Dice points that --margin gives. Not on all: ")
+    assert "nnUNetTrainerC: 5 %" in line
+
+
+def test_accepted_fault_is_said_in_the_first_line(make_run: MakeRun) -> None:
+    folders = pair(make_run, batch_size=4)
+    found = run(*folders, accepted=("voxels",))
+    assert "superior" in words(found)
+    assert "Accepted by --accept: runs must see equal voxels in an iteration (" in first_line(found)
+    with pytest.raises(UsageError, match=r"--accept must be of trainings, schedule, .*, got all: correct it"):
+        run(*folders, accepted=("all",))
+
+
+@pytest.mark.parametrize(
+    ("version", "started", "same"),
+    [("0.3.6", 10.0, True), (None, JULY, True), (None, 10.0, False), ("0.3.3", JULY, False)],
+)
+def test_augmentation_is_known_by_its_version_or_else_by_its_date(
+    make_run: MakeRun, version: str | None, started: float, same: bool
+) -> None:
+    newer = replace(FULL, augmentation="0.3.4")
+    other = replace(FULL, augmentation=version, started=started)
+    found = run(*pair(make_run, baseline={"schedule": newer}, schedule=other))
+    assert ("augmentation must be the same" not in first_line(found)) == same
+
+
+def test_res_enc_m_is_the_second_baseline_where_it_lies_beside_the_runs(make_run: MakeRun, tmp_path: Path) -> None:
+    pair(make_run)
+    chosen = {"folders": (), "dataset": "7", "trainers": (A, B), "results": tmp_path / "results"}
+    assert run(**chosen).request.second is None
+    make_run(A, random_folds(3), plans="nnUNetResEncUNetMPlans", schedule=FULL)
+    found = run(**chosen)
+    assert found.evaluations[0].labels == (A, B, "ResEnc M")
+    assert found.evaluations[0].comparand(B, baseline="ResEnc M").difference.n == 12
+    content = report.as_json(found)
+    assert content["second_baseline"] == "ResEnc M"
+    table = next(t for t in (report.tables.second(found, found.evaluations[0]),) if t is not None)
+    assert [row[:2] for row in table.rows] == [("Dice", B)]
+
+
+def test_constant_curves_are_flat_and_noise_is_not_a_rise() -> None:
+    from nnunet_ext.comparison.gate import RISE, _rise
+    from nnunet_ext.comparison.training import Training
+    from nnunet_ext.nnunet.training_log import Curves, TrainingLog
+
+    random = np.random.default_rng(0)
+    dice = tuple(0.8 + 0.02 * random.standard_normal(1000))
+    curves = Curves(training_loss=dice, validation_loss=dice, dice=dice, seconds=dice)
+    log = TrainingLog(curves=curves, epochs=1000, iterations=250, machine="", augmentation=None)
+    assert abs(_rise(Training({"0": log}))) < RISE
+    short = replace(log, curves=replace(curves, dice=dice[:19]))
+    assert not np.isfinite(_rise(Training({"0": short})))
+
+
+def test_default_schedule_of_the_fixture_is_too_short() -> None:
+    assert Schedule().epochs * Schedule().iterations < 0.1 * 250_000
