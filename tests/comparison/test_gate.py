@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunet_ext.comparison import compare, report, selection
 from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.comparison.selection import Selection
 from nnunet_ext.errors import UsageError
-from tests.comparison.conftest import FULL, Counts, MakeRun, Schedule, dice_counts, random_folds
+from nnunet_ext.nnunet.training_log import log_of, read_log, record
+from tests.comparison.conftest import DATASET, FULL, Counts, MakeRun, Schedule, dice_counts, random_folds
 
 A, B = "nnUNetTrainer", "nnUNetTrainerB"
 JULY = 1_784_000_000.0  # 2026-07-14
@@ -224,3 +226,69 @@ def test_constant_curves_are_flat_and_noise_is_not_a_rise() -> None:
 
 def test_default_schedule_of_the_fixture_is_too_short() -> None:
     assert Schedule().epochs * Schedule().iterations < 0.1 * 250_000
+
+
+def deploy(trained: Path, folder: Path, records: dict[str, Any] | None = None) -> Path:
+    """A folder such as `nnunet-ext deploy` makes of a training, without weights."""
+    plans = json.loads((trained / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["deployed"] = {"trainer": A, "form": "hybrid", "dtype": "float16"}
+    for fold in ("0", "1"):
+        (folder / f"fold_{fold}").mkdir(parents=True)
+        (folder / f"fold_{fold}" / "checkpoint_final.pth").touch()
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text((trained / "dataset.json").read_text())
+    if records is None:
+        records = {f: {"training": record(read_log(trained / f"fold_{f}")[0])} for f in ("0", "1")}
+    (folder / "deployment.json").write_text(json.dumps({"folds": records}, allow_nan=False))
+    return folder
+
+
+def segmentations(folder: Path, cut: int) -> Path:
+    """Twelve cases of two boxes, of which the first `cut` slices are not found."""
+    folder.mkdir()
+    for i in range(12):
+        labels = np.zeros((10, 12, 12), dtype=np.uint8)
+        labels[cut:8, 2:6, 2 : 6 + i % 3] = 1
+        labels[cut:9, 8:11, 2:8] = 2
+        sitk.WriteImage(sitk.GetImageFromArray(labels), str(folder / f"c{i}.nii.gz"))
+    return folder
+
+
+def test_deployed_model_is_judged_by_the_training_that_it_came_from(make_run: MakeRun, tmp_path: Path) -> None:
+    trained = make_run(A, random_folds(1), schedule=FULL)
+    shipped = deploy(trained, tmp_path / "shipped")
+    truth, found = segmentations(tmp_path / "truth", 0), segmentations(tmp_path / "found", 2)
+    chosen = {"predictions": (found, found), "references": truth}
+    same = run(trained, shipped, **chosen)
+    assert same.evaluations[0].labels == (A, f"{A}, deployed float16")
+    assert words(same) == {"non-inferior", None}
+    assert same.costs[f"{A}, deployed float16"].peak is None
+    with pytest.raises(UsageError, match=r"a deployed model has no validation, got .*shipped: predict held-out scans"):
+        run(trained, shipped)
+    unknown = run(trained, deploy(trained, tmp_path / "old", {"0": {"dtype": "float16"}}), **chosen)
+    assert words(unknown) == {None}
+    assert "the trainings must be known" in first_line(unknown)
+
+
+def test_predictions_alone_have_no_verdict(tmp_path: Path) -> None:
+    truth, found = segmentations(tmp_path / "truth", 0), segmentations(tmp_path / "found", 2)
+    other = segmentations(tmp_path / "other", 1)
+    (found / "dataset.json").write_text(json.dumps(DATASET))
+    judged = run(folders=(), predictions=(found, other), references=truth)
+    assert words(judged) == {None}
+    assert first_line(judged).startswith("No verdict: the trainings must be known")
+    assert words(run(folders=(), predictions=(found, other), references=truth, accepted=("trainings",))) == {
+        "superior",
+        None,
+    }
+
+
+def test_record_of_a_training_comes_back_from_json(make_run: MakeRun) -> None:
+    trained = make_run(A, random_folds(1), schedule=replace(FULL, augmentation="0.3.6"))
+    log, _ = read_log(trained / "fold_0")
+    assert log.curves is not None
+    log = replace(log, curves=replace(log.curves, dice=(float("nan"), *log.curves.dice[1:])))
+    again = log_of(json.loads(json.dumps(record(log), allow_nan=False)))
+    assert repr(again) == repr(log)  # NaN is not equal to itself
+    assert log_of({"curves": {}}) is None
+    assert log_of("text") is None

@@ -89,6 +89,7 @@ def test_folds_are_shipped_in_the_precision_that_was_asked_for(
     assert report["dtype"] == dtype
     assert report["images"] == ["patient_7", "random"]
     assert [d["image"] for d in report["folds"]["1"]["differences"]] == ["random", "patient_7"]
+    assert set(report["folds"]["1"]["training"]) == {"curves", "epochs", "iterations", "machine", "augmentation"}
     printed = capsys.readouterr().out
     assert "image patient_7: logits differ by up to" in printed
     assert f"-m '{tmp_path / 'o t'}' -i IN -o OUT -f 0 1" in printed
