@@ -154,7 +154,13 @@ def accuracy(comparison: Comparison, evaluation: Evaluation, metric: str) -> Tab
     header = ["structure", "run", "n", metric]
     header += ["difference", "95 % interval", "p (Holm)", "higher / lower", "verdict"] if compares else []
     kept = len(header) - (compares and not judged)
-    return Table(_caption(evaluation, metric), tuple(header[:kept]), tuple(tuple(row[:kept]) for row in rows), 2, _file(evaluation, metric))
+    return Table(
+        _caption(evaluation, metric),
+        tuple(header[:kept]),
+        tuple(tuple(row[:kept]) for row in rows),
+        2,
+        _file(evaluation, metric),
+    )
 
 
 def _spread(mean: MeanScore, metric: str) -> str:
@@ -193,7 +199,11 @@ def second(comparison: Comparison, evaluation: Evaluation) -> Table | None:
                 rows.append((metric, label, str(c.difference.n), *_difference(c, metric), str(verdict or NONE)))
     name = _file(evaluation, "second-baseline")
     header = ("mean", "run", "n", "difference", "95 % interval", "p (Holm)", "higher / lower", "verdict")
-    return Table(f"Difference to {evaluation.second}, the second baseline.", header, tuple(rows), 2, name) if rows else None
+    return (
+        Table(f"Difference to {evaluation.second}, the second baseline.", header, tuple(rows), 2, name)
+        if rows
+        else None
+    )
 
 
 def absences(evaluation: Evaluation) -> Table | None:
