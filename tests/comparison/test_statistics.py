@@ -63,6 +63,12 @@ def test_p_value_is_that_of_all_sign_patterns(seed: int) -> None:
     assert signed_rank(d) == pytest.approx(exact_signed_rank(d), rel=1e-12)
 
 
+@pytest.mark.parametrize("d", [(1, 1, 1, -1, 2, 2), (3, -3, 3, 3, 3, 3, 3, -1), (0, 0, 1, 2, -2)])
+def test_p_value_of_ties_is_that_of_scipy(d: tuple[int, ...]) -> None:
+    kept = np.array([x for x in d if x], dtype=float)
+    assert signed_rank(np.array(d, dtype=float)) == pytest.approx(stats.wilcoxon(kept, method="auto").pvalue)
+
+
 def test_zero_differences_are_discarded() -> None:
     d = np.random.default_rng(0).normal(0.3, 1, 60)
     padded = np.concatenate([d, np.zeros(7)])
