@@ -70,7 +70,7 @@ METHODS: tuple[Method, ...] = (
         },
     ),
     Method(trainer=DEFAULT, aims=("context",), standing="rival"),
-    Method(trainer="nnUNetTrainerHalfWidth", aims=SMALL, standing="rival"),
+    Method(trainer="nnUNetTrainerHalfWidth", aims=SMALL, standing="rival", plans_of="nnUNetTrainerHalfWidthBN"),
     Method(trainer="nnUNetTrainerMeUNet", aims=CONTEXT),
     Method(trainer="nnUNetTrainerMeCheckpointing", aims=CONTEXT, plans_of="nnUNetTrainerMeUNet"),
     Method(trainer="nnUNetTrainerMeReversible", aims=CONTEXT),

@@ -41,6 +41,7 @@ PLANNERS = {
     "CountedMemoryPlanner",
     "CountedMemoryResEncPlanner",
     "FasterFusionUNetPlanner",
+    "HalfWidthPlanner",
     "ImplicitUNetPlanner",
     "InvertibleUNetPlanner",
     "MeCascadePlanner",

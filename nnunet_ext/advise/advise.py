@@ -109,8 +109,8 @@ def _configuration(data: DataSet, asked: str | None) -> str:
 def _jobs(aim: aims.Aim, everything: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Planners with the trainers of their plans.
 
-    The same patch in less memory means nnU-Net's own plans; else a trainer has those of its planners, and nnU-Net's
-    where there is none.
+    The same patch in less memory means nnU-Net's own plans; else a trainer has those of its planners, a rival, and one
+    without planner, nnU-Net's.
     """
     planners = {name: found for name in registry.names("planners") if (found := _trainer_of(name, everything))}
     trainers = [name for name in (aims.DEFAULT, *registry.names("trainers")) if _takes_part(name, everything)]
@@ -119,10 +119,15 @@ def _jobs(aim: aims.Aim, everything: bool) -> Iterator[tuple[str, tuple[str, ...
         yield RES_ENC_PLANNER, (aims.DEFAULT, CHECKPOINTING)
         return
     belongs = {name: _planned_by(name) for name in trainers}
-    yield DEFAULT_PLANNER, tuple(n for n in trainers if n == aims.DEFAULT or belongs[n] not in planners.values())
+    yield DEFAULT_PLANNER, tuple(n for n in trainers if _is_rival(n) or belongs[n] not in planners.values())
     yield RES_ENC_PLANNER, (aims.DEFAULT,)
     for planner, trainer in planners.items():
         yield planner, tuple(name for name in trainers if belongs[name] == trainer)
+
+
+def _is_rival(trainer: str) -> bool:
+    method = aims.of(trainer)
+    return method is not None and method.standing == "rival"
 
 
 def _planned_by(trainer: str) -> str:
@@ -139,7 +144,7 @@ def _trainer_of(planner: str, everything: bool) -> str:
         return ""
     trainer = str(getattr(found, "trainer", ""))
     method = aims.of(trainer)
-    is_variant = method is not None and method.standing != "rival" and issubclass(found, ResEncUNetPlanner)
+    is_variant = method is not None and not _is_rival(trainer) and issubclass(found, ResEncUNetPlanner)
     return "" if is_variant and not everything else trainer
 
 

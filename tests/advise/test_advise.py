@@ -14,6 +14,7 @@ from nnunet_ext.advise import advise as module
 from nnunet_ext.advise.advise import advise
 from nnunet_ext.advise.choice import choose
 from nnunet_ext.advise.data_set import DataSet, planners_in
+from nnunet_ext.advise.records import DEFAULT_PLANNER
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.tracker import GIB
 
@@ -97,5 +98,7 @@ def test_every_method_takes_part_with_its_planners(aim: aims.Aim) -> None:
     assert trainers >= set(aims.BY_TRAINER) - (cascades if aim == "memory" else set())
     if aim != "memory":
         assert {planner for planner, _ in jobs} >= set(registry.names("planners"))
+    rivals = [(DEFAULT_PLANNER, name) for name, method in aims.BY_TRAINER.items() if method.standing == "rival"]
+    assert set(rivals) <= set(jobs)
     few = [trainer for _, trainers in module._jobs(aim, False) for trainer in trainers]
     assert all((method := aims.of(name)) is None or method.standing != "research" for name in few)

@@ -139,7 +139,7 @@ def test_json_holds_the_records(install: Install, capsys: pytest.CaptureFixture[
     } in records
     of_name = {record["name"]: record for record in records}
     assert of_name["nnUNetTrainerDeployed"]["aim"] == [aims.OTHER]
-    said = [of_name["nnUNetTrainerHalfWidthBN"], of_name["nnUNetTrainerInvertibleNoVAE"], of_name["MeUNetPlanner"]]
+    said = [of_name["nnUNetTrainerFasterFusion"], of_name["nnUNetTrainerInvertibleNoVAE"], of_name["MeUNetPlanner"]]
     assert [(record["aim"], record["planner"], record["plans"]) for record in said] == [
         (["size", "speed"], [], ["nnUNetPlans"]),
         (["memory", "context"], ["InvertibleUNetPlanner"], ["nnUNetInvertiblePlans"]),
