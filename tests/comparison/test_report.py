@@ -203,12 +203,13 @@ def test_full_disk_leaves_the_old_report(
 @pytest.mark.usefixtures("undrawn")
 def test_figures_of_an_earlier_report_are_removed_and_other_files_left(comparison: Comparison, tmp_path: Path) -> None:
     report.write(comparison, tmp_path)
-    note_file(tmp_path, "figures/old.png", b"old")
-    (tmp_path / "figures" / "old.png").write_bytes(b"old")
+    for name in ("figures/old.png", "figures/old.pdf", "tables/old.tex"):
+        note_file(tmp_path, name, b"old")
+        (tmp_path / name).write_bytes(b"old")
     (tmp_path / "figures" / "mine.png").touch()
     (tmp_path / "notes.txt").touch()
     report.write(comparison, tmp_path)
-    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    names = {path.stem for name in ("figures", "tables") for path in (tmp_path / name).iterdir()}
     assert "mine" in names
     assert "old" not in names
     assert (tmp_path / "notes.txt").exists()
