@@ -45,10 +45,11 @@ def _serves(row: Row, aim: aims.Aim) -> bool:
     return aim != "memory" or row.standard_patch is None
 
 
-def _cost(advice: Advice, row: Row) -> tuple[float, float]:
+def _cost(advice: Advice, row: Row) -> tuple[float, float, int]:
     """What decides between rows that are equally good for the aim."""
     in_use = advice.aim in ("size", "speed")
-    return (advice.prediction(row)[0] if in_use else advice.step(row)), advice.value(row)
+    time = advice.prediction(row)[0] if in_use else advice.step(row)
+    return time, advice.value(row), row.parameters_deployed
 
 
 def _too_small(advice: Advice) -> str:

@@ -85,7 +85,7 @@ class Job:
                 plans=planner.plans_identifier,
                 patch=tuple(map(int, plan["patch_size"])),
                 batch=int(plan["batch_size"]),
-                is_plain=not isinstance(planner, ResEncUNetPlanner),
+                is_plain=len(plan["patch_size"]) == 3 and not isinstance(planner, ResEncUNetPlanner),
                 **self._counted(trainer, planner, dict(plan)),
             )
         except Exception as error:  # of any trainer

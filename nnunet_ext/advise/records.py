@@ -13,6 +13,7 @@ from nnunet_ext.memory.tracker import GIB
 
 Size = tuple[int, ...]
 DEFAULT_PLANNER = "ExperimentPlanner"
+_EXPANDED = "nnUNetTrainerMe"  # measured with a smaller standard patch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Row:
         case_operations: The same of the prediction of a typical image.
         case_voxels: Voxels of the patches of that prediction.
         has_own_weights: Whether these are nnU-Net's own network and training, whose accuracy is published.
-        is_plain: Whether the network is the one that times were measured of, not one with a residual encoder.
+        is_plain: Whether the network is like that which times were measured of: 3D, without a residual encoder.
         reason: Why there is no plan; empty where there is.
     """
 
@@ -72,7 +73,10 @@ class Row:
     @property
     def measured_step(self) -> float | None:
         """Time of a step over that of default nnU-Net, as measured on the same plans."""
-        return measured.STEP.get(self.trainer) if self.is_plain else None
+        is_expanded = self.standard_patch is not None
+        if not self.is_plain or is_expanded != self.trainer.startswith(_EXPANDED):
+            return None
+        return measured.STEP.get(self.trainer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,15 @@ def test_of_equally_small_networks_the_faster_is_taken_and_measured_times_count(
     assert "0.22 times the time of default, measured on a CPU" in why
 
 
+def test_times_measured_of_other_networks_are_not_shown() -> None:
+    half, expanded = "nnUNetTrainerHalfWidthBN", "nnUNetTrainerMeUNet"
+    assert advice("speed").prediction(row(half, case_voxels=2000)) == (pytest.approx(2 * 0.216), True)
+    assert advice("speed").prediction(row(half, case_operations=250, is_plain=False)) == (0.25, False)
+    assert row(expanded, standard_patch=(64,) * 3).measured_step == measured.STEP[expanded]
+    assert row(expanded).measured_step is None  # then it is nnU-Net's own step
+    assert row("nnUNetTrainerReversible", is_plain=False).measured_step is None
+
+
 def test_research_switches_are_never_recommended() -> None:
     assert taken("size", row("nnUNetTrainerFasterFusionFast", parameters_deployed=1))[0] == aims.DEFAULT
 
