@@ -114,7 +114,8 @@ class Gate:
         why += [f"{name}, {run}: {v.note}" for name, run, v in judged if v.word is None and v.note]
         sentences = []
         if any(v.word for _, _, v in judged):
-            sentences.append(f"Verdicts by the margin of {self.margin:g} Dice points that --margin gives.")
+            points = f"{self.margin:g} Dice point{'' if self.margin == 1 else 's'}"
+            sentences.append(f"Verdicts by the margin of {points} that --margin gives.")
             sentences += [f"Not on all: {'; '.join(dict.fromkeys(why))}."] if why else []
         else:
             sentences.append(f"No verdict: {'; '.join(dict.fromkeys(why))}.")

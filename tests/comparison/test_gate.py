@@ -63,7 +63,7 @@ def pair(make_run: MakeRun, *, baseline: dict[str, Any] | None = None, **other: 
 def test_sound_comparison_has_verdicts(make_run: MakeRun) -> None:
     found = run(*pair(make_run))
     assert words(found) == {"superior", None}  # None: of IoU
-    assert first_line(found) == "Verdicts by the margin of 1 Dice points that --margin gives."
+    assert first_line(found) == "Verdicts by the margin of 1 Dice point that --margin gives."
 
 
 PLANTED: dict[str, tuple[dict[str, Any], str]] = {
@@ -170,7 +170,7 @@ def test_one_bad_run_leaves_the_verdict_on_the_others(make_run: MakeRun) -> None
     }
     assert verdicts == {B: "superior", "nnUNetTrainerC": "\N{EN DASH}"}
     line = first_line(found)
-    assert line.startswith("Verdicts by the margin of 1 Dice points that --margin gives. Not on all: ")
+    assert line.startswith("Verdicts by the margin of 1 Dice point that --margin gives. Not on all: ")
     assert "nnUNetTrainerC: 5 %" in line
 
 
