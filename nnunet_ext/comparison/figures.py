@@ -34,7 +34,7 @@ def box_plots(evaluation: Evaluation, metric: str = "Dice", width: float = PAGE)
     ticks = [wrapped(_drawn(evaluation, name), 0.95 * (width - 0.6) / len(rows[0])) for name in names]
     lines = max(tick.count("\n") for tick in ticks)
     is_large = len(names) * evaluation.compared.groupby("run")["case"].nunique().sum() > _VECTORS
-    with page(len(rows) * (1.65 + lines * LINE), width) as figure:
+    with page(len(rows) * (1.4 + lines * LINE), width) as figure:
         axes = figure.subplots(len(rows), 1, squeeze=False, sharey=True)[:, 0]
         for axis, row in zip(axes, rows, strict=True):
             for place, i in enumerate(row):
@@ -151,7 +151,7 @@ def learning_curves(trainings: Mapping[str, Training], width: float = PAGE) -> A
         return None
     rows, columns = _grid(3, 3 if width > COLUMN else 1)
     is_large = sum(len(curves.dice) for folds in known.values() for curves in folds) > _VECTORS
-    with page(1.9 * rows, width) as figure:
+    with page(1.65 * rows, width) as figure:
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for label, folds in known.items():
             for axis, name in zip(axes, ("training_loss", "validation_loss", "dice"), strict=True):
@@ -190,7 +190,7 @@ def accuracy_and_cost(evaluation: Evaluation, costs: Mapping[str, Cost], width: 
         return None
     rows, columns = _grid(len(known), int(width / 1.35))
     styles = run_styles(evaluation.labels)
-    with page(1.6 * rows, width) as figure:
+    with page(1.45 * rows, width) as figure:
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axis, (title, (name, unit)) in zip(axes.flat, known.items(), strict=False):
             for label, cost in costs.items():
