@@ -70,7 +70,10 @@ def advise(
             on_progress(done, len(jobs), job.planner)
     default = next(row for row in rows if row.is_default)
     if default.reason:
-        raise UsageError(f"{name} of {data.name} can't be planned by nnU-Net itself: {default.reason}.")
+        raise UsageError(
+            f"{name} of {data.name} can't be planned by nnU-Net itself ({default.reason}): give another -c, or correct "
+            "the data set."
+        )
     advice = Advice(
         dataset=data.name, number=data.number, configuration=name, target=target, gpu=said, aim=aim, rows=rows
     )

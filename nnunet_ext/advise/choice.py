@@ -69,7 +69,8 @@ def reasons(advice: Advice, choice: Choice) -> Iterator[str]:
     if row.is_default:
         yield _stay(advice)
         return
-    yield f"It {_does(advice, row)}; default nnU-Net {_does(advice, advice.default)}{_too_large(advice)}."
+    beside = "" if advice.aim == "speed" else f"; default nnU-Net {_does(advice, advice.default)}"
+    yield f"It {_does(advice, row)}{beside}{_too_large(advice)}."
     yield _step(advice, row)
     if row.has_own_weights:
         yield "Network, weights and training are nnU-Net's own, whose accuracy is published for its default patch."
@@ -90,9 +91,7 @@ def _stay(advice: Advice) -> str:
     if not others:
         return "Nothing else fits the card."
     best = min(others, key=advice.value)
-    return (
-        f"Nothing is better by a tenth: {label(best)} {_does(advice, best)}, default nnU-Net {_does(advice, default)}."
-    )
+    return f"Nothing is better by a tenth: {label(best)} {_does(advice, best)}, itself it {_does(advice, default)}."
 
 
 def _does(advice: Advice, row: Row) -> str:
@@ -104,19 +103,19 @@ def _does(advice: Advice, row: Row) -> str:
     if advice.aim == "size":
         return f"ships {row.parameters_deployed / 1e6:.2f} M weights"
     time, is_measured = advice.prediction(row)
-    how = "" if row.is_default else ", measured on a CPU" if is_measured else ", predicted from operations"
-    return f"predicts a typical image in {time:.2f} times the time of default{how}"
+    how = "measured on a CPU" if is_measured else "predicted from operations"
+    return f"predicts a typical image in {time:.2f} times the time of default nnU-Net, {how}"
 
 
 def _too_large(advice: Advice) -> str:
     default = advice.default
-    return "" if advice.fits(default) else f", but needs {default.expected / GIB:.1f} GB and does not fit"
+    return "" if advice.fits(default) else f", which needs {default.expected / GIB:.1f} GB and does not fit"
 
 
 def _step(advice: Advice, row: Row) -> str:
     known = row.measured_step
     on_gpu = "" if known is None else f"; on one H100 it took {known:.1f} times as long on the same patch"
-    return f"A training step has {advice.step(row):.1f} times the operations of default nnU-Net's{on_gpu}."
+    return f"A training step has {advice.step(row):.2g} times the operations of default nnU-Net's{on_gpu}."
 
 
 def label(row: Row) -> str:

@@ -85,7 +85,7 @@ def test_flat_images_of_two_channels_and_regions_stay_with_default(write: Any, t
 def test_a_configuration_that_nnunet_does_not_plan_is_one_sentence(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_jobs", lambda aim, everything: iter([("ExperimentPlanner", (aims.DEFAULT,))]))
     write([40, 64, 60], [1.0, 1.0, 1.0])
-    with pytest.raises(UsageError, match=r"3d_lowres of Dataset004_Acme .* plans no 3d_lowres for these images"):
+    with pytest.raises(UsageError, match=r"3d_lowres of Dataset004_Acme .* \(plans no 3d_lowres .*\): give another -c"):
         advise("4", "context", gpu=8, configuration="3d_lowres")
 
 

@@ -102,7 +102,7 @@ def test_stays_with_default_whose_patch_covers_the_image() -> None:
 def test_default_that_does_not_fit_is_left() -> None:
     trainer, why = taken("context", row("New", patch=90, gb=3), target=4)
     assert trainer == "New"
-    assert "12.5% of a typical image with a patch, but needs 6.0 GB and does not fit" in why
+    assert "12.5% of a typical image with a patch, which needs 6.0 GB and does not fit" in why
 
 
 def test_the_least_memory_is_taken_but_of_meunets_smaller_patch() -> None:
@@ -121,7 +121,7 @@ def test_of_equally_small_networks_the_faster_is_taken_and_measured_times_count(
     assert "ships 7.80 M weights; default nnU-Net ships 30.00 M" in why
     trainer, why = taken("speed", fusion, half)
     assert trainer == "nnUNetTrainerHalfWidthBN"
-    assert "0.22 times the time of default, measured on a CPU" in why
+    assert "0.22 times the time of default nnU-Net, measured on a CPU. " in why
 
 
 def test_times_measured_of_other_networks_are_not_shown() -> None:
