@@ -11,20 +11,23 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.tracker import GIB
 
 SMALL = 0.1  # difference that default nnU-Net is not left for
+UNSHOWN = 0.5  # the same of the best own network, for methods whose accuracy has not been shown
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The row to take and the best one of nnU-Net's own networks, which may be the same."""
+    """The row to take, the best one of nnU-Net's own networks, and the best one of all; they may be the same."""
 
     row: Row
     own: Row | None
+    best: Row
 
 
 def choose(advice: Advice) -> Choice:
     """Take the best for the aim; of rows as good as that default nnU-Net, then its own network, then the cheapest.
 
-    As good is what lacks less than a tenth: of the best one's coverage, else of what default nnU-Net needs.
+    As good is what lacks less than a tenth: of the best one's coverage, else of what default nnU-Net needs. For context
+    and memory nnU-Net's own networks are left only where the best of them lacks half, as their accuracy is known.
 
     Raises:
         UsageError: nothing fits the GPU.
@@ -33,11 +36,15 @@ def choose(advice: Advice) -> Choice:
     if not able:
         raise UsageError(_too_small(advice))
     best = min(able, key=advice.value)
-    lack = SMALL * abs(advice.value(best if advice.aim == "context" else advice.default))
-    near = [row for row in able if advice.value(row) - advice.value(best) <= lack]
-    row = min(near, key=lambda row: (not row.is_default, not row.has_own_weights, *_cost(advice, row)))
+    whole = abs(advice.value(best if advice.aim == "context" else advice.default))
     own = [row for row in able if row.has_own_weights]
-    return Choice(row, min(own, key=advice.value, default=None))
+    nearest = min(own, key=advice.value, default=None)
+    if advice.aim in ("context", "memory") and nearest is not None and not nearest.is_default:
+        able = own if advice.value(nearest) - advice.value(best) <= UNSHOWN * whole else able
+    least = min(map(advice.value, able))
+    near = [row for row in able if advice.value(row) - least <= SMALL * whole]
+    row = min(near, key=lambda row: (not row.is_default, not row.has_own_weights, *_cost(advice, row)))
+    return Choice(row, nearest, best)
 
 
 def _serves(row: Row, aim: aims.Aim) -> bool:
@@ -67,13 +74,15 @@ def reasons(advice: Advice, choice: Choice) -> Iterator[str]:
     """Sentences on why this one, what it costs, and what is not known of it."""
     row = choice.row
     if row.is_default:
-        yield _stay(advice)
+        yield _stay(advice, choice)
+        yield from _beyond(advice, choice)
         return
     beside = "" if advice.aim == "speed" else f"; default nnU-Net {_does(advice, advice.default)}"
     yield f"It {_does(advice, row)}{beside}{_too_large(advice)}."
     yield _step(advice, row)
     if row.has_own_weights:
         yield "Network, weights and training are nnU-Net's own, whose accuracy is published for its default patch."
+        yield from _beyond(advice, choice)
         return
     yield (
         "Its accuracy at nnU-Net's full schedule has not been shown (docs/methods): compare it with nnUNetTrainer on "
@@ -83,15 +92,28 @@ def reasons(advice: Advice, choice: Choice) -> Iterator[str]:
         yield f"Of nnU-Net's own networks the best here is {label(choice.own)}: it {_does(advice, choice.own)}."
 
 
-def _stay(advice: Advice) -> str:
+def _stay(advice: Advice, choice: Choice) -> str:
     default = advice.default
     if default.coverage == 1 and advice.aim == "context":
         return "Its patch covers a typical image already, and it fits the card: a larger one gains nothing."
+    unproven = list(_beyond(advice, choice))
     others = [row for row in advice.rows if advice.fits(row) and not row.is_default]
+    others = [row for row in others if row.has_own_weights or not unproven]
     if not others:
         return "Nothing else fits the card."
     best = min(others, key=advice.value)
-    return f"Nothing is better by a tenth: {label(best)} {_does(advice, best)}, itself it {_does(advice, default)}."
+    which = "No network of known accuracy" if unproven else "Nothing"
+    return f"{which} is better by a tenth: {label(best)} {_does(advice, best)}, itself it {_does(advice, default)}."
+
+
+def _beyond(advice: Advice, choice: Choice) -> Iterator[str]:
+    """The best of all, where it is better by a tenth than the network of known accuracy that was taken."""
+    best, whole = choice.best, abs(advice.value(choice.best if advice.aim == "context" else advice.default))
+    if not best.has_own_weights and advice.value(choice.row) - advice.value(best) > SMALL * whole:
+        yield (
+            f"{label(best)} {_does(advice, best)}, but its accuracy at nnU-Net's full schedule has not been shown "
+            "(docs/methods): compare it before you rely on it."
+        )
 
 
 def _does(advice: Advice, row: Row) -> str:
