@@ -45,8 +45,8 @@ class Comparand:
 
     Args:
         p_holm: `difference.p` after Holm's correction over its family: all runs for the mean over structures (the
-            primary outcome), all runs and structures together for the single structures; each metric and baseline
-            apart.
+            primary outcome), all runs and structures together for the single structures; each metric and baseline,
+            and the second baseline, apart.
     """
 
     run: str
@@ -220,10 +220,11 @@ def _comparands(
     baseline, *others = labels
     rest = [label for label in others if label != second]
     families: list[tuple[str, Sequence[str], tuple[Structure, ...]]] = [
-        (baseline, others, (MEAN,)),
-        (baseline, others, tuple(structures)),
-        *([(second, rest, (MEAN,))] if second else []),
+        (baseline, rest, (MEAN,)),
+        (baseline, rest, tuple(structures)),
     ]
+    if second:  # which may have come by itself: it changes no p-value of the others
+        families += [(baseline, [second], (MEAN,)), (baseline, [second], tuple(structures)), (second, rest, (MEAN,))]
     for metric in metrics:
         for against, runs, family in families:
             tables = {structure: _values(kept, metric, structure) for structure in family}

@@ -47,17 +47,21 @@ def of_scores(scores: pd.DataFrame) -> list[str]:
     return [*warnings, *_contradictory(kept), *_failed(kept), *_invented(kept)]
 
 
-def _contradictory(kept: pd.DataFrame) -> list[str]:
-    """Dice that does not follow from its counts was edited, or is not of nnU-Net."""
+def contradictory(kept: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of each run whose Dice does not follow from its counts: edited, or not of nnU-Net."""
     with_counts = kept[kept[["TP", "FP", "FN"]].notna().all(axis="columns")]
     expected = 2 * with_counts["TP"] / (2 * with_counts["TP"] + with_counts["FP"] + with_counts["FN"])  # 0 / 0 is NaN
     odd = with_counts[
         ((with_counts["Dice"] - expected).abs() > _ROUNDING) | (with_counts["Dice"].isna() != expected.isna())
     ]
+    return {str(label): rows for label, rows in odd.groupby("run", sort=False)}
+
+
+def _contradictory(kept: pd.DataFrame) -> list[str]:
     return [
         f"{label}: the Dice of {counted(len(rows), 'score')} does not follow from its TP, FP and FN, validate again: "
         f"{first_few(sorted(set(rows['case'])))}."
-        for label, rows in odd.groupby("run", sort=False)
+        for label, rows in contradictory(kept).items()
     ]
 
 

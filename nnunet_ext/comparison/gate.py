@@ -7,25 +7,30 @@ ones as meant (`accepted`), which the report says in its first line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, prod
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from nnunet_ext.comparison.accuracy import MEAN, Comparand, Evaluation
+from nnunet_ext.comparison.checks import contradictory
 from nnunet_ext.comparison.run_folders import Run
-from nnunet_ext.comparison.statistics import FEWEST_CASES, Verdict, verdict
+from nnunet_ext.comparison.statistics import Verdict, verdict
 from nnunet_ext.comparison.training import Training
-from nnunet_ext.nnunet.training_log import TURNED, TrainingLog
+from nnunet_ext.nnunet.training_log import TURNED, Curves, TrainingLog
 
-Name = Literal["trainings", "schedule", "curve", "baseline", "iterations", "voxels", "folds", "augmentation"]
+Name = Literal[
+    "trainings", "checkpoint", "schedule", "curve", "iterations", "augmentation", "voxels", "folds", "data", "baseline"
+]
 NAMES: tuple[Name, ...] = get_args(Name)
 ITERATIONS = 250_000  # of nnU-Net's own schedule
 SHARE = 0.1  # of it, below which no network counts as trained
 RISE = 0.01  # Dice of the validation patches between the last two tenths of a training that has flattened
 LEARNED = 0.5  # mean Dice of the baseline from which on it counts as trained
+LOST = 0.1  # mean Dice of a structure below which a run has failed, where another run reaches `LEARNED`
+_FEWEST_SEEN = 3  # cases of a structure, below which nobody has failed who does not find it
 _FEWEST_EPOCHS = 20  # whose tenths are means of two
 UNKNOWN = "unknown"
 
@@ -40,7 +45,7 @@ class Check:
         rule: What must hold, as the start of a sentence.
         values: Run -> text of what was found.
         failing: Runs for which it does not hold, whatever the other run.
-        keys: Run -> what must be the same in both runs; empty where nothing must.
+        keys: Run -> what must be the same in both runs; without those of which it is not known.
     """
 
     name: Name
@@ -52,7 +57,7 @@ class Check:
 
     def failures(self, run: str, baseline: str) -> tuple[str, ...]:
         """The runs of the two to name, because it does not hold; none where it does."""
-        if self.keys.get(run) != self.keys.get(baseline):
+        if run in self.keys and baseline in self.keys and self.keys[run] != self.keys[baseline]:
             return baseline, run
         return tuple(label for label in (baseline, run) if label in self.failing)
 
@@ -141,9 +146,10 @@ def gate(
     """
     labels = evaluations[0].labels
     known = {label: trainings.get(label, Training({})) for label in labels}
-    of_runs = _of_trainings(known) + _of_settings({run.label: run for run in runs}, labels, known) if runs else []
+    named = {run.label: run for run in runs}
+    of_runs = _of_trainings(known) + _of_settings(named, labels) if runs else []
     return Gate(
-        checks=(_known(known), *of_runs, _baseline(evaluations)),
+        checks=(_known(known), *of_runs, _data(evaluations, named), _baseline(evaluations)),
         margin=margin,
         accepted=frozenset(accepted),
         failed=_failed(evaluations, known),
@@ -152,7 +158,7 @@ def gate(
 
 def _known(trainings: Mapping[str, Training]) -> Check:
     """Trainings of which nothing is known; the other checks then don't say the same again."""
-    unknown = frozenset(label for label, training in trainings.items() if not training.curves)
+    unknown = frozenset(label for label, training in trainings.items() if not training.is_known)
     return Check(
         name="trainings",
         title="training",
@@ -165,8 +171,16 @@ def _known(trainings: Mapping[str, Training]) -> Check:
 def _of_trainings(trainings: Mapping[str, Training]) -> list[Check]:
     lengths = {label: _length(list(t.logs.values())) for label, t in trainings.items()}
     rises = {label: _rise(t) for label, t in trainings.items()}
-    known = [label for label, t in trainings.items() if t.curves]
+    known = [label for label, t in trainings.items() if t.is_known]
+    other = frozenset(label for label, t in trainings.items() if t.other_checkpoint)
     return [
+        Check(
+            name="checkpoint",
+            title="validated checkpoint",
+            rule="validations must be of the final checkpoint",
+            values={label: "perhaps another" if label in other else "final" for label in trainings},
+            failing=other,
+        ),
         Check(
             name="schedule",
             title=f"iterations, share of nnU-Net's {ITERATIONS:,}",
@@ -179,7 +193,7 @@ def _of_trainings(trainings: Mapping[str, Training]) -> list[Check]:
             title="learning curve in its last tenth",
             rule="learning curves must have flattened",
             values={label: _shown_rise(rise) for label, rise in rises.items()},
-            failing=frozenset(label for label in known if not (isfinite(rises[label]) and rises[label] < RISE)),
+            failing=frozenset(label for label in known if not abs(rises[label]) < RISE),
         ),
         Check(
             name="iterations",
@@ -189,7 +203,7 @@ def _of_trainings(trainings: Mapping[str, Training]) -> list[Check]:
                 label: UNKNOWN if n is None else " to ".join(f"{i:,}" for i in sorted(set(n)))
                 for label, n in lengths.items()
             },
-            keys=lengths,
+            keys={label: _by_fold(trainings[label]) for label in known},
         ),
         _augmentation(trainings, known),
     ]
@@ -202,14 +216,21 @@ def _length(logs: Sequence[TrainingLog]) -> tuple[int, int] | None:
     return (min(numbers), max(numbers)) if numbers and len(numbers) == len(trained) else None
 
 
+def _by_fold(training: Training) -> tuple[tuple[str, int | None], ...]:
+    return tuple(sorted((fold, log.trained) for fold, log in training.logs.items()))
+
+
 def _is_short(training: Training, length: tuple[int, int] | None) -> bool:
-    return length is None or length[0] < SHARE * ITERATIONS or any(log.is_unfinished for log in training.logs.values())
+    if length is None or any(log.epochs is None or log.is_unfinished for log in training.logs.values()):
+        return True
+    return length[0] < SHARE * ITERATIONS
 
 
 def _shown_length(training: Training, length: tuple[int, int] | None) -> str:
     if length is None:
         return UNKNOWN
     unfinished = ", unfinished" if any(log.is_unfinished for log in training.logs.values()) else ""
+    unfinished = ", of unknown epochs" if any(log.epochs is None for log in training.logs.values()) else unfinished
     return f"{100 * length[0] / ITERATIONS:.3g} %{unfinished}"
 
 
@@ -229,7 +250,8 @@ def _shown_rise(rise: float) -> str:
         return UNKNOWN
     if not isfinite(rise):
         return f"fewer than {_FEWEST_EPOCHS} epochs"
-    return f"{100 * rise:+.1f} Dice points".replace("-", "\N{MINUS SIGN}")
+    points = round(100 * rise, 1) + 0.0  # without a negative zero
+    return f"{points:+.1f} Dice points".replace("-", "\N{MINUS SIGN}")
 
 
 def _augmentation(trainings: Mapping[str, Training], known: Sequence[str]) -> Check:
@@ -241,7 +263,7 @@ def _augmentation(trainings: Mapping[str, Training], known: Sequence[str]) -> Ch
         rule=f"augmentation must be the same: batchgeneratorsv2 before {TURNED} or from it on",
         values={label: _shown_augmentation(t) for label, t in trainings.items()},
         failing=frozenset(label for label in known if len(eras[label]) != 1 or None in eras[label]),
-        keys=eras,
+        keys={label: eras[label] for label in known},
     )
 
 
@@ -251,22 +273,28 @@ def _shown_augmentation(training: Training) -> str:
     return " and ".join(dict.fromkeys(shown)) or UNKNOWN
 
 
-def _of_settings(runs: Mapping[str, Run], labels: Sequence[str], trainings: Mapping[str, Training]) -> list[Check]:
-    def check(name: Name, title: str, rule: str, text: Callable[[Run], str], key: Callable[[Run], Any]) -> Check:
-        keys = {label: key(runs[label]) for label in labels}
-        unknown = frozenset(label for label in labels if trainings[label].curves and keys[label] is None)
-        return Check(
-            name=name,
-            title=title,
-            rule=rule,
-            values={label: UNKNOWN if keys[label] is None else text(runs[label]) for label in labels},
-            failing=unknown,
-            keys=keys,
-        )
-
+def _of_settings(runs: Mapping[str, Run], labels: Sequence[str]) -> list[Check]:
+    voxels = {label: _voxels(runs[label]) for label in labels}
+    trained_on = frozenset(label for label in labels if "all" in runs[label].folds)
     return [
-        check("voxels", "voxels of an iteration", "runs must see equal voxels in an iteration", _shown_voxels, _voxels),
-        check("folds", "folds", "runs must have the same folds", lambda r: " ".join(r.folds), lambda r: r.folds),
+        Check(
+            name="voxels",
+            title="voxels of an iteration",
+            rule="runs must see equal voxels in an iteration",
+            values={label: UNKNOWN if n is None else _shown_voxels(runs[label]) for label, n in voxels.items()},
+            failing=frozenset(label for label, n in voxels.items() if n is None),
+            keys={label: n for label, n in voxels.items() if n is not None},
+        ),
+        Check(
+            name="folds",
+            title="folds",
+            rule="runs must have the same folds, which hold their cases back"
+            if trained_on
+            else "runs must have the same folds",
+            values={label: " ".join(runs[label].folds) for label in labels},
+            failing=trained_on,
+            keys={label: runs[label].folds for label in labels},
+        ),
     ]
 
 
@@ -280,29 +308,69 @@ def _shown_voxels(run: Run) -> str:
     return f"{_voxels(run):,} ({run.settings['batch_size']} of {patch})"
 
 
+def _data(evaluations: Sequence[Evaluation], runs: Mapping[str, Run]) -> Check:
+    """Cases, folds that validate them, and their references; the report's warnings name those that differ."""
+    labels = evaluations[0].labels
+    names = {label: str(runs[label].plans.get("dataset_name", UNKNOWN)) if label in runs else "" for label in labels}
+    odd = frozenset(label for e in evaluations for label in contradictory(e.compared))
+    keys = {label: (names[label], *(_references(e, label) for e in evaluations)) for label in labels}
+    shown = {label: names[label] or "the same references" for label in labels}
+    return Check(
+        name="data",
+        title="data set, splits, references",
+        rule="runs must have the same data set, splits and references, and Dice of their counts, see below",
+        values={label: f"{text}, edited Dice" if label in odd else text for label, text in shown.items()},
+        failing=odd,
+        keys=keys,
+    )
+
+
+def _references(evaluation: Evaluation, label: str) -> tuple[tuple[str, str, str, str], ...]:
+    """Case, structure, fold and voxels of the reference of all rows of a run."""
+    own = evaluation.compared[evaluation.compared["run"] == label].sort_values(["case", "structure"])
+    voxels = (own["TP"] + own["FN"]).astype(str)
+    return tuple(zip(own["case"], own["structure"], own["fold"].astype(str), voxels, strict=True))
+
+
 def _baseline(evaluations: Sequence[Evaluation]) -> Check:
     """Mean Dice of the baselines: what has not learned is no baseline."""
     labels = evaluations[0].labels
-    dice = {label: min(e.mean(label).mean for e in evaluations) for label in labels}
+    dice = {label: min((e.mean(label).mean for e in evaluations), key=_or_none) for label in labels}
     return Check(
         name="baseline",
         title="mean Dice",
         rule=f"a baseline must reach a mean Dice of {LEARNED:g}",
-        values={label: f"{value:.3f}" for label, value in dice.items()},
+        values={label: f"{value:.3f}" if isfinite(value) else "not defined" for label, value in dice.items()},
         failing=frozenset(b for e in evaluations for b in e.baselines if not dice[b] >= LEARNED),
     )
 
 
+def _or_none(dice: float) -> float:
+    return dice if isfinite(dice) else -1.0
+
+
 def _failed(evaluations: Sequence[Evaluation], trainings: Mapping[str, Training]) -> dict[str, str]:
-    """Runs whose training diverged, or that never find what another run finds."""
+    """Runs whose training diverged, or that lack a structure that another run has learned or finds."""
     failed = {
-        label: f"{label} has no finite loss"
+        label: f"the loss of {label} is not finite"
         for label, training in trainings.items()
-        if any(c.training_loss and not isfinite(c.training_loss[-1]) for c in training.curves.values())
+        if not all(_converged(curves) for curves in training.curves.values())
     }
     for evaluation in evaluations:
         for structure in evaluation.structures:
+            if evaluation.present(structure) < _FEWEST_SEEN:
+                continue
+            dice = {label: evaluation.mean(label, "Dice", structure).mean for label in evaluation.labels}
             finding = {label: evaluation.finds(label, structure) for label in evaluation.labels}
-            if any(finding.values()) and evaluation.present(structure) >= FEWEST_CASES:
+            if any(finding.values()):
                 failed |= {r: f"{r} never finds {structure}" for r, finds in finding.items() if not finds}
+            if any(value >= LEARNED for value in dice.values()):
+                lost = {r: value for r, value in dice.items() if value < LOST and finding[r]}
+                failed |= {r: f"{r} has a Dice of {value:.3f} in {structure}" for r, value in lost.items()}
     return failed
+
+
+def _converged(curves: Curves) -> bool:
+    """Whether both losses are finite in the last tenth of the epochs."""
+    losses = (curves.training_loss, curves.validation_loss)
+    return all(loss and all(map(isfinite, loss[-max(1, len(loss) // 10) :])) for loss in losses)

@@ -202,7 +202,7 @@ def conclusions(comparison: Comparison, evaluation: Evaluation) -> list[str]:
 
 def _accuracy(comparison: Comparison, evaluation: Evaluation, warnings: list[str]) -> Section:
     prefix = evaluation.name.replace(" ", "-")
-    margin = comparison.gate.margin
+    margin = comparison.gate.margin if _has_verdicts(comparison) else None
     items: list[Table | Figure | None] = []
     for metric in evaluation.metrics:
         if metric != "IoU":  # it follows from Dice, and is in cases.csv
@@ -268,7 +268,7 @@ def _method(comparison: Comparison) -> list[str]:
         "differences; p: Wilcoxon signed-rank test, two-sided, zero differences discarded, after Holm's correction "
         "over all runs for the mean, over all runs and structures for the single structures, each metric and baseline "
         "apart.",
-        *_of_verdicts(comparison.gate.margin),
+        *_of_verdicts(comparison),
         "One training per fold: intervals tell how far the result depends on the cases, not on another training.",
     ]
     if request.tolerance is not None:
@@ -280,14 +280,19 @@ def _method(comparison: Comparison) -> list[str]:
     return sentences
 
 
-def _of_verdicts(margin: float | None) -> list[str]:
-    if margin is None:
+def _of_verdicts(comparison: Comparison) -> list[str]:
+    if not _has_verdicts(comparison):
         return []
     return [
-        f"Verdict, by a margin of {margin:g} Dice points: superior, the interval lies above zero and p is below "
-        f"{statistics.SIGNIFICANT:.2f}; non-inferior, it lies above minus the margin; inferior, below it; else "
-        f"inconclusive. With fewer than {statistics.FEWEST_CASES} cases there is none."
+        f"Verdict, by the margin of {comparison.gate.margin:g} in Dice points: superior, the interval lies above zero "
+        f"and p is below {statistics.SIGNIFICANT:.2f}; non-inferior, it lies above minus the margin; inferior, below "
+        f"it; else inconclusive. With fewer than {statistics.FEWEST_CASES} cases there is none."
     ]
+
+
+def _has_verdicts(comparison: Comparison) -> bool:
+    judged = (comparison.gate.judge(e, c) for e in comparison.evaluations for c in e.comparands)
+    return any(verdict is not None and verdict.word for verdict in judged)
 
 
 def _versions() -> str:

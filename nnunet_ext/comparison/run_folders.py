@@ -130,13 +130,15 @@ def read_run(folder: Path, folds: Sequence[str] | None = None) -> Run:
 
 def _deployed(model: ModelFolder) -> Deployed | None:
     """What the plans and deployment.json of a deployed model say; None for a training's own folder."""
-    noted = {name: entry["deployed"] for name, entry in model.plans["configurations"].items() if "deployed" in entry}
+    configurations = model.plans["configurations"]
+    noted = {n: entry["deployed"] for n, entry in configurations.items() if isinstance(entry.get("deployed"), dict)}
     if not noted:
         return None
     name, entry = next(iter(noted.items()))
     path = model.folder / "deployment.json"
     folds = read_json(path, "deploy the model again").get("folds") if path.is_file() else None
-    records = {f: log_of(v.get("training")) for f, v in (folds or {}).items() if isinstance(v, dict)}
+    folds = folds if isinstance(folds, dict) else {}
+    records = {f: log_of(v.get("training")) for f, v in folds.items() if isinstance(v, dict)}
     return Deployed(
         trainer=str(entry.get("trainer")),
         configuration=name,

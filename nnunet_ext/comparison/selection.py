@@ -10,6 +10,8 @@ from pathlib import Path
 from nnunet_ext import registry
 from nnunet_ext.comparison import cost, gate, places, run_folders
 from nnunet_ext.comparison.compare import ComparisonRequest
+from nnunet_ext.comparison.run_folders import RES_ENC_M
+from nnunet_ext.comparison.scores import read_validation
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.plans import DEFAULT_PLANS
 
@@ -84,8 +86,8 @@ def request(selection: Selection) -> ComparisonRequest:
     else:
         beside = [*selection.predictions, *([selection.references] if selection.references else [])]
         dataset = places.dataset_of(beside, selection.description)
-    baseline = _baseline(selection.baseline, found, list(predictions))
-    found = _with_second(found, selection)
+    named, found = found, _with_second(found, selection)
+    baseline = _baseline(selection.baseline, named, [run.label for run in found] or list(predictions))
     return ComparisonRequest(
         runs=tuple(found),
         predictions=predictions,
@@ -155,11 +157,17 @@ def _with_second(found: list[run_folders.Run], selection: Selection) -> list[run
     first = found[0]
     trainer = registry.CORE_TRAINER + run_folders.suffix(first.trainer)
     folder = first.folder.with_name(f"{trainer}__{run_folders.RES_ENC_M}__{first.configuration}")
+    label = "ResEnc M" if all(run.label != "ResEnc M" for run in found) else RES_ENC_M
     try:
-        second = run_folders.read_run(folder, first.folds)
-    except UsageError:  # not there, or not validated
+        second = replace(run_folders.read_run(folder, first.folds), label=label)
+        own, wanted = read_validation(second), read_validation(first)
+    except UsageError:  # not there, or not whole: nobody asked for it
         return found
-    return [*found, replace(second, label="ResEnc M")]
+    keys = [set(zip(scores["case"], scores["structure"], strict=True)) for scores in (wanted, own)]
+    ending = str(second.dataset["file_ending"])
+    files = (second.fold_folder(row.fold) / "validation" / f"{row.case}{ending}" for row in own.itertuples())
+    is_fit = keys[0] <= keys[1] and (selection.tolerance is None or all(path.is_file() for path in files))
+    return [*found, second] if is_fit else found
 
 
 def _variable(name: str) -> Path | None:
@@ -175,8 +183,7 @@ def _named(labels: Sequence[str], folders: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(labels, folders, strict=True))
 
 
-def _baseline(asked: str | None, found: Sequence[run_folders.Run], predicted: Sequence[str]) -> str:
-    labels = [run.label for run in found] or list(predicted)
+def _baseline(asked: str | None, found: Sequence[run_folders.Run], labels: Sequence[str]) -> str:
     if asked is None:
         return labels[0]
     matching = [label for label in labels if label == asked]

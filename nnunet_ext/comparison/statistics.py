@@ -40,6 +40,7 @@ class PairedDifference:
         low, high: 95 % interval of `mean`; NaN with fewer than two cases.
         p: Wilcoxon signed-rank, two-sided; NaN with fewer than two cases, 1 where all differences are zero.
         better, worse: Number of cases with a positive, a negative difference.
+        direction: Sign of the sum of the signed ranks, on whose side the test sees the run.
     """
 
     n: int
@@ -49,25 +50,22 @@ class PairedDifference:
     p: float
     better: int
     worse: int
+    direction: int
 
 
 def difference(run: pd.Series[float], baseline: pd.Series[float]) -> PairedDifference:
     """Compare two series of values, indexed by case; cases without a value in either don't count."""
     d = (run - baseline).dropna().sort_index().to_numpy(dtype=float)
-    if len(d) < 2:
-        mean = float(d.mean()) if len(d) else np.nan
-        return PairedDifference(
-            n=len(d), mean=mean, low=np.nan, high=np.nan, p=np.nan, better=int((d > 0).sum()), worse=int((d < 0).sum())
-        )
-    low, high = interval(d)
+    low, high = interval(d) if len(d) > 1 else (np.nan, np.nan)
     return PairedDifference(
         n=len(d),
-        mean=float(d.mean()),
+        mean=float(d.mean()) if len(d) else np.nan,
         low=low,
         high=high,
-        p=signed_rank(d),
+        p=signed_rank(d) if len(d) > 1 else np.nan,
         better=int((d > 0).sum()),
         worse=int((d < 0).sum()),
+        direction=int(np.sign(_signed_ranks(d).sum())),
     )
 
 
@@ -83,13 +81,17 @@ def signed_rank(d: NDArray[np.float64]) -> float:
     if d.size < 2:
         return 1.0
     if d.size <= _EXACT:
-        signed = np.sign(d) * stats.rankdata(np.abs(d))
         options = {"permutation_type": "samples", "vectorized": True, "n_resamples": np.inf}
-        return float(stats.permutation_test((signed,), np.sum, **options).pvalue)
+        return float(stats.permutation_test((_signed_ranks(d),), np.sum, **options).pvalue)
     with warnings.catch_warnings():
         # Where it takes the normal approximation, scipy says so.
         warnings.simplefilter("ignore")
         return float(stats.wilcoxon(d).pvalue)
+
+
+def _signed_ranks(d: NDArray[np.float64]) -> NDArray[np.float64]:
+    d = d[d != 0]
+    return np.sign(d) * stats.rankdata(np.abs(d))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -130,13 +132,16 @@ def verdict(found: PairedDifference, p: float, margin: float) -> Verdict:
     if found.n < FEWEST_CASES:
         return Verdict(None, f"{found.n} of the {FEWEST_CASES} cases that it takes")
     significant = p < SIGNIFICANT
+    if significant and found.direction * found.mean < 0 and not found.low <= 0 <= found.high:
+        return Verdict("inconclusive", f"{'more' if found.mean > 0 else 'less'}, but the rank test sees the opposite")
     if found.low > 0:
         return Verdict("superior") if significant else Verdict("non-inferior", "more, which the rank test leaves open")
     if found.high < -margin:
         return Verdict("inferior", "" if significant else "which the rank test leaves open")
     word: Word = "non-inferior" if found.low > -margin else "inconclusive"
     if found.high < 0:
-        return Verdict(word, "less, by less than the margin" if word == "non-inferior" else "less, by an open amount")
+        less = "less, by less than the margin" if word == "non-inferior" else "less, by an open amount"
+        return Verdict(word, less if significant else f"{less}, which the rank test leaves open")
     return Verdict(word, "though the rank test sees a difference" if significant else "")
 
 

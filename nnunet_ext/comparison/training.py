@@ -10,7 +10,7 @@ from statistics import median
 
 from nnunet_ext.comparison.run_folders import Run
 from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
-from nnunet_ext.nnunet.training_log import Curves, TrainingLog, read_log
+from nnunet_ext.nnunet.training_log import UNKNOWN, Curves, TrainingLog, read_log
 from nnunet_ext.printable import counted
 
 
@@ -21,10 +21,17 @@ class Training:
     Args:
         logs: Fold -> what it left; of a deployed model what was noted when it was deployed.
         warnings: Sentences about what is missing or doubtful.
+        other_checkpoint: Whether a validation is, or may be, of another checkpoint than the final one.
     """
 
     logs: Mapping[str, TrainingLog]
     warnings: tuple[str, ...] = ()
+    other_checkpoint: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the curves of all folds are."""
+        return bool(self.logs) and all(log.curves is not None for log in self.logs.values())
 
     @property
     def curves(self) -> dict[str, Curves]:
@@ -57,7 +64,7 @@ class Training:
 def read_training(run: Run) -> Training:
     """Read checkpoints and debug.json of the compared folds; what can't be read becomes a warning."""
     if run.deployed is not None:
-        return Training(run.deployed.logs)
+        return Training({fold: run.deployed.logs.get(fold, UNKNOWN) for fold in run.folds})
     logs, warnings = {}, []
     for fold in run.folds:
         folder = run.fold_folder(fold)
@@ -69,7 +76,12 @@ def read_training(run: Run) -> Training:
         warnings.append(
             f"{run.label}: folds {', '.join(unfinished)} are not compared (no validation, or not asked for)."
         )
-    return Training(logs, tuple(warnings))
+    doubtful = any(_is_of_other_checkpoint(run.fold_folder(fold)) for fold in run.folds)
+    return Training(logs, tuple(warnings), doubtful)
+
+
+def _is_of_other_checkpoint(folder: Path) -> bool:
+    return not (folder / FINAL_CHECKPOINT).is_file() or len(set(logged_validations(folder))) > 1
 
 
 def _doubts(run: Run, folder: Path, fold: str, log: TrainingLog) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +15,7 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT, read_checkpoint
 
+_SERIES = ("training_loss", "validation_loss", "dice", "seconds")
 _CHECKPOINTS = (FINAL_CHECKPOINT, "checkpoint_latest.pth", "checkpoint_best.pth")
 # From this release on batchgeneratorsv2 rotates and scales by the matrix that is meant, not by its transpose.
 TURNED = Version("0.3.4")
@@ -66,7 +67,13 @@ class TrainingLog:
             return Version(self.augmentation or "") >= TURNED
         except InvalidVersion:
             started = self.curves.started if self.curves else None
+        try:
             return None if started is None else datetime.fromtimestamp(started, timezone.utc) >= TURNED_ON
+        except (ValueError, OverflowError, OSError):  # no date
+            return None
+
+
+UNKNOWN = TrainingLog(curves=None, epochs=None, iterations=None, machine="unknown device", augmentation=None)
 
 
 def read_log(folder: Path) -> tuple[TrainingLog, list[str]]:
@@ -87,7 +94,7 @@ def read_log(folder: Path) -> tuple[TrainingLog, list[str]]:
         epochs=_count(debug.get("num_epochs")),
         iterations=_count(debug.get("num_iterations_per_epoch")),
         machine=f"{device}, PyTorch {debug.get('torch_version', 'unknown')}",
-        augmentation=debug.get("batchgeneratorsv2_version"),
+        augmentation=_text(debug.get("batchgeneratorsv2_version")),
     )
     return log, problems
 
@@ -95,26 +102,27 @@ def read_log(folder: Path) -> tuple[TrainingLog, list[str]]:
 def record(log: TrainingLog) -> dict[str, Any]:
     """The log for JSON, which has no NaN."""
     fields = asdict(log)
-    return {**fields, "curves": fields["curves"] and {key: _each(v, _null) for key, v in fields["curves"].items()}}
+    for key in _SERIES if fields["curves"] else ():
+        fields["curves"][key] = [value if math.isfinite(value) else None for value in fields["curves"][key]]
+    return fields
 
 
 def log_of(record: Any) -> TrainingLog | None:
     """The log of a `record`; None of anything else."""
     try:
-        curves = record["curves"]
+        curves = record["curves"] and Curves(
+            **{key: tuple(map(_nan, record["curves"][key])) for key in _SERIES},
+            started=record["curves"]["started"] and float(record["curves"]["started"]),
+        )
         return TrainingLog(
-            **{**record, "curves": curves and Curves(**{key: _each(v, _nan) for key, v in curves.items()})}
+            curves=curves,
+            epochs=_count(record["epochs"]),
+            iterations=_count(record["iterations"]),
+            machine=str(record["machine"]),
+            augmentation=_text(record["augmentation"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-
-
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    return tuple(map(change, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _null(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _nan(value: float | None) -> float:
@@ -122,7 +130,11 @@ def _nan(value: float | None) -> float:
 
 
 def _count(text: Any) -> int | None:
-    return int(text) if str(text).isdecimal() else None
+    return (int(text) or None) if str(text).isdecimal() else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def read_curves(folder: Path) -> Curves:

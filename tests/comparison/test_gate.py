@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.comparison.selection import Selection
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.training_log import log_of, read_log, record
-from tests.comparison.conftest import DATASET, FULL, Counts, MakeRun, Schedule, dice_counts, random_folds
+from tests.comparison.conftest import DATASET, FULL, Counts, MakeRun, Schedule, dice_counts, random_folds, write_fold
 
 A, B = "nnUNetTrainer", "nnUNetTrainerB"
 JULY = 1_784_000_000.0  # 2026-07-14
@@ -50,6 +51,11 @@ def shifted(folds: Folds, by: float) -> Folds:
         fold: {case: [dice_counts(c[0] / 1000 + by) for c in counts] for case, counts in cases.items()}
         for fold, cases in folds.items()
     }
+
+
+def like(folds: Folds, counts: list[Counts]) -> Folds:
+    """The same cases, all with these counts."""
+    return {fold: dict.fromkeys(cases, counts) for fold, cases in folds.items()}
 
 
 def pair(make_run: MakeRun, *, baseline: dict[str, Any] | None = None, **other: Any) -> tuple[Path, Path]:
@@ -96,6 +102,32 @@ PLANTED: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": replace(FULL, augmentation="0.3.4")},
         "(nnUNetTrainer: before 0.3.4, by date; nnUNetTrainerB: 0.3.4)",
     ),
+    "collapsed curve": (
+        {"schedule": replace(FULL, rise=-0.0002)},
+        "learning curves must have flattened (nnUNetTrainerB: \N{MINUS SIGN}2.0 Dice points)",
+    ),
+    "other references": (
+        {"folds": like(random_folds(1), [(900, 300, 600)] * 2)},
+        "runs must have the same data set, splits and references",
+    ),
+    "swapped splits": (
+        {"folds": dict(zip(("1", "0"), shifted(random_folds(1), 0.03).values(), strict=True))},
+        "runs must have the same data set, splits and references",
+    ),
+    "structure that the baseline has not learned": (
+        {
+            "baseline": {
+                "folds": {
+                    f: {c: [(980, 20, 20), (50, 950, 950)] for c in cases} for f, cases in random_folds(1).items()
+                }
+            }
+        },
+        "cross-validation, nnUNetTrainerB: nnUNetTrainer has a Dice of 0.050 in lesion",
+    ),
+    "run with Dice near zero": (
+        {"folds": like(random_folds(1), [(2, 998, 998)] * 2)},
+        "cross-validation, nnUNetTrainerB: nnUNetTrainerB has a Dice of 0.002 in ",
+    ),
     "run that never finds a structure": (
         {"folds": {f: {c: [n[0], (0, 0, 1000)] for c, n in cases.items()} for f, cases in random_folds(1).items()}},
         "cross-validation, nnUNetTrainerB: nnUNetTrainerB never finds lesion",
@@ -131,6 +163,57 @@ def test_unfinished_training_fails_the_schedule(make_run: MakeRun) -> None:
     debug = json.loads((b / "fold_1" / "debug.json").read_text())
     (b / "fold_1" / "debug.json").write_text(json.dumps({**debug, "num_epochs": "1500"}))
     assert "(nnUNetTrainerB: 100 %, unfinished)" in first_line(run(a, b))
+
+
+def test_folds_of_unequal_lengths_are_not_equal_in_sum(make_run: MakeRun) -> None:
+    a, b = pair(make_run)
+    for fold in (a / "fold_0", b / "fold_1"):
+        shutil.rmtree(fold)
+    cases = random_folds(1)
+    write_fold(a / "fold_0", cases["0"], replace(FULL, epochs=500))
+    write_fold(b / "fold_1", cases["1"], replace(FULL, epochs=500))
+    assert "runs must have equal iterations" in first_line(run(a, b))
+
+
+@pytest.mark.parametrize("change", ["another checkpoint", "validated twice"])
+def test_validation_that_may_be_of_another_checkpoint_has_no_verdict(make_run: MakeRun, change: str) -> None:
+    a, b = pair(make_run)
+    for fold in b.glob("fold_*"):
+        if change == "validated twice":
+            lines = "Mean Validation Dice:  0.61\nMean Validation Dice:  0.63\n"
+            (fold / "training_log_1.txt").write_text(lines)
+        else:
+            (fold / "checkpoint_final.pth").rename(fold / "checkpoint_best.pth")
+    found = run(a, b)
+    assert words(found) == {None}
+    assert "validations must be of the final checkpoint (nnUNetTrainerB: perhaps another)" in first_line(found)
+
+
+def test_fold_all_has_no_verdict(make_run: MakeRun) -> None:
+    folds = {"all": random_folds(1)["0"] | random_folds(1)["1"]}
+    found = run(*pair(make_run, baseline={"folds": folds}, folds=shifted(folds, 0.03)), folds=["all"])
+    assert words(found) == {None}
+    assert "which hold their cases back (nnUNetTrainer: all; nnUNetTrainerB: all)" in first_line(found)
+
+
+@pytest.mark.parametrize("epochs", [None, "0", "many"])
+def test_unknown_number_of_planned_epochs_fails_the_schedule(make_run: MakeRun, epochs: str | None) -> None:
+    a, b = pair(make_run)
+    for fold in b.glob("fold_*"):
+        debug = json.loads((fold / "debug.json").read_text()) | {"num_epochs": epochs}
+        (fold / "debug.json").write_text(json.dumps(debug))
+    assert "(nnUNetTrainerB: 100 %, of unknown epochs)" in first_line(run(a, b))
+
+
+def test_edited_dice_has_no_verdict(make_run: MakeRun) -> None:
+    a, b = pair(make_run)
+    path = b / "fold_0" / "validation" / "summary.json"
+    content = json.loads(path.read_text())
+    content["metric_per_case"][2]["metrics"]["1"]["Dice"] = 0.99
+    path.write_text(json.dumps(content))
+    found = run(a, b)
+    assert words(found) == {None}
+    assert "nnUNetTrainerB: Dataset007_Toy, edited Dice" in first_line(found)
 
 
 def test_diverged_training_counts_as_failed(make_run: MakeRun) -> None:
@@ -179,7 +262,7 @@ def test_accepted_fault_is_said_in_the_first_line(make_run: MakeRun) -> None:
     found = run(*folders, accepted=("voxels",))
     assert "superior" in words(found)
     assert "Accepted by --accept: runs must see equal voxels in an iteration (" in first_line(found)
-    with pytest.raises(UsageError, match=r"--accept must be of trainings, schedule, .*, got all: correct it"):
+    with pytest.raises(UsageError, match=r"--accept must be of trainings, checkpoint, .*, got all: correct it"):
         run(*folders, accepted=("all",))
 
 
@@ -208,6 +291,24 @@ def test_res_enc_m_is_the_second_baseline_where_it_lies_beside_the_runs(make_run
     assert content["second_baseline"] == "ResEnc M"
     table = next(t for t in (report.tables.second(found, found.evaluations[0]),) if t is not None)
     assert [row[:2] for row in table.rows] == [("Dice", B)]
+    alone = run(*(tmp_path / "results" / "Dataset007_Toy" / f"{name}__nnUNetPlans__3d_fullres" for name in (A, B)))
+    assert found.evaluations[0].comparand(B).p_holm == alone.evaluations[0].comparand(B).p_holm
+    assert run(**chosen, baseline="ResEnc M").evaluations[0].labels[0] == "ResEnc M"
+    assert run(**chosen, names=("ResEnc M", B)).request.second == "nnUNetResEncUNetMPlans"
+
+
+@pytest.mark.parametrize("fault", ["cut off", "fewer cases"])
+def test_res_enc_m_that_does_not_fit_is_left_out(make_run: MakeRun, tmp_path: Path, fault: str) -> None:
+    pair(make_run)
+    folds = (
+        random_folds(3) if fault == "cut off" else {f: dict(list(c.items())[:3]) for f, c in random_folds(3).items()}
+    )
+    folder = make_run(A, folds, plans="nnUNetResEncUNetMPlans", schedule=FULL)
+    if fault == "cut off":
+        (folder / "fold_0" / "validation" / "summary.json").write_text("{")
+    found = run(folders=(), dataset="7", trainers=(A, B), results=tmp_path / "results")
+    assert found.evaluations[0].labels == (A, B)
+    assert len(found.evaluations[0].cases) == 12
 
 
 def test_constant_curves_are_flat_and_noise_is_not_a_rise() -> None:
@@ -290,5 +391,22 @@ def test_record_of_a_training_comes_back_from_json(make_run: MakeRun) -> None:
     log = replace(log, curves=replace(log.curves, dice=(float("nan"), *log.curves.dice[1:])))
     again = log_of(json.loads(json.dumps(record(log), allow_nan=False)))
     assert repr(again) == repr(log)  # NaN is not equal to itself
-    assert log_of({"curves": {}}) is None
-    assert log_of("text") is None
+    odd = log_of({**record(log), "epochs": "9", "augmentation": 3})
+    assert odd is not None
+    assert (odd.epochs, odd.augmentation) == (9, None)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["text", {"curves": {}}, {"epochs": 3}, {"dice": 3}, {"seconds": None}, {"started": "x"}, {"training_loss": None}],
+)
+def test_record_that_is_none_is_not_known(make_run: MakeRun, broken: Any) -> None:
+    whole = record(read_log(make_run(A, random_folds(1)) / "fold_0")[0])
+    if isinstance(broken, dict) and broken.keys() <= whole["curves"].keys():
+        broken = {**whole, "curves": whole["curves"] | broken}
+    assert log_of(broken) is None
+
+
+def test_dates_that_are_none_are_unknown(make_run: MakeRun) -> None:
+    folder = make_run(A, random_folds(1), schedule=replace(FULL, epochs=2, started=1e20))
+    assert read_log(folder / "fold_0")[0].is_turned is None

@@ -97,7 +97,19 @@ def test_holm_never_exceeds_one_and_leaves_out_what_is_not_defined() -> None:
 
 
 def found(low: float, high: float, n: int = 10) -> PairedDifference:
-    return PairedDifference(n=n, mean=(low + high) / 2, low=low, high=high, p=0.5, better=5, worse=5)
+    mean = (low + high) / 2
+    direction = int(np.sign(mean))
+    return PairedDifference(n=n, mean=mean, low=low, high=high, p=0.5, better=5, worse=5, direction=direction)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_mean_that_the_rank_test_contradicts_is_inconclusive(sign: int) -> None:
+    d = sign * np.concatenate([np.full(15, 0.35), np.linspace(-0.03, -0.02, 65)])
+    judged = difference(series(*d), series(*np.zeros(80)))
+    assert judged.low * judged.high > 0
+    assert judged.p < 0.05
+    assert verdict(judged, judged.p, 0.01).word == "inconclusive"
+    assert "the rank test sees the opposite" in verdict(judged, judged.p, 0.01).note
 
 
 @pytest.mark.parametrize(
@@ -113,6 +125,7 @@ def found(low: float, high: float, n: int = 10) -> PairedDifference:
         (-0.03, -0.011, 0.01, "inferior"),
         (-0.03, -0.011, 0.06, "inferior (which the rank test leaves open)"),
         (-0.03, -0.009, 0.01, "inconclusive (less, by an open amount)"),
+        (-0.009, -0.001, 0.06, "non-inferior (less, by less than the margin, which the rank test leaves open)"),
         (-0.01, 0.0, 0.5, "inconclusive"),
     ],
 )
