@@ -59,7 +59,14 @@ def advise(
     with tempfile.TemporaryDirectory() as folder:
         data.write(Path(folder))
         jobs = [
-            Job(Path(folder), data.name, name, target, planner, trainers)
+            Job(
+                folder=Path(folder),
+                dataset=data.name,
+                configuration=name,
+                target=target,
+                planner=planner,
+                trainers=trainers,
+            )
             for planner, trainers in _jobs(aim, everything)
             if trainers
         ]

@@ -14,7 +14,7 @@ SMALL = 0.1  # difference that default nnU-Net is not left for
 UNSHOWN = 0.5  # the same of the best own network, for methods whose accuracy has not been shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """The row to take, the best one of nnU-Net's own networks, and the best one of all; they may be the same."""
 
@@ -44,7 +44,7 @@ def choose(advice: Advice) -> Choice:
     least = min(map(advice.value, able))
     near = [row for row in able if advice.value(row) - least <= SMALL * whole]
     row = min(near, key=lambda row: (not row.is_default, not row.has_own_weights, *_cost(advice, row)))
-    return Choice(row, nearest, best)
+    return Choice(row=row, own=nearest, best=best)
 
 
 def _serves(row: Row, aim: aims.Aim) -> bool:

@@ -39,7 +39,7 @@ HOSTS = {planner.__name__: planner for planner in (ExperimentPlanner, nnUNetPlan
 CONFIGURATIONS = {"2d": ("2d",), "3d_fullres": ("3d_fullres",), "3d_lowres": ("3d_fullres", "3d_lowres")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A planner, and the trainers that train with its plans.
 

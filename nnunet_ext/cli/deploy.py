@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Deploy and print; return the exit status."""
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
         from nnunet_ext.deploy.model import TrainedModel
-        from nnunet_ext.deploy.ship import DeployOptions, precision_note, ship
+        from nnunet_ext.deploy.ship import DeployOptions, precision_note, predict_command, ship
 
         model = TrainedModel.read(args.model, args.folds, args.checkpoint, args.trust)
         options = DeployOptions(args.dtype, args.form, args.onnx, args.images)
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(map(printable, _lines(fold, result))))
     if args.dtype != "float32":
         print(precision_note(args.dtype))
-    command = ["nnUNetv2_predict_from_modelfolder", "-m", str(args.output), "-i", "IN", "-o", "OUT", "-f", *shipped]
-    print(printable(f"Predict: {shlex.join(command)}"))
+    print(printable(f"Predict: {shlex.join(predict_command(args.output, shipped))}"))
     return 0
 
 

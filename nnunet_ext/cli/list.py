@@ -21,9 +21,9 @@ SCHEDULES = (
     "e.g. -tr nnUNetTrainer_20epochs_50iters: N epochs of M training iterations."
 )
 HOW = (
-    "A block's first word is for nnUNetv2_train -tr, with the plans -p that nnUNetv2_plan_experiment -pl makes. "
-    "Trainers of memory and context, but for the cascade's, also take plans that you have (-p nnUNetPlans): the same "
-    "patch in less memory."
+    "Under the aims a block's first word is for nnUNetv2_train -tr, with the plans -p that nnUNetv2_plan_experiment "
+    "-pl makes; rival: nnU-Net's own way to the same aim. All trainers but the cascade's also take plans that you have "
+    "(-p nnUNetPlans): the same patch."
 )
 NNUNET_PLANS = "nnUNetPlans"  # what nnU-Net's default planner writes
 _RESEARCH = "research switches: variants of the above, for comparisons"

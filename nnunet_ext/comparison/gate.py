@@ -125,6 +125,8 @@ class Gate:
         else:
             sentences.append(f"No verdict: {'; '.join(dict.fromkeys(why))}.")
         meant = self.reasons(pairs, accepted=True)
+        if not why and not meant:
+            sentences.insert(0, "All checks hold.")
         return " ".join([*sentences, *([f"Accepted by --accept: {'; '.join(meant)}."] if meant else [])])
 
 

@@ -62,9 +62,13 @@ def gate(comparison: Comparison) -> Table | None:
     for check in comparison.gate.checks:
         fails = any(check.failures(*pair) for pair in pairs)
         holds = "yes" if not fails else "accepted" if check.name in comparison.gate.accepted else "no"
-        rows.append((check.title, *(check.values[label] for label in labels), *([holds] if pairs else [])))
+        rows.append(
+            (f"{check.name}: {check.title}", *(check.values[label] for label in labels), *([holds] if pairs else []))
+        )
     header = ("check", *labels, *(["holds"] if pairs else []))
-    return Table("What a verdict rests on.", header, tuple(rows), len(header))
+    return Table(
+        "What a verdict rests on; the words before the colons are those of --accept.", header, tuple(rows), len(header)
+    )
 
 
 def summary(comparison: Comparison) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,12 @@ class _Fold:
                     f"differ by {found[-1].relative:.1e} of the largest: leave --onnx out, and report this."
                 )
         return tuple(found)
+
+
+def predict_command(output: Path, folds: Iterable[str]) -> list[str]:
+    """nnU-Net's command that predicts with a deployed model on this machine."""
+    command = ["nnUNetv2_predict_from_modelfolder", "-m", str(output), "-i", "IN", "-o", "OUT", "-f", *folds]
+    return command if torch.cuda.is_available() else [*command, "-device", "cpu"]
 
 
 def precision_note(dtype: str) -> str:

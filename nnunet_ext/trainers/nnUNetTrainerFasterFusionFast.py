@@ -10,7 +10,7 @@ from nnunet_ext.trainers.from_plans import builds
 
 
 class nnUNetTrainerFasterFusionFast(AtomicCheckpointMixin, nnUNetTrainer):
-    """FasterFusion from 32 channels on with batch norm everywhere: 4.6 times fewer parameters, 5.4 times operations.
+    """FasterFusion from 32 channels on with batch norm everywhere: 4.6 times fewer weights, 5.4 times fewer operations.
 
     Prediction runs the fused network by itself, without any norm; so does validation where nnU-Net does not compile.
     Training needs more memory than that of default nnU-Net (docs/methods/faster_fusion.md).

@@ -260,7 +260,7 @@ def test_bars_are_drawn_for_any_methods(methods: tuple[Method, ...]) -> None:
 
 def test_bars_show_the_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(figures, "rendered", lambda figure, kind: drawn.append(figure) or b"")
     figures.ratio_bars(REPORT)
     panels = {axis.get_title(): axis for axis in drawn[0].axes}
     assert set(panels) == {title for key, title in figures.PANELS.items() if getattr(BASELINE, key) is not None}
@@ -274,7 +274,7 @@ def test_bars_show_the_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_curves_of_depth_differ_in_marker_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(figures, "rendered", lambda figure, kind: drawn.append(figure) or b"")
     figures.depth_curves(REPORT)
     held, peak = drawn[0].axes
     assert [list(line.get_ydata()) for line in held.lines] == [[4, 8, 16], [1, 2, 4]]

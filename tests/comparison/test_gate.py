@@ -69,7 +69,7 @@ def pair(make_run: MakeRun, *, baseline: dict[str, Any] | None = None, **other: 
 def test_sound_comparison_has_verdicts(make_run: MakeRun) -> None:
     found = run(*pair(make_run))
     assert words(found) == {"superior", None}  # None: of IoU
-    assert first_line(found) == "Verdicts by the margin of 1 Dice point that --margin gives."
+    assert first_line(found) == "All checks hold. Verdicts by the margin of 1 Dice point that --margin gives."
 
 
 PLANTED: dict[str, tuple[dict[str, Any], str]] = {
