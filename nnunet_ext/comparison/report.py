@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +17,7 @@ from nnunet_ext import style
 from nnunet_ext.comparison import figures, latex, overlay, statistics, tables, worst_cases
 from nnunet_ext.comparison.accuracy import MEAN, Evaluation
 from nnunet_ext.comparison.compare import Comparison, Status
-from nnunet_ext.comparison.gate import Check
+from nnunet_ext.comparison.json_content import as_json
 from nnunet_ext.comparison.tables import Table
 from nnunet_ext.errors import UsageError
 from nnunet_ext.escaping import code_block, csv_cell, html, markdown, markdown_cell
@@ -305,79 +304,6 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "(not installed)"
-
-
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """All figures, for programs: Dice between 0 and 1, None for what is not defined."""
-    request = comparison.request
-    return _plain(
-        {
-            "first_line": comparison.gate.first_line(comparison.evaluations),
-            "gate": [_check(comparison, check) for check in comparison.gate.checks],
-            "baseline": request.baseline,
-            "second_baseline": request.second,
-            "margin_dice_points": request.margin,
-            "nsd_tolerance_mm": request.tolerance,
-            "interval": {"method": "Student's t of paired differences", "level": statistics.CONFIDENCE},
-            "runs": [
-                {
-                    "label": run.label,
-                    "trainer": run.trainer,
-                    "plans": run.plans_name,
-                    "configuration": run.configuration,
-                    "folds": run.folds,
-                    "cost": asdict(comparison.costs[run.label]),
-                }
-                for run in request.runs
-            ],
-            "evaluations": [_evaluation(comparison, evaluation) for evaluation in comparison.evaluations],
-            "warnings": comparison.warnings,
-        }
-    )
-
-
-def _check(comparison: Comparison, check: Check) -> dict[str, Any]:
-    pairs = [c.pair for e in comparison.evaluations for c in e.comparands]
-    return {
-        **{"name": check.name, "rule": check.rule, "values": dict(check.values)},
-        "holds": not any(check.failures(*pair) for pair in pairs),
-        "accepted": check.name in comparison.gate.accepted,
-    }
-
-
-def _evaluation(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "name": evaluation.name,
-        "cases": evaluation.cases,
-        "structures": evaluation.structures,
-        "metrics": evaluation.metrics,
-        "mean_of_structures": evaluation.name_of(MEAN),
-        "means": [{**asdict(m), "structure": evaluation.name_of(m.structure)} for m in evaluation.means],
-        "differences": [
-            {
-                **{"run": c.run, "baseline": c.baseline, "metric": c.metric},
-                **{"structure": evaluation.name_of(c.structure)},
-                **asdict(c.difference),
-                **{"p_holm": c.p_holm, **_verdict(comparison.gate.judge(evaluation, c))},
-            }
-            for c in evaluation.comparands
-        ],
-        "ranks": {str(run): {str(k): int(n) for k, n in row.items()} for run, row in evaluation.ranks.iterrows()},
-        "worst": {run: [{"case": case, "Dice": dice} for case, dice in rows] for run, rows in evaluation.worst.items()},
-    }
-
-
-def _verdict(verdict: statistics.Verdict | None) -> dict[str, Any]:
-    return {"verdict": verdict and verdict.word, "note": (verdict and verdict.note) or None}
-
-
-def _plain(value: Any) -> Any:
-    """Turn NaN and infinity into None, tuples into lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv(parts: Sequence[Any]) -> str:

@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from nnunet_ext.comparison import cost
+from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.comparison.run_folders import Run
 from tests.settings import tiny
 
@@ -30,6 +31,7 @@ CONFIGURATION |= {"data_identifier": "data", "patch_size": [16, 16, 16]}
 # so few that a test counts the weights by hand
 CONFIGURATION["architecture"]["arch_kwargs"] |= {"n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1]}
 Counts = tuple[int, int, int]  # TP, FP, FN
+Folds = dict[str, dict[str, list[Counts]]]
 
 
 def metrics(counts: Counts) -> dict[str, float]:
@@ -96,6 +98,18 @@ def write_fold(folder: Path, cases: Mapping[str, Sequence[Counts]], schedule: Sc
     (folder / "debug.json").write_text(json.dumps(debug))
 
 
+def first_line(found: Comparison) -> str:
+    """What the report says before all else."""
+    return found.gate.first_line(found.evaluations)
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is found but what a test makes."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.delenv(f"nnUNet_{name}", raising=False)
+
+
 MakeRun = Callable[..., Path]
 
 
@@ -155,7 +169,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(stream.getvalue()))
 
 
-def random_folds(seed: int, shift: float = 0.0, n: int = 12) -> dict[str, dict[str, list[Counts]]]:
+def random_folds(seed: int, shift: float = 0.0, n: int = 12) -> Folds:
     """Two folds of `n` cases in all, whose Dice are random and shifted."""
     random = np.random.default_rng(seed)
     cases = {

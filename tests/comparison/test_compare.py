@@ -18,23 +18,11 @@ from nnunet_ext.comparison.selection import Selection
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.count import training_memory
 from nnunet_ext.nnunet.setting import Setting
-from tests.comparison.conftest import FULL, Counts, MakeRun, dice_counts, random_folds
-
-Folds = dict[str, dict[str, list[Counts]]]
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.delenv(f"nnUNet_{name}", raising=False)
+from tests.comparison.conftest import FULL, Folds, MakeRun, dice_counts, first_line, random_folds
 
 
 def run(*folders: Path, **options: Any) -> Comparison:
     return compare.compare(selection.request(Selection(folders=folders, processes=1, **options)))
-
-
-def first_line(found: Comparison) -> str:
-    return found.gate.first_line(found.evaluations)
 
 
 def dice(folds: Folds) -> np.ndarray:

@@ -12,22 +12,26 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_ext.comparison import compare, report, selection
+from nnunet_ext.comparison import compare, json_content, selection, tables
 from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.comparison.selection import Selection
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.training_log import log_of, read_log, record
-from tests.comparison.conftest import DATASET, FULL, Counts, MakeRun, Schedule, dice_counts, random_folds, write_fold
+from tests.comparison.conftest import (
+    DATASET,
+    FULL,
+    Counts,
+    Folds,
+    MakeRun,
+    Schedule,
+    dice_counts,
+    first_line,
+    random_folds,
+    write_fold,
+)
 
 A, B = "nnUNetTrainer", "nnUNetTrainerB"
 JULY = 1_784_000_000.0  # 2026-07-14
-Folds = dict[str, dict[str, list[Counts]]]
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.delenv(f"nnUNet_{name}", raising=False)
 
 
 def run(*folders: Path, **options: Any) -> Comparison:
@@ -36,13 +40,9 @@ def run(*folders: Path, **options: Any) -> Comparison:
     )
 
 
-def first_line(found: Comparison) -> str:
-    return found.gate.first_line(found.evaluations)
-
-
 def words(found: Comparison) -> set[str | None]:
     """Words of all verdicts that a report of this would hold."""
-    content = report.as_json(found)
+    content = json_content.as_json(found)
     return {d["verdict"] for e in content["evaluations"] for d in e["differences"]}
 
 
@@ -287,9 +287,9 @@ def test_res_enc_m_is_the_second_baseline_where_it_lies_beside_the_runs(make_run
     found = run(**chosen)
     assert found.evaluations[0].labels == (A, B, "ResEnc M")
     assert found.evaluations[0].comparand(B, baseline="ResEnc M").difference.n == 12
-    content = report.as_json(found)
+    content = json_content.as_json(found)
     assert content["second_baseline"] == "ResEnc M"
-    table = next(t for t in (report.tables.second(found, found.evaluations[0]),) if t is not None)
+    table = next(t for t in (tables.second(found, found.evaluations[0]),) if t is not None)
     assert [row[:2] for row in table.rows] == [("Dice", B)]
     alone = run(*(tmp_path / "results" / "Dataset007_Toy" / f"{name}__nnUNetPlans__3d_fullres" for name in (A, B)))
     assert found.evaluations[0].comparand(B).p_holm == alone.evaluations[0].comparand(B).p_holm
