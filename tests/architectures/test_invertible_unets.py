@@ -10,6 +10,7 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
 from nnunet_ext.architectures.invertible_unet import InvertibleUNet, fitting_features
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
@@ -195,13 +196,30 @@ def test_vae_branch_works_in_training_only(network_class: type[nn.Module]) -> No
     assert [tuple(o.shape) for o in evaluated] == [(2, 2, 8, 8, 8), (2, 2, 4, 4, 4)]
 
 
-def test_terms_of_the_vae_are_means_as_documented() -> None:
-    image, target = torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
-    l2, kl = Reconstruction(image, target, torch.full((1, 2, 1, 1), 2.0), torch.zeros(1, 2, 1, 1)).losses()
+def record_of(mean: torch.Tensor, log_variance: torch.Tensor) -> Reconstruction:
+    """A record of 16^3 voxels, two samples of three channels, an error of 1 everywhere."""
+    image = torch.ones(2, 3, 16, 16, 16)
+    return Reconstruction(image, torch.zeros_like(image), mean, log_variance)
+
+
+def test_kl_is_that_of_the_paper_the_sum_over_the_latent_by_the_voxels_of_the_image() -> None:
+    torch.manual_seed(0)
+    mean, log_variance = torch.randn(2, 2, 5, 2, 2, 2)
+    l2, kl = record_of(mean, log_variance).losses()
+    prior, latent = Normal(0.0, 1.0), Normal(mean, log_variance.exp().sqrt())
+    per_sample = 2 * kl_divergence(latent, prior).flatten(1).sum(1) / 16**3  # the paper leaves out the half
+    torch.testing.assert_close(kl, per_sample.mean())
     assert l2.item() == 1.0
-    assert kl.item() == pytest.approx(4.0)  # mu^2 + 1 - 0 - 1
-    normal = torch.zeros(1, 2, 1, 1)
-    assert Reconstruction(image, target, normal, normal).losses()[1].item() == 0.0
+    assert record_of(torch.zeros(2, 5, 2, 2, 2), torch.zeros(2, 5, 2, 2, 2)).losses()[1].item() == 0.0
+
+
+def test_gradient_of_kl_per_voxel_is_that_per_latent_by_the_voxels_of_a_latent() -> None:
+    torch.manual_seed(0)
+    latent = torch.randn(2, 2, 5, 2, 2, 2, requires_grad=True)
+    per_voxel, per_latent = (
+        torch.autograd.grad(record_of(*latent).losses(kl_per)[1], latent)[0] for kl_per in ("voxel", "latent")
+    )
+    torch.testing.assert_close(per_voxel * (16**3 / (5 * 2**3)), per_latent)
 
 
 def test_latent_is_sampled_in_training_and_its_mean_in_evaluation() -> None:

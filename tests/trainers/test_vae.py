@@ -30,7 +30,7 @@ class Constant(nn.Module):
 
 def reconstruction(error: float) -> Reconstruction:
     zero = torch.zeros(1, 1, 2, 2)
-    return Reconstruction(zero + error, zero, zero + 1.0, zero)  # KL: 1 + 1 - 0 - 1
+    return Reconstruction(zero + error, zero, zero + 1.0, zero)  # a latent per voxel; KL: 1 + 1 - 0 - 1
 
 
 def test_loss_is_the_weighted_sum_and_its_terms_are_kept_apart() -> None:
@@ -66,7 +66,25 @@ def test_terms_are_logged_every_epoch() -> None:
     trainer.loss(([], reconstruction(1.0)), None)  # type: ignore[attr-defined]
     trainer.on_train_epoch_end([{}])
     trainer.on_train_epoch_end([])
-    assert lines == ["host 1", "segmentation loss 2.0000, L2 of the reconstruction 1.0000, KL 1.0000", "host 0"]
+    assert lines == ["host 1", "segmentation loss 2.0000, L2 of the reconstruction 1.0000, KL per voxel 1", "host 0"]
+
+
+def test_what_kl_is_divided_by_is_an_attribute_of_the_trainer() -> None:
+    class Host:
+        def _build_loss(self) -> nn.Module:
+            return Constant()
+
+    class PerLatent(VAETrainerMixin, Host):
+        kl_per = "latent"
+
+    record = reconstruction(0.0)._replace(mean=torch.ones(1, 1, 1, 1), log_variance=torch.zeros(1, 1, 1, 1))
+    for trainer, kl in ((type("Trainer", (VAETrainerMixin, Host), {}), 0.25), (PerLatent, 1.0)):
+        assert trainer()._build_loss()(([], record), None).item() == pytest.approx(2 + 0.1 * kl)
+
+
+def test_another_divisor_of_kl_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'"voxel" or "latent", got .voxels.'):
+        VAELoss(Constant(), 0.1, 0.1, "voxels")  # type: ignore[arg-type]
 
 
 def test_previous_stage_of_a_cascade_is_not_reconstructed() -> None:

@@ -8,7 +8,7 @@ and blocks that are recomputed in the backward pass, so that the branch keeps ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
@@ -18,6 +18,8 @@ from nnunet_ext.architectures.common.copying import copied
 from nnunet_ext.architectures.reversible.network import ChainNetwork
 from nnunet_ext.architectures.reversible.recomputation import run_recomputed, uncompiled
 from nnunet_ext.architectures.reversible.stages import ReversiblePlan, StageSpec, check_patch
+
+KLPer = Literal["voxel", "latent"]
 
 _FEWEST = 8  # channels of a block
 _LIMIT = 10.0  # of the log variance, to both sides
@@ -37,14 +39,19 @@ class Reconstruction(NamedTuple):
     mean: Tensor
     log_variance: Tensor
 
-    def losses(self) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the image, and mean KL divergence of the latent to a standard normal.
+    def losses(self, kl_per: KLPer = "voxel") -> tuple[Tensor, Tensor]:
+        """Mean squared error of the image, and the KL divergence of the latent from a standard normal.
 
-        The paper's sums over voxels are means here: for a patch of 128^3 sums would drown the segmentation's loss.
-        KL: ``mean(mu^2 + sigma^2 - log sigma^2 - 1)``.
+        KL: ``1/N sum(mu^2 + sigma^2 - log sigma^2 - 1)`` over the latent of a sample, mean over samples.
+
+        Args:
+            kl_per: N: ``"voxel"``, the voxels of the image, as Yamazaki et al. have it (Eq. 5), or ``"latent"``, the
+                numbers of the latent, of which there are far fewer.
         """
         mean, log_variance = self.mean.float(), self.log_variance.float()
         kl = (mean.square() + log_variance.exp() - log_variance - 1).mean()
+        if kl_per == "voxel":
+            kl = kl * (mean[0].numel() / self.image[0, 0].numel())
         return nn.functional.mse_loss(self.image.float(), self.target.float()), kl
 
 
