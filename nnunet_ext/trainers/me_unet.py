@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop, downsample_labels
 from nnunet_ext.architectures.expanded.patch import Size, divisors, standard_patch
 from nnunet_ext.trainers.passes import TwoPasses
-from nnunet_ext.trainers.softmax_weighted_ce import weight_classes
+from nnunet_ext.trainers.softmax_weighted_ce import Form, weight_classes
 from nnunet_ext.trainers.unwrapped import unwrapped
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ class MeUNetTrainerMixin(HostTrainer):
         expanded_weight: Weight w of the expanded pass.
         expanded_deep_supervision: Whether the expanded patch supervises all levels from the second on, with
             nnU-Net's weights, and not only the second.
-        softmax_weighted: Weight rare classes up in the cross-entropy of all passes, see `SoftmaxWeightedCrossEntropy`.
+        softmax_weighted: Weight rare classes up in the cross-entropy of all passes: True, or which form of
+            `SoftmaxWeightedCrossEntropy`.
     """
 
     k: float | Sequence[float] = 1.5
     expanded_weight = 0.5
     expanded_deep_supervision = False
-    softmax_weighted = False
+    softmax_weighted: bool | Form = False
 
     @classmethod
     def training_form(cls, network: nn.Module, configuration: ConfigurationManager) -> nn.Module:
@@ -77,7 +78,7 @@ class MeUNetTrainerMixin(HostTrainer):
         """nnU-Net's loss, its classes weighted where asked for."""
         loss: nn.Module = super()._build_loss()
         if self.softmax_weighted:
-            weight_classes(loss)
+            weight_classes(loss, self.softmax_weighted)
         return loss
 
     def prepare_passes(self, network: nn.Module) -> None:
