@@ -1,8 +1,9 @@
 """Dual meU-net: two U-Nets of different context, averaged; stage 1 of meU-net's cascade.
 
 Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-resolution Volumetric MicroCT Images"
-(MIDL). Different from the paper: the branches are nnU-Net's own networks, plain or ResEnc, trained one after the other
-within a step (`nnunet_ext.trainers.me_cascade`), so that only one keeps its feature maps.
+(MIDL). The paper does not say how the branches join: the mean is ours. Different from the paper: the branches are
+nnU-Net's own networks, plain or ResEnc, trained one after the other within a step (`nnunet_ext.trainers.me_cascade`),
+so that only one keeps its feature maps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _STATE = "mean.seg_layers._extra_state"
 
 
 class DualMeUNet(nn.Module):
-    """Dual meU-net (Wang et al. 2022): two U-Nets of different context, averaged.
+    """Dual meU-net (Wang et al. 2022): two U-Nets of different context, their probabilities averaged, which is ours.
 
     The logits say what the mean of the branches' probabilities says:
 

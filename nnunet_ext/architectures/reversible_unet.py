@@ -2,9 +2,9 @@
 
 Bruegger, Baumgartner, Konukoglu 2019, "A Partially Reversible U-Net for Memory-Efficient Volumetric Image
 Segmentation", https://arxiv.org/abs/1906.06148. Different from the paper: sizes, strides, kernels, norm and depth
-come from nnU-Net's plans; a bare strided convolution leads down (paper: max pooling, then 1x1x1 convolution, whose
-indices would be kept) and a bare transposed convolution up (paper: 1x1x1 convolution, then trilinear upsampling).
-As in the paper, skips are added, not concatenated.
+come from nnU-Net's plans; a bare strided convolution leads down (paper: pooling, then 1x1x1 convolution; max pooling
+would keep indices) and a bare transposed convolution up (paper: 1x1x1 convolution, then trilinear upsampling). As in
+the paper, skips are added, not concatenated.
 """
 
 from __future__ import annotations
