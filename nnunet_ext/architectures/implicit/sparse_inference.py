@@ -2,9 +2,9 @@
 
 Naval Marimont and Tarroni 2022, https://arxiv.org/abs/2206.15217: (1) decode a coarse mesh, (2) fill each cell with the
 logits of its point, (3) decode every voxel near the boundary. Different from the paper, so that what lies between mesh
-points is found: cells that the mesh is unsure of are refined, cells whose finest features differ most from their mesh
-point get a second look, and refinement goes on until the labels at the rim of what was refined agree with the cells
-beyond. Then every connected object that a decoded voxel touched is there as dense prediction has it.
+points is found: cells that the mesh is unsure of are refined, cells get a second look where the finest features promise
+another label, and refinement goes on until the labels at the rim of what was refined agree with the cells beyond. Then
+every connected object that a decoded voxel touched is there as dense prediction has it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from nnunet_ext.architectures.implicit.decoder import flat_index, nearest
 
 # Logits at voxels: (n, dims) -> (C, n).
 Decode = Callable[[Tensor], Tensor]
+_RIDGE = 1e-3  # of the mean variance of the finest features
+_STRANGEST = 8  # one of so many second looks is at the strangest voxels
 _MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 
 
@@ -31,7 +33,8 @@ class Refinement:
     Args:
         margin: A cell whose most likely two classes are closer than this in probability is refined.
         threshold: So is one where a foreground class that did not win is more likely than this.
-        second_look: Share of the cells (those not refined yet, of most deviant features) that get a second point.
+        second_look: Share of the cells (of those not refined yet) that get a second point: where another label is
+            likeliest by the finest features; an eighth of them where these are strangest.
         dense_above: Share of cells above which everything is decoded.
         chunk_size: Voxels that are decoded at a time; at width 512 a voxel takes about 16 KiB in float32. None: 16384,
             on CUDA 65536, where small pieces leave the GPU idle.
@@ -189,7 +192,7 @@ class SparsePrediction:
         coarse = decoded(self._decode, centres, chunk).unflatten(1, mesh.size)
         labels = self._labels(coarse)
         wanted = (mesh.widened(labels) != -mesh.widened(-labels)).any(0) | self._unsure(coarse)
-        wanted = self._with_second_look(wanted, labels, finest)
+        wanted = self._with_second_look(wanted, coarse, labels, finest)
         logits = mesh.filled(coarse)
         if self._assumed_share is not None:
             self._refine_assumed(logits)
@@ -249,37 +252,69 @@ class SparsePrediction:
         losers = (p > threshold) & (p < best[:1])
         return (best[0] - runner_up < margin) | losers[1:].any(0)
 
-    def _with_second_look(self, wanted: Tensor, labels: Tensor, finest: Tensor) -> Tensor:
-        """Decode the most deviant voxel of the most deviant cells; want cells that turn out mixed, and neighbours."""
+    def _with_second_look(self, wanted: Tensor, coarse: Tensor, labels: Tensor, finest: Tensor) -> Tensor:
+        """Decode a second voxel of the most promising cells; want those where it has another label, or is unsure."""
         mesh = self._mesh
         count = int(self._refinement.second_look * prod(mesh.size))
         if count == 0 or tuple(finest.shape[1:]) != mesh.patch or prod(mesh.spacing) == 1:
             return wanted
-        deviation = self._deviation(finest.detach())
-        highest = mesh.pooled(deviation)[0]
-        chosen = highest.masked_fill(wanted, -1).flatten().topk(count).indices
-        voxels = self._most_deviant(deviation, chosen)
-        logits = decoded(self._decode, voxels, self._refinement.chunk_on(finest.device))
-        mixed = (self._labels(logits) != labels.flatten(1)[:, chosen]).any(0) | self._unsure(logits)
-        found = torch.zeros(mesh.size, device=finest.device).flatten()
-        found = found.scatter(0, chosen, mixed.float()).view(1, *mesh.size)
-        return wanted | (mesh.widened(found)[0] > 0)
+        wanted, labels = wanted.flatten(), labels.flatten(1)
+        settled = wanted.clone()
+        with torch.autocast(finest.device.type, enabled=False):  # the regression is lost in half precision
+            proposals = self._proposals(coarse, labels, finest)
+        strangest = count // _STRANGEST
+        for number, (scores, voxels) in zip((count - strangest, strangest), proposals, strict=True):
+            cells = scores.masked_fill(settled, -torch.inf).topk(number).indices
+            logits = decoded(self._decode, voxels[cells], self._refinement.chunk_on(finest.device))
+            wanted[cells] |= (self._labels(logits) != labels[:, cells]).any(0) | self._unsure(logits)
+            settled[cells] = True
+        return wanted.view(mesh.size)
 
-    def _deviation(self, finest: Tensor) -> Tensor:
-        """Squared distance of the finest features to those of the cell's mesh point. (C, *patch) -> (1, *patch)."""
-        mesh = self._mesh
-        centres = flat_index(mesh.centres(finest.device), mesh.patch)
-        deviation = torch.zeros(1, *mesh.patch, device=finest.device)
-        for channel in finest:  # one by one: a map of all differences would be the largest tensor of prediction
-            at_centres = channel.flatten()[centres].view(1, *mesh.size)
-            deviation += (channel - mesh.filled(at_centres)).float().square()
-        return deviation
+    def _proposals(self, coarse: Tensor, labels: Tensor, finest: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Propose two voxels of each cell by its finest features: the likeliest of another label, and the strangest.
 
-    def _most_deviant(self, deviation: Tensor, cells: Tensor) -> Tensor:
-        """Voxel of largest deviation of each cell. Shape: (1, *patch), (n,) -> (n, dims)."""
-        mesh = self._mesh
-        last = torch.tensor(mesh.patch, device=cells.device) - 1
-        voxels = mesh.voxels_of_each(cells).minimum(last)
-        values = deviation.flatten()[flat_index(voxels.flatten(0, 1), mesh.patch)].view(voxels.shape[:2])
-        chosen = values.argmax(1)[:, None, None].expand(-1, 1, voxels.shape[2])
-        return voxels.gather(1, chosen)[:, 0]
+        Likeliest: logits at p are about ``logits(m) + W (f(p) - f(m))``, where the slopes W are those of the linear
+        regression over all mesh points m. Strangest: farthest from the mesh points' features (Mahalanobis distance),
+        which is where the regression knows least.
+
+        Shape: each (cells,) scores and (cells, dims) voxels.
+        """
+        mesh, flat = self._mesh, finest.detach().flatten(1)
+        at_mesh = flat[:, flat_index(mesh.centres(flat.device), mesh.patch)].float().T  # (cells, C_0)
+        logits = coarse.detach().flatten(1).float().T  # (cells, num_classes)
+        mean = at_mesh.mean(0)
+        precision, slopes = _regression(at_mesh - mean, logits - logits.mean(0))
+        last = torch.tensor(mesh.patch, device=flat.device) - 1
+        pieces: list[list[Tensor]] = [[], [], [], []]
+        at_a_time = max(1, self._refinement.chunk_on(flat.device) // prod(mesh.spacing))
+        for cells in torch.arange(len(at_mesh), device=flat.device).split(at_a_time):
+            voxels = mesh.voxels_of_each(cells).minimum(last)
+            features = flat[:, flat_index(voxels, mesh.patch)].float().permute(1, 2, 0)  # (n, voxels of a cell, C_0)
+            predicted = logits[cells, None] + (features - at_mesh[cells, None]) @ slopes
+            lead = self._lead(predicted, labels.T[cells, None])
+            distance = (((features - mean) @ precision) * (features - mean)).sum(2)
+            for i, scores in enumerate((lead, distance)):
+                best = scores.max(1)
+                chosen = best.indices[:, None, None].expand(-1, 1, voxels.shape[2])
+                pieces[2 * i].append(best.values)
+                pieces[2 * i + 1].append(voxels.gather(1, chosen)[:, 0])
+        lead, likeliest, distance, strangest = (torch.cat(parts) for parts in pieces)
+        return [(lead, likeliest), (distance, strangest)]
+
+    def _lead(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """By how much another outcome is ahead of the labels. (..., num_classes), (..., 1 or num_classes) -> (...)."""
+        if self._regions:
+            return ((1 - 2 * labels) * logits).amax(-1)
+        own = labels.long().expand(*logits.shape[:-1], 1)
+        return logits.scatter(-1, own, -torch.inf).amax(-1) - logits.gather(-1, own)[..., 0]
+
+
+def _regression(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse covariance of the features (n, C) and ridge regression of logits (n, K) on them, both centred.
+
+    Shape: (C, C), (C, K).
+    """
+    covariance = features.T @ features / len(features)
+    covariance += (_RIDGE * covariance.diagonal().mean() + 1e-7) * torch.eye(len(covariance), device=features.device)
+    precision = torch.linalg.inv_ex(covariance).inverse
+    return precision, precision @ (features.T @ logits / len(features))

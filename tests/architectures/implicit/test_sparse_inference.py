@@ -85,6 +85,49 @@ def test_ball_between_mesh_points_is_found_by_its_features() -> None:
     assert not logits.argmax(0).any()  # what the second look is for
 
 
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("kind", ["one label", "two labels", "regions"])
+@pytest.mark.parametrize("specks", [0.01, 0.03, 0.2])
+def test_ball_between_mesh_points_is_found_among_louder_specks(dim: int, kind: str, specks: float) -> None:
+    torch.manual_seed(0)
+    patch = (64,) * 2 if dim == 2 else PATCH
+    ball = balls(([16] * dim, 1.5), patch=patch)
+    image = ball + 0.1 * torch.randn(patch)
+    image[(torch.rand(patch) < specks) & (ball == 0)] -= 4
+    known = Known(ball)
+    object_logit = 40 * (image - 0.5)
+    if kind == "regions":
+        known.dense = torch.stack([object_logit, object_logit - 80])
+    elif kind == "one label":
+        known.dense = torch.stack([-object_logit, object_logit])
+    else:
+        known.dense = torch.stack([-object_logit, object_logit, object_logit.clamp_max(0) - 80])
+    finest = torch.stack([image, torch.randn(patch), -2 * image + 0.1 * torch.randn(patch)])
+    logits, prediction = sparse(known, finest, regions=kind == "regions")
+    expected = known.dense > 0 if kind == "regions" else known.dense.argmax(0)
+    assert torch.equal(logits > 0 if kind == "regions" else logits.argmax(0), expected)
+    assert prediction.refined <= 0.25 * prod(Mesh.fitting(patch, [4] * dim).size)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_features_that_are_no_numbers_do_not_break_prediction(value: float) -> None:
+    finest = torch.randn(4, *PATCH)
+    finest[0, 2, 2, 2] = value
+    known = Known(balls(([15, 15, 15], 9)))
+    logits, _ = sparse(known, finest)
+    assert torch.equal(logits.argmax(0), known.dense.argmax(0))
+
+
+def test_proposals_are_those_of_full_precision_under_autocast() -> None:
+    torch.manual_seed(0)
+    known, finest = Known(balls(([16, 16, 16], 1.5))), torch.randn(8, *PATCH)
+    known.dense = torch.einsum("kc,cxyz->kxyz", torch.randn(3, 8), finest) + 1e3
+    prediction = SparsePrediction(known, Mesh.fitting(PATCH, [4] * 3), Refinement(), False)
+    expected = prediction.logits(finest)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prediction.logits(finest), expected)
+
+
 def test_ball_between_mesh_points_is_found_where_the_mesh_is_unsure() -> None:
     labels = balls(([16, 16, 16], 1.5))
     known = Known(labels)
