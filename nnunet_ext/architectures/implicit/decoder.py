@@ -120,7 +120,8 @@ def flat_index(points: Tensor, size: Sequence[int], stride: Sequence[int] | None
 def octaves(size: int, frequencies: int | None) -> int:
     """Octaves of the positional encoding on an axis of `size` voxels.
 
-    None: min(10, floor(log2 size)), because on voxel centres a higher octave is constant.
+    None: min(10, floor(log2 size)). On voxel centres a higher octave is constant where the size is a power of two and a
+    combination of the others for most sizes; for seven times a power of two (56, 112, 224) one more is independent.
     """
     return min(MAX_FREQUENCIES, floor(log2(size))) if frequencies is None else frequencies
 

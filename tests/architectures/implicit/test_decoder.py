@@ -119,6 +119,21 @@ def test_the_octave_after_the_last_is_constant_where_the_size_is_a_power_of_two(
         assert spread[-1] < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("size", "added"), [(64, 0), (128, 0), (40, 0), (96, 0), (160, 0), (56, 2), (112, 2), (224, 2)]
+)
+def test_octaves_left_out_add_dimensions_for_seven_times_a_power_of_two_alone(size: int, added: int) -> None:
+    constant = torch.ones(size, 1, dtype=torch.float64)
+
+    def dimensions(n: int) -> int:
+        encoded = encoded_axis(size, n, torch.zeros(1, dtype=torch.float64))
+        return int(torch.linalg.matrix_rank(torch.cat([constant, encoded], 1), atol=1e-8))
+
+    used = octaves(size, None)
+    assert dimensions(used + 1) - dimensions(used) == added
+    assert dimensions(10) == dimensions(used + 1)
+
+
 def test_octaves_are_those_of_the_axis_at_most_ten() -> None:
     assert [octaves(n, None) for n in (1, 2, 40, 128, 5000)] == [0, 1, 5, 7, 10]
     assert octaves(8, 10) == 10
