@@ -91,6 +91,7 @@ class HostTrainer:
     fold: int | str
     local_rank: int
     is_ddp: bool
+    inference_allowed_mirroring_axes: Any  # tuple of int, or None
     is_cascaded: bool
     disable_checkpointing: bool
     enable_deep_supervision: bool

@@ -1,4 +1,4 @@
-"""What trainers of the Implicit U-Net share: points for the loss, AdamW, the refined share in the log."""
+"""What trainers of the Implicit U-Net share: points for the loss, AdamW, checks of sparse prediction in the log."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
+from nnunet_ext.trainers.dense_check import check_against_dense
 from nnunet_ext.trainers.from_plans import build_from_plans
 from nnunet_ext.trainers.unwrapped import unwrapped
 
@@ -44,6 +45,8 @@ class ImplicitTrainerMixin(HostTrainer):
         dropout: Probability in the decoder (paper: 0.2).
         learning_rate: Learning rate of AdamW at the start of nnU-Net's polynomial decay (paper: 1e-4, AdamW).
         adamw_weight_decay: Decoupled, per unit of learning rate (not in the paper; PyTorch's default).
+        dense_check_cases: Validation cases that are predicted densely too, to tell in the log what sparse prediction
+            loses. 0: none.
     """
 
     network_class: type[ImplicitUNet]
@@ -58,6 +61,7 @@ class ImplicitTrainerMixin(HostTrainer):
     dropout: float = 0.2
     learning_rate: float = 1e-4
     adamw_weight_decay: float = 1e-2
+    dense_check_cases: int = 3
 
     @classmethod
     def build_network_architecture(
@@ -132,10 +136,24 @@ class ImplicitTrainerMixin(HostTrainer):
         self._log_refined_share("of the validation patches")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Validate as nnU-Net does and log the refined share."""
+        """Validate as nnU-Net does, log the refined share and what a few cases lose by sparse prediction."""
         implicit_network(self.network).refined_share(reset=True)
         super().perform_actual_validation(save_probabilities)
         self._log_refined_share("of the validation cases")
+        if self.local_rank == 0 and implicit_network(self.network).sparse:
+            self._log_dense_check()
+
+    def _log_dense_check(self) -> None:
+        _, cases = self.do_split()
+        cases = cases[: self.dense_check_cases]
+        if not cases:
+            return
+        try:
+            lines = check_against_dense(self, implicit_network(self.network), cases).lines()
+        except Exception as error:  # whatever it is, the validation is done and must not be lost
+            lines = [f"sparse prediction was not compared with dense prediction: {type(error).__name__}: {error}"]
+        for line in lines:
+            self.print_to_log_file(line)
 
     def _log_refined_share(self, of_what: str) -> None:
         share = implicit_network(self.network).refined_share(reset=True)

@@ -29,6 +29,7 @@ class Host:
     """What the mixin needs of nnUNetTrainer."""
 
     device = torch.device("cpu")
+    local_rank = 1  # the first rank compares with dense prediction, see tests/contract/test_dense_check.py
 
     def __init__(self, network: nn.Module, regions: bool = False, ignore: int | None = None) -> None:
         self.network = network
