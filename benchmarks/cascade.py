@@ -5,9 +5,9 @@ voxels from its axis is class 2 (about 0.1 % of the voxels); three at twice the 
 of a patch of default nnU-Net (16) a thin tube looks like any other; the context of stage 1 (24 and 28) shows what
 is next to it.
 
-Default nnU-Net at the small and at the large patch, stage 1, and stage 2 with post- and pre-concatenation are trained
-under one schedule by nnU-Net's own commands, in two folds, so that every case is validated by models that have not seen
-it.
+Default nnU-Net at the small and at the large patch, meU-net in one pass, stage 1 in two passes and in one, and stage 2
+with post- and pre-concatenation are trained under one schedule by nnU-Net's own commands, in two folds, so that every
+case is validated by models that have not seen it.
 
 example: python benchmarks/cascade.py --work /tmp/phantom --output docs/benchmarks/2026-11-21-cascade
 """
@@ -199,11 +199,15 @@ def main() -> None:
         command(log, "nnUNetv2_plan_experiment", "-d", NUMBER, "-pl", "MeCascadePlanner")
         command(log, "nnUNetv2_preprocess", "-d", NUMBER, "-plans_name", PLANS, "-c", "3d_fullres", "-np", "1")
         write_plans(prepared)
-    default, cascade = f"nnUNetTrainer_{options.schedule}", f"nnUNetTrainerMeCascade_{options.schedule}"
+    default, cascade, one_pass, cascade_one_pass = (
+        f"nnUNetTrainer{method}_{options.schedule}" for method in ("", "MeCascade", "MeUNetOnePass", "MeCascadeOnePass")
+    )
     results = {
         "default nnU-Net at P": train(work, "3d_fullres", PLANS, default, options.device),
         "default nnU-Net at kP": train(work, "3d_fullres", LARGE_PLANS, default, options.device),
+        "meU-net at kP, one pass": train(work, "3d_fullres", LARGE_PLANS, one_pass, options.device),
         "stage 1, dual meU-net": train(work, "3d_me_context", PLANS, cascade, options.device),
+        "stage 1, one pass": train(work, "3d_me_context", PLANS, cascade_one_pass, options.device),
         "stage 2, post-concatenation": train(work, "3d_post_concat", PLANS, cascade, options.device),
     }
     stage_one = work / "results" / NAME / f"{cascade}__{PRE_PLANS}__3d_me_context"

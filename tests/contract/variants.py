@@ -13,7 +13,10 @@ VARIANTS = {
     "nnUNetTrainerImplicitLite",
     "nnUNetTrainerInvertibleNoVAE",
     "nnUNetTrainerMeCascadeCheckpointing",
+    "nnUNetTrainerMeCascadeOnePass",
     "nnUNetTrainerMeCheckpointing",
+    "nnUNetTrainerMeCheckpointingOnePass",
+    "nnUNetTrainerMeReversibleOnePass",
     "nnUNetTrainerPartiallyInvertibleNoVAE",
 }
 
