@@ -7,10 +7,7 @@ import importlib.util
 from nnunet_ext import installation
 from nnunet_ext.errors import UsageError
 
-MODULES = {
-    "report": ("matplotlib", "scipy", "jinja2", "surface_distance"),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-}
+MODULES = {"report": ("matplotlib", "jinja2", "surface_distance"), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 def need(extra: str, what: str) -> None:

@@ -28,7 +28,7 @@ from nnunet_ext.architectures.expanded.partial_pass import (
 from nnunet_ext.architectures.expanded.statistics import SharedStatistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Region:
     """A part of a patch.
 
@@ -51,7 +51,7 @@ class Region:
             wide = ceil(r / step) * step
             size.append(min(end, n + 2 * wide))
             start.append(min(max(0, a - wide), end - size[-1]))
-        return Region(tuple(start), tuple(size))
+        return Region(start=tuple(start), size=tuple(size))
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -67,12 +67,12 @@ class Region:
 
     def within(self, other: Region) -> Region:
         """The same voxels counted from the first of a region that holds them."""
-        return Region(tuple(a - b for a, b in zip(self.start, other.start, strict=True)), self.size)
+        return replace(self, start=tuple(a - b for a, b in zip(self.start, other.start, strict=True)))
 
     def coarser(self, stride: Sequence[int]) -> Region:
         """The same part of a feature map at this stride."""
         start, size = (tuple(n // s for n, s in zip(ns, stride, strict=True)) for ns in (self.start, self.size))
-        return Region(start, size)
+        return Region(start=start, size=size)
 
 
 Parts = Mapping[tuple[int, ...], Region]  # by the voxels per axis of what holds them
@@ -171,7 +171,7 @@ class OnePass(nn.Module):
             int(min(max(0, (m * n - p / 2) // s), (n - p) // s)) * s
             for m, n, p, s in zip(middle, whole, size, self._stride, strict=True)
         )
-        return Region(tuple(start), size)
+        return Region(start=tuple(start), size=size)
 
     def _rim_of_image(self, shallow: Sequence[nn.Module]) -> tuple[int, ...]:
         """What the skip of P with the decoder's rim and what enters level 2 in P see beyond P."""

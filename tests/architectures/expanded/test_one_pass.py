@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_logits_are_those_of_the_network_on_the_large_patch(case: tuple[str, str
     expected = network(image(case))
     full, *coarse = pass_(image(case))
     torch.testing.assert_close(full, centre(case, pass_).of(expected[0]), rtol=1e-10, atol=1e-12)
-    corner = Region((0,) * (full.ndim - 2), patches(case)[0])
+    corner = Region(start=(0,) * (full.ndim - 2), size=patches(case)[0])
     torch.testing.assert_close(pass_(image(case), corner)[0], corner.of(expected[0]), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(coarse, expected[1:], rtol=1e-10, atol=1e-12)
     only_second = one_pass(case, network)(image(case))[1:]
@@ -165,7 +166,7 @@ def test_gradients_are_those_of_the_network_cut_by_hand(case: tuple[str, str], p
     pass_ = one_pass(case, network, deep_supervision=True)
     part = centre(case, pass_)
     if place == "corner":
-        part = Region((0,) * len(part.size), part.size)
+        part = replace(part, start=(0,) * len(part.size))
     full, *coarse = pass_(image(case), part)
     found = gradients(network, [full, *coarse])
     reference = build(case).double()
@@ -234,10 +235,12 @@ def test_p_lies_anywhere_and_holds_the_middle_of_the_patch() -> None:
 
 def test_feature_maps_have_one_size_wherever_p_lies() -> None:
     whole, rim, steps = (28, 28), (5, 5), (2, 2)
-    sizes = {Region((a, b), (16, 16)).widened(rim, steps, whole).size for a in range(0, 14, 2) for b in (0, 12)}
+    sizes = {
+        Region(start=(a, b), size=(16, 16)).widened(rim, steps, whole).size for a in range(0, 14, 2) for b in (0, 12)
+    }
     assert sizes == {(28, 28)}
-    place = Region((0, 12), (8, 8)).widened((3, 3), steps, whole)
-    assert place == Region((0, 8), (16, 16))
+    place = Region(start=(0, 12), size=(8, 8)).widened((3, 3), steps, whole)
+    assert place == Region(start=(0, 8), size=(16, 16))
 
 
 def test_batch_norm_counts_its_statistics_once_in_the_finest_level() -> None:
