@@ -1,4 +1,4 @@
-"""meU-net compared with U-Nets of its small and its large patch: memory, time, and a volume of micro-CT size predicted.
+"""meU-net in two passes and in one, compared with U-Nets of its small and its large patch: memory, time, a volume.
 
 python benchmarks/me_unet.py --output docs/benchmarks/DATE-me-unet [--parts memory time volume]
 
@@ -28,6 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_ext.api import create
+from nnunet_ext.architectures.expanded.one_pass import OnePass
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import measure_step, surrogate_loss
@@ -91,6 +92,9 @@ def memory_row(
 ) -> Row:
     expanded = measure_step(lambda: ExpandedPass(build()), 1, [size] * 3, 2, dtype).peak
     peak = measure_step(lambda: TwoPasses(build(), lambda _: [standard] * 3), 1, [size] * 3, 2, dtype).peak
+    one = measure_step(
+        lambda: OnePass(build(), lambda _: [standard] * 3, deep_supervision=True), 1, [size] * 3, 2, dtype
+    )
     return {
         "network": name,
         "precision": "float32" if dtype is None else "mixed",
@@ -103,6 +107,8 @@ def memory_row(
         "step [GB]": round(peak / GIB, 2),
         "to U-Net(P)": round(peak / small, 3),
         "to U-Net(kP)": round(peak / large, 3),
+        "one pass [GB]": round(one.peak / GIB, 2),
+        "one pass to U-Net(kP)": round(one.peak / large, 3),
     }
 
 
@@ -112,12 +118,13 @@ def step_seconds(repeats: int, names: list[str], ks: list[float]) -> list[Row]:
     rows = []
     for name in names:
         network = networks(p)[name]().train()
-        expanded = ExpandedPass(network)
+        expanded, one = ExpandedPass(network), OnePass(network, lambda _: [p] * 3, deep_supervision=True)
         for k in ks:
             data = torch.randn(2, 1, *[int(k * p)] * 3)
             small = centre_crop(data, [p] * 3)
             steps = {
-                "meU-net [s]": [(expanded, data), (network, small)],
+                "two passes [s]": [(expanded, data), (network, small)],
+                "one pass [s]": [(one, data)],
                 "U-Net(P) [s]": [(network, small)],
                 "U-Net(kP) [s]": [(network, data)],
             }
@@ -127,7 +134,8 @@ def step_seconds(repeats: int, names: list[str], ks: list[float]) -> list[Row]:
                     seconds[title].append(timed(network, passes))
             medians = {title: round(median(values), 3) for title, values in seconds.items()}
             ratios = {
-                f"to {other}": round(medians["meU-net [s]"] / medians[f"{other} [s]"], 3)
+                f"{step} to {other}": round(medians[f"{step} [s]"] / medians[f"{other} [s]"], 3)
+                for step in ("two passes", "one pass")
                 for other in ("U-Net(P)", "U-Net(kP)")
             }
             rows.append({"network": name, "k": k, "kP": int(k * p), "P": p, **medians, **ratios})
