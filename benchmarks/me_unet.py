@@ -1,6 +1,6 @@
-"""meU-net in two passes and in one, compared with U-Nets of its small and its large patch: memory, time, a volume.
+"""meU-net compared with U-Nets of its small and its large patch: memory, time, and a volume of micro-CT size predicted.
 
-python benchmarks/me_unet.py --output docs/benchmarks/DATE-me-unet [--parts memory time volume]
+python benchmarks/me_unet.py --output docs/benchmarks/DATE-me-unet [--parts memory time steps volume]
 
 Memory at full size is measured without a GPU (nnunet_ext/benchmark); times are CPU seconds of one thread, medians of
 interleaved repeats. Each part writes PART.json and PART.md.
@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from faster_fusion import arguments
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ext.api import create
-from nnunet_ext.architectures.expanded.one_pass import OnePass
+from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import measure_step, surrogate_loss
@@ -92,9 +93,6 @@ def memory_row(
 ) -> Row:
     expanded = measure_step(lambda: ExpandedPass(build()), 1, [size] * 3, 2, dtype).peak
     peak = measure_step(lambda: TwoPasses(build(), lambda _: [standard] * 3), 1, [size] * 3, 2, dtype).peak
-    one = measure_step(
-        lambda: OnePass(build(), lambda _: [standard] * 3, deep_supervision=True), 1, [size] * 3, 2, dtype
-    )
     return {
         "network": name,
         "precision": "float32" if dtype is None else "mixed",
@@ -107,8 +105,6 @@ def memory_row(
         "step [GB]": round(peak / GIB, 2),
         "to U-Net(P)": round(peak / small, 3),
         "to U-Net(kP)": round(peak / large, 3),
-        "one pass [GB]": round(one.peak / GIB, 2),
-        "one pass to U-Net(kP)": round(one.peak / large, 3),
     }
 
 
@@ -118,13 +114,12 @@ def step_seconds(repeats: int, names: list[str], ks: list[float]) -> list[Row]:
     rows = []
     for name in names:
         network = networks(p)[name]().train()
-        expanded, one = ExpandedPass(network), OnePass(network, lambda _: [p] * 3, deep_supervision=True)
+        expanded = ExpandedPass(network)
         for k in ks:
             data = torch.randn(2, 1, *[int(k * p)] * 3)
             small = centre_crop(data, [p] * 3)
             steps = {
-                "two passes [s]": [(expanded, data), (network, small)],
-                "one pass [s]": [(one, data)],
+                "meU-net [s]": [(expanded, data), (network, small)],
                 "U-Net(P) [s]": [(network, small)],
                 "U-Net(kP) [s]": [(network, data)],
             }
@@ -134,12 +129,55 @@ def step_seconds(repeats: int, names: list[str], ks: list[float]) -> list[Row]:
                     seconds[title].append(timed(network, passes))
             medians = {title: round(median(values), 3) for title, values in seconds.items()}
             ratios = {
-                f"{step} to {other}": round(medians[f"{step} [s]"] / medians[f"{other} [s]"], 3)
-                for step in ("two passes", "one pass")
+                f"to {other}": round(medians["meU-net [s]"] / medians[f"{other} [s]"], 3)
                 for other in ("U-Net(P)", "U-Net(kP)")
             }
             rows.append({"network": name, "k": k, "kP": int(k * p), "P": p, **medians, **ratios})
     return rows
+
+
+def steps(repeats: int) -> list[Row]:
+    """Steps of the default network with the context of kP, k = 1.5: memory in float16 at kP = 192, others at 48."""
+
+    def network(patch: int, recompute: Any = None) -> nn.Module:
+        kind = PlainConvUNet if recompute is None else partial(CheckpointedPlainConvUNet, recompute=recompute)
+        return kind(**{**arguments(patch), "deep_supervision": True})
+
+    def two_passes(patch: int) -> nn.Module:
+        return TwoPasses(network(patch), lambda size: [2 * n // 3 for n in size])
+
+    builders: dict[str, Callable[[int], nn.Module]] = {
+        "U-Net(kP)": network,
+        "two passes": two_passes,
+        "one pass": partial(network, recompute="finest"),
+        "U-Net(kP), all levels recomputed": partial(network, recompute="stages"),
+        "U-Net(kP), norms recomputed": partial(network, recompute="norms"),
+    }
+    peaks = {
+        name: measure_step(partial(build, P), 1, [192] * 3, 2, torch.float16).peak for name, build in builders.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in builders}
+    trained = {name: build(SMALL_P).train() for name, build in builders.items()}
+    data = torch.randn(2, 1, *[48] * 3)
+    operations = {}
+    for name, module in trained.items():
+        with FlopCounterMode(display=False) as counter:
+            timed(module, [(module, data)])
+        operations[name] = counter.get_total_flops()
+    for _ in range(repeats):
+        for name, module in trained.items():
+            seconds[name].append(timed(module, [(module, data)]))
+    whole = "U-Net(kP)"
+    return [
+        {
+            "step": name,
+            "peak [GB]": round(peaks[name] / GIB, 2),
+            "to U-Net(kP)": round(peaks[name] / peaks[whole], 3),
+            "operations": round(operations[name] / operations[whole], 2),
+            "time to U-Net(kP)": round(median(seconds[name]) / median(seconds[whole]), 2),
+        }
+        for name in builders
+    ]
 
 
 def timed(network: nn.Module, passes: list[tuple[nn.Module, torch.Tensor]]) -> float:
@@ -208,7 +246,7 @@ def markdown(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--parts", nargs="+", default=["memory", "time"], choices=["memory", "time", "volume"])
+    parser.add_argument("--parts", nargs="+", default=["memory", "time"], choices=["memory", "time", "steps", "volume"])
     parser.add_argument("--repeats", type=int, default=5, help="of each time")
     parser.add_argument("--networks", nargs="+", default=list(networks(P)), help="that are timed")
     parser.add_argument("--ks", nargs="+", type=float, default=list(KS[1:]), help="that are timed")
@@ -219,6 +257,7 @@ def main() -> None:
     measure = {
         "memory": memory,
         "time": lambda: step_seconds(options.repeats, options.networks, options.ks),
+        "steps": lambda: steps(options.repeats),
         "volume": volume,
     }
     for part in options.parts:

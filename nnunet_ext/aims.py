@@ -72,7 +72,7 @@ METHODS: tuple[Method, ...] = (
     Method(trainer=DEFAULT, aims=("context",), standing="rival"),
     Method(trainer="nnUNetTrainerHalfWidth", aims=SMALL, standing="rival", plans_of="nnUNetTrainerHalfWidthBN"),
     Method(trainer="nnUNetTrainerMeUNet", aims=CONTEXT),
-    Method(trainer="nnUNetTrainerMeUNetOnePass", aims=CONTEXT),
+    Method(trainer="nnUNetTrainerMeUNetOnePass", aims=CONTEXT, plans_of="nnUNetTrainerMeUNet"),
     Method(trainer="nnUNetTrainerMeCheckpointing", aims=CONTEXT, plans_of="nnUNetTrainerMeUNet"),
     Method(trainer="nnUNetTrainerMeReversible", aims=CONTEXT),
     Method(trainer="nnUNetTrainerMeCascade", aims=CONTEXT),
@@ -82,18 +82,6 @@ METHODS: tuple[Method, ...] = (
     Method(trainer="nnUNetTrainerPartiallyInvertible", aims=MEMORY),
     Method(trainer="nnUNetTrainerImplicit", aims=MEMORY),
     Method(trainer="nnUNetTrainerFasterFusionBN", aims=SMALL),
-    Method(
-        trainer="nnUNetTrainerMeCheckpointingOnePass",
-        aims=CONTEXT,
-        standing="research",
-        plans_of="nnUNetTrainerMeUNetOnePass",
-    ),
-    Method(
-        trainer="nnUNetTrainerMeReversibleOnePass",
-        aims=CONTEXT,
-        standing="research",
-        plans_of="nnUNetTrainerMeReversible",
-    ),
     Method(
         trainer="nnUNetTrainerMeCascadeOnePass", aims=CONTEXT, standing="research", plans_of="nnUNetTrainerMeCascade"
     ),

@@ -44,7 +44,7 @@ class DualMeUNet(nn.Module):
         deep_supervision: Return a list of logits, largest first.
         regions: Whether the classes are nnU-Net's regions, each with a sigmoid of its own. Part of the state_dict, so
             that a network built from plans alone learns it from the checkpoint.
-        recompute: "stages" or "norms": train the branches with activation checkpointing; None: without.
+        recompute: "stages", "norms" or "finest": train the branches with activation checkpointing; None: without.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);
         patch divisible by the cumulative strides.

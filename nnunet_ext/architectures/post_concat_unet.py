@@ -44,7 +44,7 @@ class PostConcatUNet(nn.Module):
         fusion: "post", or "pre" for the ablation: the ordinary network, whose encoder sees image and prior.
         prior_resampling: "nearest", the voxel that nnU-Net's deep supervision takes, or "max", which keeps thin
             structures.
-        recompute: "stages" or "norms": train with activation checkpointing; None: without.
+        recompute: "stages", "norms" or "finest": train with activation checkpointing; None: without.
 
     Shape: (B, input_channels, *patch) -> (B, num_classes, *patch), or a list of (B, num_classes, *patch / scale);
         patch divisible by the cumulative strides.

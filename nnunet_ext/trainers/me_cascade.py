@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.expanded.one_pass import OnePass
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
 from nnunet_ext.architectures.expanded.patch import Size, divisors, expanded_patch, standard_patch
 from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, plan_standard_patch
 from nnunet_ext.trainers.passes import InTurn
 from nnunet_ext.trainers.priors import first_stage
+from nnunet_ext.trainers.unwrapped import unwrapped
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Branch:
     Args:
         network: The branch itself.
         whole: What the standard pass calls, compiled where nnU-Net compiles.
-        expanded: What runs its expanded patch.
+        expanded: Its expanded pass.
         patch: Its expanded patch.
     """
 
     network: nn.Module
     whole: Callable[[Tensor], Any]
-    expanded: ExpandedPass | OnePass
+    expanded: ExpandedPass
     patch: Size
 
 
@@ -51,10 +52,12 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
     Attributes:
         k: Ratio of the plans' patch to the standard patch, where the plans do not say it: that of the larger branch.
         branch_ks: Size of each branch's expanded patch over the standard patch they share.
+        one_pass: Train each branch on its expanded patch at full resolution, as if it were nnU-Net's own network.
     """
 
     k: float | Sequence[float] = 1.75
     branch_ks: Sequence[float] = (1.5, 1.75)
+    one_pass = False
 
     @classmethod
     def training_form(cls, network: Any, configuration: ConfigurationManager) -> nn.Module:
@@ -71,7 +74,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         def expanded(branch_k: float) -> Callable[[Sequence[int]], Size]:
             return lambda patch: expanded_patch(standard(patch), branch_k, divisor, patch)
 
-        return InTurn(network, standard, [expanded(branch_k) for branch_k in cls.branch_ks], cls.step_of)
+        return InTurn(network, standard, [expanded(branch_k) for branch_k in cls.branch_ks], cls.one_pass)
 
     @classmethod
     def branch_patches(cls, configuration: ConfigurationManager, standard: Size) -> list[Size]:
@@ -134,14 +137,26 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
             for branch in self.branches
         ]
         if self.is_ddp:
-            self.average_over_ranks()
+            self._average_over_ranks()
         return torch.stack(losses).mean()
 
     def _accumulate_branch(self, branch: Branch, data: Tensor, target: Tensor) -> Tensor:
-        """meU-net's step of one branch, not through DDP's wrapper, which waits for both branches."""
-        if branch.patch == self.standard_patch:
+        """meU-net's passes of one branch, not through DDP's wrapper, which waits for both branches."""
+        if self.one_pass or branch.patch == self.standard_patch:
             return self.backward(branch.whole, self.standard_loss, data, target, 1.0)
-        return self.accumulate(branch.expanded, branch.whole, data, target)
+        weight = self.expanded_weight
+        expanded = self.backward(branch.expanded, self.expanded_loss, data, target, weight)
+        data, target = (centre_crop(x, self.standard_patch) for x in (data, target))
+        return expanded + self.backward(branch.whole, self.standard_loss, data, target, 1 - weight)
+
+    def _average_over_ranks(self) -> None:
+        """What DDP does with gradients, once they are whole, in one message."""
+        gradients = [p.grad for p in unwrapped(self.network).parameters() if p.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        together /= dist.get_world_size()
+        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def clip_gradients(self) -> None:
         """Clip as nnU-Net does, each branch by itself."""

@@ -2,25 +2,21 @@
 
 Wang, Blackie, Miguel-Aliaga, Bai 2022, "Memory-efficient Segmentation of High-resolution Volumetric MicroCT Images"
 (MIDL). Different from the paper: the two losses go backward one after the other, so that the peak is the larger of
-both and not their sum; gradients are the same, because instance norm has no statistics across patches. Or, beyond the
-paper, both patches go through one pass, in which the finest level sees what the coarse ones see (`OnePass`).
+both and not their sum; gradients are the same, because instance norm has no statistics across patches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.expanded.one_pass import OnePass, Region
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop, downsample_labels
 from nnunet_ext.architectures.expanded.patch import Size, divisors, standard_patch
 from nnunet_ext.trainers.passes import TwoPasses
@@ -34,7 +30,7 @@ else:
 
 
 class MeUNetTrainerMixin(HostTrainer):
-    """meU-net's training step for trainers; place it before nnUNetTrainer.
+    """Two-pass training step for trainers; place it before nnUNetTrainer.
 
     The plans' patch is the expanded patch kP; loading, augmentation and prediction are nnU-Net's own. One step:
 
@@ -42,24 +38,18 @@ class MeUNetTrainerMixin(HostTrainer):
         2. P, the centre of kP: ``(1 - w) L(logits)``, the full network, nnU-Net's loss, backward
         3. one clip, one step of the optimiser
 
-    With `one_pass`, 1 and 2 are one, and P lies anywhere in kP: ``w L(level-2 logits of kP) + (1 - w) L(logits of P)``.
-
     Attributes:
         k: Size of kP over that of P, one number or one per axis, where the plans do not say it.
-        one_pass: Train P with the features of kP, see `OnePass`.
-        whole_statistics: Of `OnePass`.
-        expanded_weight: Weight w of the expanded patch.
+        expanded_weight: Weight w of the expanded pass.
         expanded_deep_supervision: Whether the expanded patch supervises all levels from the second on, with
-            nnU-Net's weights, and not only the second. None: with `one_pass`.
+            nnU-Net's weights, and not only the second.
         softmax_weighted: Weight rare classes up in the cross-entropy of all passes: True, or which form of
             `SoftmaxWeightedCrossEntropy`.
     """
 
     k: float | Sequence[float] = 1.5
-    one_pass = False
-    whole_statistics = True
     expanded_weight = 0.5
-    expanded_deep_supervision: bool | None = None
+    expanded_deep_supervision = False
     softmax_weighted: bool | Form = False
 
     @classmethod
@@ -70,22 +60,7 @@ class MeUNetTrainerMixin(HostTrainer):
             return network
         divisor = divisors(configuration.pool_op_kernel_sizes, len(patch))
         k = configuration.configuration.get("me_unet", {}).get("k", cls.k)
-        return cls.step_of(network, lambda size: standard_patch(tuple(size), k, divisor))
-
-    @classmethod
-    def step_of(cls, network: nn.Module, standard: Callable[[Sequence[int]], Sequence[int]]) -> nn.Module:
-        """A step on one network as a module: voxels per axis of kP -> of P is given."""
-        return cls.make_one_pass(network, standard) if cls.one_pass else TwoPasses(network, standard)
-
-    @classmethod
-    def make_one_pass(cls, network: nn.Module, standard: Callable[[Sequence[int]], Sequence[int]]) -> OnePass:
-        """Both patches in one pass."""
-        return OnePass(network, standard, cls.supervises_all(), cls.whole_statistics)
-
-    @classmethod
-    def supervises_all(cls) -> bool:
-        """Whether the expanded patch supervises all levels from the second on."""
-        return cls.one_pass if cls.expanded_deep_supervision is None else cls.expanded_deep_supervision
+        return TwoPasses(network, lambda size: standard_patch(tuple(size), k, divisor))
 
     def initialize(self) -> None:
         """Initialise as nnU-Net does; check the patches before."""
@@ -114,13 +89,9 @@ class MeUNetTrainerMixin(HostTrainer):
         """
         self.expanded_pass = self.make_expanded_pass(network)
 
-    def make_expanded_pass(self, network: nn.Module) -> ExpandedPass | OnePass:
-        """Make the pass of a network on kP, compiled where nnU-Net compiles."""
-        expanded = (
-            self.make_one_pass(network, lambda _: self.standard_patch)
-            if self.one_pass
-            else ExpandedPass(network, self.supervises_all())
-        )
+    def make_expanded_pass(self, network: nn.Module) -> ExpandedPass:
+        """Make the expanded pass of a network, compiled where nnU-Net compiles."""
+        expanded = ExpandedPass(network, self.expanded_deep_supervision)
         if self._do_i_compile():
             expanded.compile_levels()
         return expanded
@@ -147,50 +118,12 @@ class MeUNetTrainerMixin(HostTrainer):
         Returns:
             The joint loss.
         """
+        weight = self.expanded_weight
         # Not through DDP's wrapper: like a pass under `no_sync`, it adds to the gradients of this rank, which DDP
         # averages in the standard pass (tests/trainers/test_me_unet_ddp.py).
-        loss = self.accumulate(self.expanded_pass, self.network, data, target)
-        if self.one_pass and self.is_ddp:
-            self.average_over_ranks()
-        return loss
-
-    def accumulate(
-        self, expanded: ExpandedPass | OnePass, whole: Callable[[Tensor], Any], data: Tensor, target: Tensor
-    ) -> Tensor:
-        """Both patches of a network; return the joint loss.
-
-        Args:
-            expanded: What runs kP.
-            whole: The network itself, for P.
-            data, target: The expanded patch and its labels.
-        """
-        if isinstance(expanded, OnePass):
-            part = expanded.anywhere(data.shape[2:])
-            return self.backward(partial(expanded, part=part), self.one_pass_loss(part), data, target, 1.0)
-        weight = self.expanded_weight
-        loss = self.backward(expanded, self.expanded_loss, data, target, weight)
+        expanded = self.backward(self.expanded_pass, self.expanded_loss, data, target, weight)
         data, target = (centre_crop(x, self.standard_patch) for x in (data, target))
-        return loss + self.backward(whole, self.standard_loss, data, target, 1 - weight)
-
-    def one_pass_loss(self, part: Region) -> Callable[[Any, Tensor], Tensor]:
-        """``w L(levels of kP from the second on) + (1 - w) L(full resolution on P)``, for labels of kP."""
-
-        def loss(output: list[Tensor], target: Tensor) -> Tensor:
-            finest, *coarser = output
-            expanded = self.expanded_loss(coarser if self.supervises_all() else coarser[0], target)
-            standard = self.loss_of_a_level(finest, part.of(target))
-            return self.expanded_weight * expanded + (1 - self.expanded_weight) * standard
-
-        return loss
-
-    def average_over_ranks(self) -> None:
-        """What DDP does with gradients, once they are whole, in one message."""
-        gradients = [p.grad for p in unwrapped(self.network).parameters() if p.grad is not None]
-        together = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(together)
-        together /= dist.get_world_size()
-        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        return expanded + self.backward(self.network, self.standard_loss, data, target, 1 - weight)
 
     def backward(
         self,
@@ -215,7 +148,7 @@ class MeUNetTrainerMixin(HostTrainer):
 
     def expanded_loss(self, output: Any, target: Tensor) -> Tensor:
         """The same loss of level 2, or of all levels from the second on; `target` at full resolution."""
-        loss = self.loss_of_a_level
+        loss = self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
         _, *strides = self._level_strides()
         if not isinstance(output, (list, tuple)):
             return loss(output, downsample_labels(target, strides[0]))
@@ -224,11 +157,6 @@ class MeUNetTrainerMixin(HostTrainer):
         return DeepSupervisionWrapper(loss, weights / weights.sum())(
             output, [downsample_labels(target, s) for s in strides]
         )
-
-    @property
-    def loss_of_a_level(self) -> Any:
-        """nnU-Net's loss without its deep supervision."""
-        return self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
 
     def update_weights(self) -> None:
         """Clip the gradients and step, as nnU-Net does."""

@@ -22,7 +22,7 @@ class nnUNetTrainerActivationCheckpointing(CompiledCheckpointsMixin, AtomicCheck
 
     Attributes:
         recompute: "stages": all but what leads from one resolution to others. "norms": all but convolutions, which
-            keeps more and takes less time.
+            keeps more and takes less time. "finest": the finest levels as "stages", others as "norms".
         samples_apart: Run large feature maps in groups of samples; None: where the norm treats samples apart.
     """
 

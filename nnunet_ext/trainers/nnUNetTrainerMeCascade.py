@@ -22,7 +22,7 @@ class nnUNetTrainerMeCascade(MeCascadeTrainerMixin, AtomicCheckpointMixin, nnUNe
     `MeCascadePlanner` tell the stages apart. All folds of stage 1 are trained and validated before stage 2.
 
     Attributes:
-        recompute: "stages" or "norms": train both networks with activation checkpointing; None: without.
+        recompute: "stages", "norms" or "finest": train both networks with activation checkpointing; None: without.
     """
 
     recompute: Recompute | None = None

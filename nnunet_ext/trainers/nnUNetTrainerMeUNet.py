@@ -11,5 +11,6 @@ from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin
 class nnUNetTrainerMeUNet(MeUNetTrainerMixin, AtomicCheckpointMixin, nnUNetTrainer):
     """meU-net (Wang et al. 2022): trains the network of the plans with a large patch at the memory of a small one.
 
-    The patch of the plans is the large one. Network and checkpoints are those of nnU-Net's default trainer.
+    The patch of the plans is the large one. Network and checkpoints are those of nnU-Net's default trainer. What only
+    the large patch shows full resolution does not learn: for that take `nnUNetTrainerMeUNetOnePass`.
     """

@@ -74,13 +74,12 @@ class InTurn(_Passes):
     """meU-net's training step of a network's branches on centres of one patch, one after the other.
 
     Args:
-        trained_network: Has ``branches``, each of which takes a step.
+        trained_network: Has ``branches``, of which each takes both passes, or one.
         standard_patch: Voxels per axis of the whole patch -> of the standard patch that all share.
         expanded_patches: Function of each branch: voxels per axis of the whole patch -> of its expanded patch.
-        step_of: A branch, voxels per axis of its expanded patch -> of the standard one -> its step: `TwoPasses`, or a
-            module of a single pass.
+        one_pass: Each branch takes its expanded patch at full resolution.
 
-    Shape: (B, C, *patch) -> logits by the last branch.
+    Shape: (B, C, *patch) -> logits of P by the last branch, in one pass of its expanded patch.
     """
 
     def __init__(
@@ -88,30 +87,25 @@ class InTurn(_Passes):
         trained_network: Any,
         standard_patch: Callable[[Sequence[int]], Sequence[int]],
         expanded_patches: Sequence[Callable[[Sequence[int]], Sequence[int]]],
-        step_of: Callable[[nn.Module, Callable[[Sequence[int]], Sequence[int]]], nn.Module] = TwoPasses,
+        one_pass: bool = False,
     ) -> None:
         super().__init__()
-        self.trained_network = trained_network
+        self.trained_network, self.one_pass = trained_network, one_pass
+        self.expanded_passes = [ExpandedPass(branch) for branch in trained_network.branches]
         self.standard_patch, self.expanded_patches = standard_patch, expanded_patches
-        self._standard: Sequence[int] = ()  # of the patch that runs
-        self.steps = [step_of(branch, lambda _: self._standard) for branch in trained_network.branches]
 
     def passes(self, x: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-        """All passes of each branch; one of the branch itself where nothing is expanded."""
+        """Both passes of each branch; one where nothing is expanded."""
         whole = tuple(x.shape[2:])
-        self._standard = tuple(self.standard_patch(whole))
-        for branch, step, expanded_patch in zip(
-            self.trained_network.branches, self.steps, self.expanded_patches, strict=True
+        standard = tuple(self.standard_patch(whole))
+        for branch, expanded_pass, expanded_patch in zip(
+            self.trained_network.branches, self.expanded_passes, self.expanded_patches, strict=True
         ):
-            data = centre_crop(x, tuple(expanded_patch(whole)))
-            if tuple(data.shape[2:]) == self._standard:
-                yield branch, data
-            elif isinstance(step, _Passes):
-                yield from step.passes(data)
-            else:
-                yield step, data
+            size = tuple(expanded_patch(whole))
+            if size != standard and not self.one_pass:
+                yield expanded_pass, centre_crop(x, size)
+            yield branch, centre_crop(x, size if self.one_pass else standard)
 
     def parts(self) -> Iterator[nn.Module]:
-        """What the steps run."""
-        for step, branch in zip(self.steps, self.trained_network.branches, strict=True):
-            yield from step.parts() if isinstance(step, _Passes) else (step, branch)
+        """The expanded passes and the branches."""
+        yield from (*self.expanded_passes, *self.trained_network.branches)

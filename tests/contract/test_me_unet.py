@@ -17,11 +17,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from nnunet_ext.memory.tracker import StorageTracker
-from nnunet_ext.trainers.nnUNetTrainerMeCheckpointingOnePass import nnUNetTrainerMeCheckpointingOnePass
 from nnunet_ext.trainers.nnUNetTrainerMeReversible import nnUNetTrainerMeReversible
-from nnunet_ext.trainers.nnUNetTrainerMeReversibleOnePass import nnUNetTrainerMeReversibleOnePass
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
-from nnunet_ext.trainers.nnUNetTrainerMeUNetOnePass import nnUNetTrainerMeUNetOnePass
 from nnunet_ext.trainers.nnUNetTrainerReversible import nnUNetTrainerReversible
 from nnunet_ext.trainers.softmax_weighted_ce import SoftmaxWeightedCrossEntropy
 from tests.contract.plans import sizes
@@ -145,45 +142,6 @@ def test_two_passes_have_the_gradients_of_the_joint_loss(
             torch.testing.assert_close(parameter.grad, wanted, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("trainer_class", "kind"),
-    [(nnUNetTrainerMeUNetOnePass, kind) for kind in ("labels", "regions", "ignore")]
-    + [(nnUNetTrainerMeReversibleOnePass, "labels"), (nnUNetTrainerMeCheckpointingOnePass, "labels")],
-)
-def test_the_loss_of_one_pass_is_the_hosts_with_full_resolution_in_p(
-    trainer_class: type[nnUNetTrainer], kind: str, trainer_of: Callable[..., Any]
-) -> None:
-    trainer = trainer_of(trainer_class, kind)
-    trainer.network.double()
-    batch = batch_of(trainer)
-    data = batch["data"].double()
-    torch.manual_seed(5)
-    start = trainer.expanded_pass.anywhere((24, 24, 24)).start
-    assert start != (4, 4, 4)
-    torch.manual_seed(5)
-    found = trainer.accumulate_gradients(data, batch["target"][0])
-    without = {name.rpartition(".")[0] for name, p in trainer.network.named_parameters() if p.grad is None}
-    assert without == {"decoder.seg_layers.0"}  # nnU-Net gives the coarsest logits no weight
-    fine, *coarse = trainer.network(data)
-    base = trainer.loss.loss
-    # Half of the loss for P, half for the other levels but the coarsest, as nnU-Net weights them.
-    weights = [1.0] if len(coarse) == 1 else [0.5**i for i in range(len(coarse) - 1)]
-    pairs = zip(weights, coarse, batch["target"][1:], strict=False)
-    expanded = sum(w * base(output, target) for w, output, target in pairs) / sum(weights)
-    part = (slice(None), slice(None), *[slice(a, a + 16) for a in start])
-    expected = 0.5 * expanded + 0.5 * base(fine[part], batch["target"][0][part])
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-7, atol=1e-9)
-
-
-def test_a_scaled_step_of_one_pass_is_the_same_step(trainer_of: Callable[..., Any]) -> None:
-    plain, scaled = trainer_of(nnUNetTrainerMeUNetOnePass), trainer_of(nnUNetTrainerMeUNetOnePass)
-    scaled.network.load_state_dict(plain.network.state_dict())
-    scaled.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    losses = [trainer.train_step(batch_of(trainer))["loss"] for trainer in (plain, scaled)]  # seeds the place too
-    assert float(losses[0]) == pytest.approx(float(losses[1]))
-    torch.testing.assert_close(scaled.network.state_dict(), plain.network.state_dict(), rtol=1e-4, atol=1e-6)
-
-
 def test_in_float32_they_differ_by_less_than_1e_5(trainer_of: Callable[..., Any]) -> None:
     trainer = trainer_of(nnUNetTrainerMeUNet)
     batch = batch_of(trainer)
@@ -265,12 +223,7 @@ def test_an_overflow_in_the_expanded_pass_skips_the_step(trainer_of: Callable[..
 
 
 @pytest.mark.parametrize(
-    ("ours", "host"),
-    [
-        (nnUNetTrainerMeUNet, nnUNetTrainer),
-        (nnUNetTrainerMeUNetOnePass, nnUNetTrainer),
-        (nnUNetTrainerMeReversible, nnUNetTrainerReversible),
-    ],
+    ("ours", "host"), [(nnUNetTrainerMeUNet, nnUNetTrainer), (nnUNetTrainerMeReversible, nnUNetTrainerReversible)]
 )
 def test_checkpoints_load_into_the_hosts_trainer_and_back(
     ours: type[nnUNetTrainer], host: type[nnUNetTrainer], trainer_of: Callable[..., Any], tmp_path: Path

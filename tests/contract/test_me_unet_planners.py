@@ -14,7 +14,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_ext.architectures.expanded.patch import divisors
 from nnunet_ext.plans.me_res_enc_unet_planner import MeResEncUNetPlanner
 from nnunet_ext.plans.me_reversible_unet_planner import MeReversibleUNetPlanner
-from nnunet_ext.plans.me_unet_one_pass_planner import MeUNetOnePassPlanner
 from nnunet_ext.plans.me_unet_planner import MeUNetPlanner
 from nnunet_ext.trainers.me_unet import plan_standard_patch
 
@@ -36,7 +35,7 @@ def plan(planner_class: type[ExperimentPlanner], identifier: int, image: str) ->
 
 
 @pytest.mark.usefixtures("memory_by_voxels")
-@pytest.mark.parametrize("planner", [MeUNetPlanner, MeUNetOnePassPlanner, MeResEncUNetPlanner, MeReversibleUNetPlanner])
+@pytest.mark.parametrize("planner", [MeUNetPlanner, MeResEncUNetPlanner, MeReversibleUNetPlanner])
 @pytest.mark.parametrize("image", IMAGES)
 def test_patch_surrounds_the_standard_patch_and_stays_in_the_image(
     planner: type[ExperimentPlanner], image: str, dataset: Callable[[str], int]

@@ -15,8 +15,7 @@ VARIANTS = {
     "nnUNetTrainerMeCascadeCheckpointing",
     "nnUNetTrainerMeCascadeOnePass",
     "nnUNetTrainerMeCheckpointing",
-    "nnUNetTrainerMeCheckpointingOnePass",
-    "nnUNetTrainerMeReversibleOnePass",
+    "nnUNetTrainerMeUNetOnePass",
     "nnUNetTrainerPartiallyInvertibleNoVAE",
 }
 

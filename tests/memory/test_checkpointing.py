@@ -81,6 +81,15 @@ def test_meunet_sees_192_voxels_with_the_patch_of_128() -> None:
     assert expanded(128, 192).peak <= 1.7 * GIB
 
 
+def test_one_pass_sees_192_voxels_at_a_third_of_the_memory_of_the_default_trainer() -> None:
+    large = isotropic(128, patch_size=[192] * 3)
+    default, one_pass, stages = (
+        count_memory(large, trainer, 2).peak for trainer in ("nnUNetTrainer", "nnUNetTrainerMeUNetOnePass", TRAINER)
+    )
+    assert one_pass <= 0.35 * default
+    assert stages <= 0.29 * default
+
+
 @pytest.mark.slow
 def test_meunet_sees_224_voxels_with_the_patch_of_160() -> None:
     assert expanded(160, 224).peak <= 2.9 * GIB

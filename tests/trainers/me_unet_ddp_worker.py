@@ -10,7 +10,6 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_ext.architectures.expanded.one_pass import OnePass
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
@@ -21,26 +20,21 @@ from tests.contract.plans import arguments
 from tests.ranks import SIZE
 
 NETWORKS = {"PlainConvUNet": PlainConvUNet, "ReversibleUNet": ReversibleUNet, "DualMeUNet": DualMeUNet}
-ONE_PASS = [f"{name}, one pass" for name in NETWORKS]
 STEPS = 3
 
 
 class Step(MeUNetTrainerMixin):
     """The step alone, with a loss whose gradient is that of a mean over the batch."""
 
-    def __init__(self, network: nn.Module, one_pass: bool = False) -> None:
-        self.one_pass = one_pass
+    def __init__(self, network: nn.Module) -> None:
         self.device, self.grad_scaler = torch.device("cpu"), None
         self.network, self.is_ddp = network, isinstance(network, DistributedDataParallel)
         self.standard_patch = (8, 8, 8)
         self.configuration_manager = SimpleNamespace(pool_op_kernel_sizes=arguments("3d")["strides"])
         self.prepare_passes(unwrapped(network))
 
-    def make_expanded_pass(self, network: nn.Module) -> ExpandedPass | OnePass:
-        return OnePass(network, lambda _: self.standard_patch) if self.one_pass else ExpandedPass(network)
-
-    def supervises_all(self) -> bool:
-        return False
+    def make_expanded_pass(self, network: nn.Module) -> ExpandedPass:
+        return ExpandedPass(network)
 
     def loss(self, output: Any, target: Any) -> Tensor:
         pairs = zip(output, target, strict=True) if isinstance(output, list) else [(output, target)]
@@ -52,7 +46,7 @@ class CascadeStep(MeCascadeTrainerMixin, Step):
 
     def prepare_passes(self, network: Any) -> None:
         self.branches = [
-            Branch(branch, branch, self.make_expanded_pass(branch), size)
+            Branch(branch, branch, ExpandedPass(branch), size)
             for branch, size in zip(network.branches, ((12, 12, 12), (16, 16, 16)), strict=True)
         ]
 
@@ -66,19 +60,15 @@ def run(rank: int, name: str, compiled: bool, options: dict[str, Any]) -> None:
     """Steps on this rank's half of the batch; gradients must equal those of one process on the whole."""
     torch.manual_seed(1)
     data, target = torch.randn(2 * SIZE, 2, 16, 16, 16), torch.randn(2 * SIZE, 1, 16, 16, 16)
-    one_pass = name in ONE_PASS
-    name = name.removesuffix(", one pass")
     step = CascadeStep if name == "DualMeUNet" else Step
-    alone = step(build(name), one_pass)
-    torch.manual_seed(2)  # where the parts of one pass lie
+    alone = step(build(name))
     alone.accumulate_gradients(data, target)
     network = build(name)
     inner = torch.compile(network, backend="aot_eager") if compiled else network
-    ours = step(DistributedDataParallel(inner, **options), one_pass)
+    ours = step(DistributedDataParallel(inner, **options))
     mine = slice(2 * rank, 2 * rank + 2)
     for _ in range(STEPS):  # DDP builds its buckets anew after the first
         network.zero_grad(set_to_none=True)
-        torch.manual_seed(2)
         ours.accumulate_gradients(data[mine], target[mine])
         for found, wanted in zip(network.parameters(), alone.network.parameters(), strict=True):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-5)

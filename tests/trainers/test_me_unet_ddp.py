@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin
+from nnunet_ext.trainers.me_cascade import MeCascadeTrainerMixin
 from tests.ranks import Ranks
 from tests.trainers import me_unet_ddp_worker
 
 
-@pytest.mark.parametrize("name", [*me_unet_ddp_worker.NETWORKS, *me_unet_ddp_worker.ONE_PASS])
+@pytest.mark.parametrize("name", me_unet_ddp_worker.NETWORKS)
 @pytest.mark.parametrize(
     ("compiled", "options"),
     [(False, {}), pytest.param(True, {}, marks=pytest.mark.slow), (False, {"gradient_as_bucket_view": True})],
@@ -26,7 +26,7 @@ def test_two_ranks_have_the_gradients_of_one_process(
     ranks.run(me_unet_ddp_worker.run, name, compiled, options)
 
 
-def test_gradients_outside_of_ddps_wrapper_are_averaged_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_the_cascade_are_averaged_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Linear(3, 2), nn.Linear(2, 1))
     trained = [p for p in network.parameters() if p is not network[1].bias]  # that of a level without a loss
     for parameter in trained:
@@ -35,7 +35,7 @@ def test_gradients_outside_of_ddps_wrapper_are_averaged_in_one_message(monkeypat
     messages: list[int] = []
     monkeypatch.setattr(dist, "all_reduce", lambda message: messages.append(message.numel()) or message.mul_(3))
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    MeUNetTrainerMixin.average_over_ranks(SimpleNamespace(network=network))
+    MeCascadeTrainerMixin._average_over_ranks(SimpleNamespace(network=network))
     assert messages == [sum(parameter.numel() for parameter in trained)]
     torch.testing.assert_close([parameter.grad for parameter in trained], expected)
     assert network[1].bias.grad is None

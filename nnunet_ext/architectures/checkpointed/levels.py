@@ -17,10 +17,11 @@ from nnunet_ext.architectures.reversible.chain import group_size
 from nnunet_ext.architectures.reversible.recomputation import can_recompute
 from nnunet_ext.architectures.reversible.stages import GROUP_ELEMENTS, samples_are_independent
 
-Recompute = Literal["stages", "norms"]
+Recompute = Literal["stages", "norms", "finest"]
 Groups = list[Tensor]  # a feature map: all samples, or several groups of them
 
 _BLOCKS = 2  # of a stage whose samples are apart: more of them at once need more memory than their inputs
+_FINEST = 2  # stages of the encoder; what the second keeps is as much as all coarser ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Recomputation:
     """What the backward pass computes once more.
 
     Args:
-        recompute: "stages": all but what leads from level to level. "norms": all but convolutions.
+        recompute: "stages": all but what leads from level to level. "norms": all but convolutions. "finest": what
+            "stages" recomputes of the finest levels, what "norms" does of others.
         apart: Whether large feature maps are run in groups of samples, which are never joined.
     """
 
@@ -41,14 +43,14 @@ class Recomputation:
 
         Args:
             encoder: nnU-Net's.
-            recompute: "stages" or "norms".
+            recompute: "stages", "norms" or "finest".
             samples_apart: None: where the norm treats samples apart.
 
         Raises:
             ValueError: another word, or samples apart with a norm over the batch.
         """
         if recompute not in get_args(Recompute):
-            raise ValueError(f'recompute must be "stages" or "norms", got {recompute!r}.')
+            raise ValueError(f'recompute must be "stages", "norms" or "finest", got {recompute!r}.')
         independent = samples_are_independent(encoder.norm_op, encoder.norm_op_kwargs or {})
         if samples_apart and not independent:
             raise ValueError(
@@ -73,12 +75,13 @@ class Recomputation:
         before = [] if stem is None else blocks_of(stem)
         groups = self._grouped(encoder, x)
         maps = []
-        for stage in encoder.stages:
+        for i, stage in enumerate(encoder.stages):
             blocks, before = [*before, *blocks_of(stage)], []
             step = _BLOCKS if len(groups) > 1 else max(1, len(blocks))
             for start in range(0, len(blocks), step):
                 part = blocks[start : start + step]
-                groups = [self._level(partial(self._down, part), part, group) for group in groups]
+                run = partial(self._down, part, i < _FINEST)
+                groups = [self._level(run, part, group, is_finest=i < _FINEST) for group in groups]
             groups = _joined_if_small(groups)
             maps.append(groups)
         return maps
@@ -101,23 +104,27 @@ class Recomputation:
             if others:
                 inputs.append(_split(others[last - i].to(skip[0].dtype), sizes))
             run = partial(self._up, up, stage, head, decoder.deep_supervision, i == last)
-            found = [self._level(run, [up, stage, head], *tensors) for tensors in zip(*inputs, strict=True)]
+            modules = [up, stage, head]
+            found = [self._level(run, modules, *tensors, is_finest=i == last) for tensors in zip(*inputs, strict=True)]
             groups = [features for features, *_ in found]
             if decoder.deep_supervision or i == last:
                 logits.append(_whole([outputs[-1] for outputs in found]))
         return logits[::-1] if decoder.deep_supervision else logits[0]
 
-    def _level(self, run: Callable[..., Any], modules: Sequence[nn.Module], *inputs: Tensor) -> Any:
-        return repeated(run, modules, *inputs) if self.recompute == "stages" else run(*inputs)
+    def _level(self, run: Callable[..., Any], modules: Sequence[nn.Module], *inputs: Tensor, is_finest: bool) -> Any:
+        return repeated(run, modules, *inputs) if self._is_repeated(is_finest) else run(*inputs)
 
-    @property
-    def _is_compiled(self) -> bool:
-        """Whether a compiler runs each level as it is: it would keep what leads from a checkpoint within to another."""
-        return self.recompute == "stages" and torch.compiler.is_compiling()
+    def _is_repeated(self, is_finest: bool) -> bool:
+        """Whether a level is recomputed as a whole."""
+        return self.recompute == "stages" or (self.recompute == "finest" and is_finest)
 
-    def _down(self, blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+    def _is_plain(self, is_finest: bool) -> bool:
+        """Whether a compiler runs a level as it is: it would keep what leads from a checkpoint within to another."""
+        return self._is_repeated(is_finest) and torch.compiler.is_compiling()
+
+    def _down(self, blocks: Sequence[nn.Module], is_finest: bool, x: Tensor) -> Tensor:
         """Blocks of a stage of the encoder."""
-        if not self._is_compiled:
+        if not self._is_plain(is_finest):
             return through(blocks, Pending((x,))).kept()
         for block in blocks:
             x = block(x)
@@ -127,7 +134,7 @@ class Recomputation:
         self, up: nn.Module, stage: nn.Module, head: Any, deep_supervision: bool, is_last: bool, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         """A level of the decoder: its feature map, where another level follows, and its logits, where wanted."""
-        if self._is_compiled:
+        if self._is_plain(is_last):
             features = stage(torch.cat((up(inputs[0]), *inputs[1:]), dim=1))
             return (head(features),) if is_last else (features, head(features)) if deep_supervision else (features,)
         x = through(blocks_of(stage), joined(up, *inputs))

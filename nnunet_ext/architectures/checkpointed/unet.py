@@ -27,6 +27,7 @@ class _Checkpointed:
     Args:
         recompute: "stages": of each level training keeps what leads to others. "norms": it keeps the outputs of
             convolutions too, so that none runs twice but those that cost nothing, as the first on one channel.
+            "finest": as "stages" the finest level of the decoder and the two finest of the encoder, as "norms" others.
         samples_apart: Run large feature maps in groups of samples; None: where the norm treats samples apart.
 
     Raises:

@@ -38,17 +38,21 @@ class ExpandedPass(nn.Module):
 
     def __init__(self, network: nn.Module, deep_supervision: bool = False) -> None:
         super().__init__()
-        check_network(network)
-        shallow, encoder = split(network.encoder)
-        self.shallow = nn.Sequential(*_layers(nn.Sequential(*shallow)))
-        self.deep = coarser_levels(network, encoder, deep_supervision)
+        _check(network)
+        self.shallow, encoder = _split(network.encoder)
+        decoder = _replaced(network.decoder, **_without_finest(network.decoder))
+        decoder.deep_supervision = deep_supervision
+        # Its forward is the network's own, so that what recomputes feature maps does so here too.
+        self.deep = _replaced(network, encoder=encoder, decoder=decoder)
         self._levels: tuple[Any, Any] = (self.shallow, self.deep)  # what is called; a tuple is not in state_dict
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits."""
         shallow, deep = self._levels
         with torch.no_grad(), evaluating(self.shallow):
-            below = torch.cat([shallow(samples) for samples in in_groups(x, self.shallow)])
+            channels = next(self.shallow.parameters()).shape[0]
+            size = max(1, GROUP_ELEMENTS // max(1, channels * x[0, 0].numel()))
+            below = torch.cat([shallow(samples) for samples in x.split(size)])
         logits: Tensor | list[Tensor] = deep(below)
         return logits
 
@@ -60,12 +64,6 @@ class ExpandedPass(nn.Module):
         """
         # Not `Module.compile`, which leaves a bare Sequential as it is up to PyTorch 2.11, without a word.
         self._levels = torch.compile(self.shallow, **options), torch.compile(self.deep, **options)
-
-
-def in_groups(x: Tensor, level: nn.Module) -> Sequence[Tensor]:
-    """Groups of samples whose feature map of this level is not larger than `GROUP_ELEMENTS`."""
-    channels = next(level.parameters()).shape[0]
-    return x.split(max(1, GROUP_ELEMENTS // max(1, channels * x[0, 0].numel())))
 
 
 def centre_crop(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -99,8 +97,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def check_network(network: nn.Module) -> None:
-    """Refuse a network of another build, or one without a head on its second level."""
+def _check(network: nn.Module) -> None:
     encoder, decoder = getattr(network, "encoder", None), getattr(network, "decoder", None)
     stages, heads = getattr(encoder, "stages", None), getattr(decoder, "seg_layers", None)
     if stages is None or heads is None or not hasattr(decoder, "stages"):
@@ -115,55 +112,41 @@ def check_network(network: nn.Module) -> None:
         )
 
 
-def replaced(module: Any, **children: nn.Module | None) -> Any:
+def _replaced(module: Any, **children: nn.Module | None) -> Any:
     """A module with the same attributes and other children; what is not replaced is shared."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
     return twin
 
 
-def coarser_levels(network: Any, encoder: nn.Module, deep_supervision: bool) -> Any:
-    """A network of the levels from the second on, whose forward pass is the network's own.
-
-    So what recomputes feature maps does so here too.
-
-    Args:
-        network: The whole network.
-        encoder: Without its finest level.
-        deep_supervision: Whether it gives the logits of all levels.
-    """
-    decoder = replaced(network.decoder, **of_levels(network.decoder, slice(-1)))
-    decoder.deep_supervision = deep_supervision
-    return replaced(network, encoder=encoder, decoder=decoder)
-
-
-def of_levels(decoder: Any, levels: slice) -> dict[str, nn.ModuleList]:
-    """Children of a decoder that hold one module per level, of these levels; the finest is the last."""
+def _without_finest(decoder: Any) -> dict[str, nn.Module]:
+    """Children of a decoder that hold one module per level, without that of the finest, the last."""
     n = len(decoder.stages)
     per_level = {k: v for k, v in decoder.named_children() if isinstance(v, nn.ModuleList) and len(v) == n}
-    return {name: modules[levels] for name, modules in per_level.items()}
+    return {name: modules[:-1] for name, modules in per_level.items()}
 
 
-def split(encoder: Any) -> tuple[list[nn.Module], nn.Module]:
-    """The finest level and what leads out of it, up to the first block of the second; an encoder of the rest."""
+def _split(encoder: Any) -> tuple[nn.Module, nn.Module]:
+    """What runs without gradient, up to the first block of the second level; an encoder of the rest."""
     transitions = getattr(encoder, "transitions", None)
     first, second, *coarser = encoder.stages
     if transitions is None:
         stem = getattr(encoder, "stem", None)
         blocks = _blocks(second)
-        shallow = [*([] if stem is None else [stem]), first, blocks[:1]]
+        shallow = nn.Sequential(*_layers(nn.Sequential(*([] if stem is None else [stem]), first, blocks[:1])))
         children: dict[str, nn.Module | None] = {"stages": nn.Sequential(blocks[1:], *coarser)}
-        return shallow, replaced(encoder, **children, **({} if stem is None else {"stem": None}))
+        return shallow, _replaced(encoder, **children, **({} if stem is None else {"stem": None}))
     if len(transitions) != len(encoder.stages):
         raise ValueError(
             f"meU-net needs one transition per stage of the encoder, got {len(transitions)} for {len(encoder.stages)} "
             f"stages of {type(encoder).__name__}: use nnU-Net's own networks or ReversibleUNet."
         )
+    shallow = nn.Sequential(transitions[0], first, transitions[1])
     rest = {
         "transitions": nn.ModuleList([nn.Identity(), *transitions[2:]]),
         "stages": nn.ModuleList([second, *coarser]),
     }
-    return [transitions[0], first, transitions[1]], replaced(encoder, **rest)
+    return shallow, _replaced(encoder, **rest)
 
 
 def _layers(module: Any) -> list[nn.Module]:

@@ -93,7 +93,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels, "GROUP_ELEMENTS", 700)
 
 
-@pytest.mark.parametrize("recompute", ["stages", "norms"])
+@pytest.mark.parametrize("recompute", ["stages", "norms", "finest"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_gradients_and_statistics_are_those_of_the_host_bit_for_bit(kind: str, change: str, recompute: str) -> None:
@@ -111,7 +111,7 @@ def test_gradients_under_autocast_are_those_of_the_host_bit_for_bit(kind: str, d
 
 
 @pytest.mark.usefixtures("one_by_one")
-@pytest.mark.parametrize("recompute", ["stages", "norms"])
+@pytest.mark.parametrize("recompute", ["stages", "norms", "finest"])
 @pytest.mark.parametrize(("dim", "change"), [(2, "as planned"), (3, "anisotropic"), (3, "one output")])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_gradients_of_samples_apart_are_those_of_the_host(kind: str, dim: int, change: str, recompute: str) -> None:
@@ -280,6 +280,7 @@ INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
         ("plain", {}, {}),
         ("plain", {}, {"norm_op": nn.BatchNorm3d}),
         pytest.param("resenc", {}, {}, marks=pytest.mark.slow),
+        ("plain", {"recompute": "finest"}, {}),
         pytest.param("plain", {"recompute": "norms"}, {}, marks=pytest.mark.slow),
         pytest.param("plain", {"samples_apart": False}, {}, marks=pytest.mark.slow),
     ],
