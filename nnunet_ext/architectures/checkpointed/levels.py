@@ -21,7 +21,7 @@ Recompute = Literal["stages", "norms", "finest"]
 Groups = list[Tensor]  # a feature map: all samples, or several groups of them
 
 _BLOCKS = 2  # of a stage whose samples are apart: more of them at once need more memory than their inputs
-_FINEST = 2  # stages of the encoder; what the second keeps is as much as all coarser ones
+_FINEST = 2  # stages of the encoder; the second keeps more than all coarser ones together
 
 
 @dataclass(frozen=True, kw_only=True)
