@@ -1,10 +1,12 @@
-"""Make a trained model small and fast to ship: fused, batch norms folded, only weights, in a precision of your choice.
+"""Make a trained model ready to ship: fused, batch norms folded, only weights, compared with what was trained.
 
-Writes a folder that nnUNetv2_predict_from_modelfolder runs wherever this package is installed. The fused network is
-compared with the trained one before anything is written.
+Writes a folder that nnUNetv2_predict_from_modelfolder runs wherever this package is installed; with --stock wherever
+nnU-Net is; with --standalone its own predict.py runs it, without nnU-Net and PyTorch.
 
-examples: nnunet-ext deploy -m RESULTS/nnUNetTrainerHalfWidthBN__nnUNetPlans__3d_fullres -o shipped
-          nnunet-ext deploy -m MODEL -o shipped --folds 0 --onnx -i SCANS
+examples: nnunet-ext deploy -m RESULTS/nnUNetTrainerHalfWidthBN__nnUNetPlans__3d_fullres -o shipped --dtype float16
+          nnunet-ext deploy -m MODEL -o shipped --standalone -i SCANS
+          python shipped/predict.py -i SCANS -o PREDICTED
+          nnunet-ext deploy -m MODEL -o shipped --stock
           nnUNetv2_predict_from_modelfolder -m shipped -i SCANS -o PREDICTED -f 0
 """
 
@@ -18,13 +20,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.trust import OPTION
 from nnunet_ext.printable import printable
 
 if TYPE_CHECKING:
     from nnunet_ext.deploy.check import Difference
+    from nnunet_ext.deploy.model import TrainedModel
     from nnunet_ext.deploy.ship import Shipped
+    from nnunet_ext.deploy.standalone.export import Exported
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", dest="output", type=Path, required=True, metavar="OUT", help="folder to make; must not exist")
     add("--folds", nargs="+", metavar="F", help="folds to ship (all that are trained)")
     add("-chk", dest="checkpoint", default=FINAL_CHECKPOINT, metavar="NAME", help="default: %(default)s")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--stock", action="store_true", help="a model of nnU-Net's own: predicts without this package")
+    kind.add_argument(
+        "--standalone", action="store_true", help="ONNX files and predict.py: predicts without nnU-Net and PyTorch"
+    )
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
     add(
         "--form",
@@ -42,25 +52,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of FasterFusion blocks: hybrid is smallest and fastest, t the paper's, dense plain convolutions",
     )
     add("--onnx", action="store_true", help="also write ONNX files for one patch, in float32")
-    add("-i", dest="images", type=Path, metavar="SCANS", help="check with the first of these images as well")
+    add(
+        "-i",
+        dest="images",
+        type=Path,
+        metavar="SCANS",
+        help="check with these images: with the first, --standalone with all",
+    )
     add("--trust", **OPTION)
 
 
 def run(args: argparse.Namespace) -> int:
     """Deploy and print; return the exit status."""
+    refuse_options(args)
     with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
         from nnunet_ext.deploy.model import TrainedModel
-        from nnunet_ext.deploy.ship import DeployOptions, precision_note, predict_command, ship
 
         model = TrainedModel.read(args.model, args.folds, args.checkpoint, args.trust)
-        options = DeployOptions(args.dtype, args.form, args.onnx, args.images)
-        shipped = ship(model, args.output, options, lambda what: print(printable(what), file=sys.stderr))
-    for fold, result in shipped.items():
-        print("\n".join(map(printable, _lines(fold, result))))
-    if args.dtype != "float32":
-        print(precision_note(args.dtype))
-    print(printable(f"Predict: {shlex.join(predict_command(args.output, shipped))}"))
+        make = _standalone if args.standalone else _stock if args.stock else _fused
+        lines = make(model, args)
+    print("\n".join(map(printable, lines)))
     return 0
+
+
+def refuse_options(args: argparse.Namespace) -> None:
+    """See that no option is given that another one leaves without meaning.
+
+    Raises:
+        UsageError: names it.
+    """
+    kind = "--standalone" if args.standalone else "--stock" if args.stock else ""
+    for given, option in ((args.dtype != "float32", "--dtype"), (args.onnx, "--onnx")):
+        if kind and given:
+            raise UsageError(f"{kind} ships float32 in a form of its own, {option} has no meaning there: omit it.")
+
+
+def _show(what: str) -> None:
+    print(printable(what), file=sys.stderr)
+
+
+def _fused(model: TrainedModel, args: argparse.Namespace) -> list[str]:
+    from nnunet_ext.deploy.ship import DeployOptions, precision_note, predict_command, ship
+
+    options = DeployOptions(args.dtype, args.form, args.onnx, args.images)
+    shipped = ship(model, args.output, options, _show)
+    lines = [line for fold, result in shipped.items() for line in _lines(fold, result)]
+    if args.dtype != "float32":
+        lines.append(precision_note(args.dtype))
+    return [*lines, f"Predict: {shlex.join(predict_command(args.output, shipped))}"]
+
+
+def _stock(model: TrainedModel, args: argparse.Namespace) -> list[str]:
+    from nnunet_ext.deploy.ship import predict_command
+    from nnunet_ext.deploy.stock import stock
+
+    stocked = stock(model, args.output, args.images, _show)
+    lines = []
+    for fold, result in stocked.items():
+        lines += [f"fold {fold}: {result.network} of nnU-Net{', batch norms folded' if result.is_folded else ''}"]
+        lines += [f"  file        {result.bytes_before:,} -> {result.bytes:,} bytes"]
+        lines += [f"  {_difference(found)}" for found in result.differences]
+    return [*lines, f"Predict: {shlex.join(predict_command(args.output, stocked))}"]
+
+
+def _standalone(model: TrainedModel, args: argparse.Namespace) -> list[str]:
+    from nnunet_ext.deploy.standalone.export import export
+
+    exported = export(model, args.output, form=args.form, images=args.images, show=_show)
+    lines = []
+    for fold, differences in exported.differences.items():
+        lines += [f"fold {fold}", *(f"  ONNX Runtime, {_difference(found)}" for found in differences)]
+    for case in exported.cases:
+        lines.append(
+            f"{case.case}: {1 - case.different / case.voxels:.4%} of {case.voxels:,} voxels as nnU-Net, lowest Dice "
+            f"{case.dice:.4f}; {case.seconds:.1f} s, nnU-Net {case.nnunet_seconds:.1f} s"
+        )
+    for rule in exported.postprocessing:
+        lines.append(f"Postprocessing: of the labels {rule['labels']} the largest component stays.")
+    lines.append(f"{exported.bytes:,} bytes; from file to file " + _verdict(exported))
+    python = shlex.join(["python", str(args.output / "predict.py"), "-i", "IN", "-o", "OUT"])
+    return [*lines, f"Predict: pip install -r {shlex.quote(str(args.output / 'requirements.txt'))}; {python}"]
+
+
+def _verdict(exported: Exported) -> str:
+    if not exported.cases:
+        return "not compared with nnU-Net: give images by -i."
+    return f"{exported.equal:.4%} of all voxels have nnU-Net's label."
 
 
 def _lines(fold: str, result: Shipped) -> Iterable[str]:

@@ -90,6 +90,22 @@ class TrainedModel:
             )
         return dict(checkpoint.weights)
 
+    def trained_network(self, fold: str) -> nn.Module:
+        """Build the network with the weights of a fold.
+
+        Raises:
+            UsageError: the fold has no checkpoint of this network.
+        """
+        network = self.network()
+        try:
+            network.load_state_dict(self.weights(fold))
+        except RuntimeError as error:
+            raise UsageError(
+                f"The weights of fold {fold} don't fit the network that {self.trainer} builds from plans.json "
+                f"({str(error).splitlines()[-1].strip()}): give plans and checkpoints of one training."
+            ) from error
+        return network
+
 
 def _checkpoints(model: ModelFolder, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
     found = model.folds_with(name)

@@ -1,10 +1,11 @@
-"""Fused networks for ONNX Runtime: one static patch, for machines without PyTorch."""
+"""Networks for ONNX Runtime, of one size of patch: for machines without PyTorch."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,31 @@ from torch import Tensor, nn
 from nnunet_ext.errors import UsageError
 
 
-def export(network: nn.Module, example: Tensor, path: Path) -> None:
+def export_any_batch(network: nn.Module, example: Tensor, path: Path) -> bool:
+    """Write a network for batches of any size where it can be told so, else for those of `example`.
+
+    Returns:
+        Whether the batch can have any size.
+
+    Raises:
+        UsageError: see `export`.
+    """
+    try:
+        export(network, torch.cat([example, example]), path, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except UsageError:
+        export(network, example, path)
+        return False
+    return True
+
+
+def export(network: nn.Module, example: Tensor, path: Path, **options: Any) -> None:
     """Write a network whose input "image" has the shape of `example`, and whose output is "logits".
+
+    Args:
+        network: To write.
+        example: Input.
+        path: File to write.
+        options: Of `torch.onnx.export`.
 
     Raises:
         UsageError: the network computes something that ONNX does not have.
@@ -33,12 +57,13 @@ def export(network: nn.Module, example: Tensor, path: Path) -> None:
                 dynamo=True,
                 verbose=False,
                 external_data=False,
+                **options,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error).partition("<class")[2].partition("\n")[0] or str(error).partition("\n")[0]
         raise UsageError(
-            f"--onnx needs a network that ONNX can express, {type(network).__name__} is none ({reason.strip(' >')}): "
-            "leave it out."
+            f"ONNX can't express what {type(network).__name__} computes ({reason.strip(' >')}): ship the model "
+            "without ONNX."
         ) from error
     finally:
         logger.setLevel(level)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from nnunet_ext import __version__, extras
 from nnunet_ext.architectures.common.onednn import computes_natively
 from nnunet_ext.architectures.deployed import DTYPES, DeployedNetwork, NothingToFuseError, fused
 from nnunet_ext.architectures.fusion.blocks import Form
-from nnunet_ext.deploy import onnx
+from nnunet_ext.deploy import card, onnx
 from nnunet_ext.deploy.check import (
     FLOAT16_MAX,
     Difference,
@@ -26,10 +24,10 @@ from nnunet_ext.deploy.check import (
     random_image,
     real_patch,
 )
+from nnunet_ext.deploy.folder import check_new, count, write_checkpoint, write_json, write_sums
 from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
-from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.model_folder import DEPLOYED
 from nnunet_ext.nnunet.training_log import TrainingLog, read_log, record
 
@@ -89,8 +87,7 @@ def ship(
     Raises:
         UsageError: `output` exists, there is nothing to fuse, weights don't fit, or the result is not the same.
     """
-    if output.exists():
-        raise UsageError(f"-o needs a folder that does not exist, got {output}: choose another, or delete it.")
+    check_new(output)
     if options.onnx:
         extras.need("onnx", "--onnx")
     images = _images(model, options)
@@ -99,11 +96,13 @@ def ship(
         for fold in model.checkpoints:
             show(f"fold {fold}")
             shipped[fold] = _Fold(model, fold, options, images, folder).ship()
-        _write_json(folder / "dataset.json", model.setting.dataset)
-        _write_json(folder / "plans.json", _plans(model, options))
+        write_json(folder / "dataset.json", model.setting.dataset)
+        write_json(folder / "plans.json", _plans(model, options))
         report = {"nnunet_ext": __version__, "trainer": model.trainer, **asdict(options), "images": sorted(images)}
         folds = {f: {**asdict(s), "training": record(s.training)} for f, s in shipped.items()}
-        _write_json(folder / "deployment.json", {**report, "folds": folds})
+        write_json(folder / "deployment.json", {**report, "folds": folds})
+        (folder / card.NAME).write_text(card.text(model, card.FUSED), encoding="utf-8")
+        write_sums(folder)
     return shipped
 
 
@@ -126,10 +125,6 @@ def _plans(model: TrainedModel, options: DeployOptions) -> dict[str, Any]:
     return plans
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-
-
 class _Fold:
     """One fold on its way."""
 
@@ -145,7 +140,7 @@ class _Fold:
 
     def ship(self) -> Shipped:
         """Fuse, check, write."""
-        trained = self._trained()
+        trained = self._model.trained_network(self._fold)
         try:
             network = fused(trained, self._options.form)
         except NothingToFuseError as error:
@@ -156,39 +151,15 @@ class _Fold:
         if self._options.dtype == "float16":
             self._check_range(network)
         deployed = DeployedNetwork(network, DTYPES[self._options.dtype]).eval()
-        path = self._folder / FINAL_CHECKPOINT
-        content = io.BytesIO()
-        torch.save(self._checkpoint(deployed), content)
-        path.write_bytes(content.getvalue())  # torch.save itself reports a full disk as RuntimeError
         return Shipped(
-            parameters_before=_count(trained),
-            parameters=_count(network),
+            parameters_before=count(trained),
+            parameters=count(network),
             bytes_before=self._model.checkpoints[self._fold].stat().st_size,
-            bytes=path.stat().st_size,
+            bytes=write_checkpoint(self._folder, self._model, deployed, DEPLOYED),
             differences=self._compare(trained, deployed),
             onnx_differences=exported,
             training=read_log(self._model.checkpoints[self._fold].parent)[0],
         )
-
-    def _trained(self) -> nn.Module:
-        network = self._model.network()
-        try:
-            network.load_state_dict(self._model.weights(self._fold))
-        except RuntimeError as error:
-            raise UsageError(
-                f"The weights of fold {self._fold} don't fit the network that {self._model.trainer} builds from "
-                f"plans.json ({str(error).splitlines()[-1].strip()}): give plans and checkpoints of one training."
-            ) from error
-        return network
-
-    def _checkpoint(self, network: nn.Module) -> dict[str, Any]:
-        """What nnU-Net's predictor reads; tensors and plain values only."""
-        return {
-            "network_weights": network.state_dict(),
-            "trainer_name": DEPLOYED,
-            "init_args": {"configuration": self._model.setting.configuration},
-            "inference_allowed_mirroring_axes": self._model.mirroring_axes,
-        }
 
     def _compare(self, trained: nn.Module, deployed: nn.Module) -> tuple[Difference, ...]:
         differences = []
@@ -245,7 +216,3 @@ def precision_note(dtype: str) -> str:
     if computes_natively(DTYPES[dtype]):
         return f"Computes in {dtype}, on this CPU as well."
     return f"This CPU has no instructions for {dtype}: on it the model computes in float32, on a GPU in {dtype}."
-
-
-def _count(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())

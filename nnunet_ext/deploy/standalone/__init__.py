@@ -1,0 +1,1 @@
+"""A trained model as a folder that predicts from file to file without nnU-Net and without PyTorch."""

@@ -1,0 +1,575 @@
+"""Predict segmentations with an exported nnU-Net model: NumPy, SciPy, SimpleITK and ONNX Runtime, no PyTorch.
+
+What nnU-Net computes from file to file, for the model in the folder of this file (or -m): read, transpose, crop,
+normalise, resample, sliding window with mirroring, mean of the folds, resample back, write. Numbers of the model are in
+model.json; all files are checked against SHA256SUMS before they are used.
+
+example: python predict.py -i SCANS -o PREDICTED
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from scipy import ndimage, sparse
+
+FORMAT, VERSION = "nnU-Net standalone model", 1
+MODEL, CHECKSUMS = "model.json", "SHA256SUMS"
+SIGMA, GAUSSIAN_PEAK = 1 / 8, 10.0  # weights of a window, in patches and at its centre, as in nnU-Net
+
+Array = NDArray[Any]
+Network = Callable[[Array], Array]  # (B, C, *patch) -> (B, outputs, *patch), float32
+
+
+class PredictionError(Exception):
+    """What is wrong with the input, in one sentence: rule, value, cure."""
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def read_model(folder: Path) -> dict[str, Any]:
+    """Read model.json of a complete folder.
+
+    Raises:
+        PredictionError: a file is missing, or not the one that was exported.
+    """
+    again = "copy the folder again from where it was exported"
+    try:
+        sums = (folder / CHECKSUMS).read_text(encoding="utf-8")
+    except OSError as error:
+        raise PredictionError(
+            f"-m needs the folder of an exported model with {CHECKSUMS}, got {folder}: {again}."
+        ) from error
+    for line in sums.splitlines():
+        expected, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file() or sha256(path) != expected:
+            raise PredictionError(
+                f"{path} must be the file that was exported, it is missing, cut off or changed: {again}."
+            )
+    if MODEL not in sums:
+        raise PredictionError(f"{folder / CHECKSUMS} must list {MODEL}, it is cut off or changed: {again}.")
+    model: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+    if (model.get("format"), model.get("version")) != (FORMAT, VERSION):
+        raise PredictionError(
+            f"{folder / MODEL} must be a {FORMAT} of version {VERSION}, got {model.get('format')} "
+            f"{model.get('version')}: use the predict.py that was exported with it."
+        )
+    return model
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_network(path: Path, threads: int = 0, device: str = "cpu") -> Network:
+    """Load an ONNX file.
+
+    Args:
+        path: File.
+        threads: On the CPU; 0: as many as ONNX Runtime takes.
+        device: "cpu" or "cuda", which needs the package onnxruntime-gpu.
+
+    Raises:
+        PredictionError: this machine has no such device for ONNX Runtime.
+    """
+    import onnxruntime
+
+    providers = onnxruntime.get_available_providers()
+    wanted = [f"{name}ExecutionProvider" for name in ((device.upper(), "CPU") if device != "cpu" else ("CPU",))]
+    if wanted[0] not in providers:
+        raise PredictionError(
+            f"-device {device} needs an ONNX Runtime that has it, this one has {', '.join(providers)}: install "
+            "onnxruntime-gpu, or use -device cpu."
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+    (image,) = session.get_inputs()
+    return lambda x: np.asarray(session.run(None, {image.name: x})[0], np.float32)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """One case.
+
+    Args:
+        data: Intensities, (C, *spatial), axes as SimpleITK's arrays have them; 2D images have one slice.
+        spacing: Millimetres per axis of `data`.
+        geometry: Image that says where the voxels lie.
+        orientation: That of the file, where the model reads all images in one orientation.
+    """
+
+    data: Array
+    spacing: tuple[float, ...]
+    geometry: sitk.Image
+    orientation: str | None
+
+
+def find_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """Files of each case in the order of their channels: CASE_0000, CASE_0001, ...
+
+    Raises:
+        PredictionError: there is none.
+    """
+    pattern = re.compile(rf"(?P<case>[^.].*)_\d{{4}}{re.escape(ending)}")
+    cases: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        if match := pattern.fullmatch(path.name):
+            cases.setdefault(match["case"], []).append(path)
+    if not cases:
+        raise PredictionError(f"-i needs a folder of images CASE_0000{ending}, got {folder}: name them so.")
+    return cases
+
+
+def read_image(files: Sequence[Path], channels: Sequence[str], reader: str) -> Image:
+    """Read the channels of a case as nnU-Net's `reader` does.
+
+    Raises:
+        PredictionError: a file can't be read, channels are missing or lie on different grids, or are not finite.
+    """
+    images = [read_file(file) for file in files]
+    orientation = None
+    if reader.endswith("WithReorient"):
+        orientation = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(images[0].GetDirection())
+        images = [sitk.DICOMOrient(image, "RAS") for image in images]
+    first = images[0]
+    grid = (first.GetSize(), first.GetSpacing())
+    for file, image in zip(files, images, strict=True):
+        if (image.GetSize(), image.GetSpacing()) != grid:
+            raise PredictionError(
+                f"All channels of a case need one grid, {file} has {image.GetSize()} voxels of {image.GetSpacing()} "
+                f"mm, {files[0].name} {grid[0]} of {grid[1]}: resample it."
+            )
+    data = np.concatenate([channels_of(image) for image in images])
+    if data.ndim != 4 or len(data) != len(channels):
+        raise PredictionError(
+            f"{files[0]} must be a 2D or 3D image with the channels {', '.join(channels)}, together its files have "
+            f"the shape {data.shape}: give one file CASE_0000, CASE_0001, ... for each channel."
+        )
+    if not np.isfinite(data).all():
+        raise PredictionError(f"{files[0]} must hold finite numbers, it has NaN or infinity: replace them.")
+    spacing = tuple(abs(s) for s in reversed(first.GetSpacing()))
+    if reader == "NaturalImage2DIO":
+        spacing = (999.0, 1.0, 1.0)
+    elif len(spacing) == 2:  # one slice, so thick that nothing is resampled across it
+        spacing = (max(spacing) * 999, *spacing)
+    return Image(data=data, spacing=spacing, geometry=first, orientation=orientation)
+
+
+def read_file(file: Path) -> sitk.Image:
+    """Read one file; PredictionError where it is no complete image."""
+    try:
+        if file.name.endswith((".nii", ".nii.gz")):
+            check_nifti(file)
+        return sitk.ReadImage(str(file))
+    except (RuntimeError, OSError, EOFError, zlib.error, struct.error) as error:
+        raise PredictionError(f"{file} must be a complete image, it can't be read to its end: replace it.") from error
+
+
+def check_nifti(file: Path) -> None:
+    """Raise EOFError for a NIfTI file that was cut off, which ITK fills up with zeros without a word."""
+    with file.open("rb") as plain:
+        is_gzip = plain.read(2) == b"\x1f\x8b"
+    with gzip.open(file) if is_gzip else file.open("rb") as stream:
+        header = stream.read(352)
+        size = len(header)
+        while block := stream.read(1 << 24):
+            size += len(block)
+    if header[344:347] == b"n+1":
+        order = "<" if header[:4] == (348).to_bytes(4, "little") else ">"
+        axes, *shape = struct.unpack(f"{order}8h", header[40:56])
+        (bits,) = struct.unpack(f"{order}h", header[72:74])
+        if size < 352 + math.prod(shape[:axes]) * bits // 8:
+            raise EOFError
+
+
+def channels_of(image: sitk.Image) -> Array:
+    """Intensities as (C, *spatial) of float32."""
+    array = sitk.GetArrayFromImage(image).astype(np.float32)
+    array = np.moveaxis(array, -1, 0) if image.GetNumberOfComponentsPerPixel() > 1 else array[None]
+    return array[:, None] if image.GetDimension() == 2 else array
+
+
+def write_segmentation(labels: Array, image: Image, file: Path) -> None:
+    """Write labels on the grid of the image; the file is complete or not there."""
+    labels = labels.astype(np.uint8 if labels.max() < 255 else np.uint16)
+    result = sitk.GetImageFromArray(labels[0] if image.geometry.GetDimension() == 2 else labels)
+    result.CopyInformation(image.geometry)
+    if image.orientation is not None:
+        result = sitk.DICOMOrient(result, image.orientation)
+    part = file.with_name(f".part-{file.name}")
+    try:
+        sitk.WriteImage(result, str(part), True)
+        os.replace(part, file)
+    except (RuntimeError, OSError) as error:
+        raise PredictionError(f"{file} can't be written ({error}): free space on the disk.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- preprocessing ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the network sees of a case, and how to come back.
+
+    Args:
+        data: (C, *spatial), axes and spacing of the model.
+        spacing: Its spacing.
+        original_spacing: That of the image, in the same order of axes.
+        shape: Voxels of the image, in the same order.
+        box: Where the part that is not zero lies in it.
+    """
+
+    data: Array
+    spacing: tuple[float, ...]
+    original_spacing: tuple[float, ...]
+    shape: tuple[int, ...]
+    box: tuple[slice, ...]
+
+
+def prepare(image: Image, model: Mapping[str, Any]) -> Prepared:
+    """Transpose, crop to what is not zero, normalise, resample."""
+    axes = model["transpose_forward"]
+    data = image.data.transpose(0, *(axis + 1 for axis in axes))
+    original = tuple(image.spacing[axis] for axis in axes)
+    spacing = (*original[: len(original) - len(model["spacing"])], *model["spacing"])  # 2D: slices stay as they are
+    shape = data.shape[1:]
+    nonzero = (data != 0).any(0)
+    box = bounding_box(nonzero)
+    if any(scheme["use_mask"] for scheme in model["normalization"]):
+        nonzero = ndimage.binary_fill_holes(nonzero)
+    data = data[all_channels(box)]
+    normalized = [
+        normalize(channel, scheme, nonzero[box]) for channel, scheme in zip(data, model["normalization"], strict=True)
+    ]
+    size = [round(a / b * n) for a, b, n in zip(original, spacing, data.shape[1:], strict=True)]
+    how = model["resampling"]["data"]
+    data = np.stack([resample(channel, size, original, spacing, how) for channel in normalized])
+    return Prepared(data=data, spacing=spacing, original_spacing=original, shape=shape, box=box)
+
+
+def bounding_box(mask: Array) -> tuple[slice, ...]:
+    """Smallest box that holds all of a mask; everything where it is empty."""
+    return ndimage.find_objects(mask.astype(np.uint8))[0] if mask.any() else tuple(slice(0, n) for n in mask.shape)
+
+
+def all_channels(part: Sequence[Any]) -> tuple[Any, ...]:
+    """Index of a part of space in all channels."""
+    return (slice(None), *part)
+
+
+def normalize(channel: Array, scheme: Mapping[str, Any], mask: Array) -> Array:
+    """Normalise one channel by nnU-Net's scheme of this name; `mask` is what is not zero."""
+    channel, name = channel.copy(), scheme["scheme"]
+    if name == "ZScoreNormalization":
+        inside: Any = mask if scheme["use_mask"] else ...
+        values = channel[inside]
+        channel[inside] = (values - values.mean()) / max(values.std(), 1e-8)
+    elif name == "CTNormalization":
+        np.clip(channel, scheme["percentile_00_5"], scheme["percentile_99_5"], out=channel)
+        channel -= scheme["mean"]
+        channel /= max(scheme["std"], 1e-8)
+    elif name == "RescaleTo01Normalization":
+        channel -= channel.min()
+        channel /= max(channel.max(), 1e-8)
+    elif name == "RGBTo01Normalization":
+        if channel.min() < 0 or channel.max() > 255:
+            raise PredictionError(
+                f"Colours must be from 0 to 255, got {channel.min():g} to {channel.max():g}: give RGB images of 8 bits."
+            )
+        channel /= 255
+    elif name != "NoNormalization":
+        raise PredictionError(f"{MODEL} must name a normalisation of nnU-Net, got {name}: export the model again.")
+    return channel
+
+
+# --- resampling ------------------------------------------------------------------------------------------------------
+
+
+def resample(
+    volume: Array, size: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float], how: Mapping[str, Any]
+) -> Array:
+    """Resample one channel as nnU-Net does, axis by axis.
+
+    A spline on a grid is the product of one along each axis: the volume is multiplied by a matrix for each.
+
+    Shape: (x, y, z) -> size.
+    """
+    if tuple(size) == volume.shape:
+        return volume
+    alone = separate_axis(spacing, new_spacing, how["force_separate_z"], how["separate_z_anisotropy_threshold"])
+    together = tuple(axis for axis in range(volume.ndim) if axis != alone)
+    result = volume
+    for axis in sorted(together, key=lambda a: size[a] / volume.shape[a]):  # those that shrink first
+        result = along(result, axis, weights(volume.shape[axis], size[axis], how["order"]))
+    if how["order"] > 1:  # splines overshoot: nnU-Net clips, slice by slice where one axis is alone
+        result = np.clip(result, volume.min(together, keepdims=True), volume.max(together, keepdims=True))
+    if alone is not None:
+        result = along(result, alone, weights(volume.shape[alone], size[alone], how["order_z"]))
+    return result
+
+
+def separate_axis(
+    spacing: Sequence[float], new_spacing: Sequence[float], forced: bool | None, threshold: float
+) -> int | None:
+    """The axis that is resampled on its own; None: there is none."""
+    for one in (spacing, new_spacing):
+        if forced or (forced is None and max(one) / min(one) > threshold):
+            coarsest = [axis for axis, s in enumerate(one) if s == max(one)]
+            return coarsest[0] if len(coarsest) == 1 else None
+    return None
+
+
+@lru_cache(maxsize=32)
+def weights(n: int, size: int, order: int) -> Any:
+    """Sparse matrix (size, n) of float32 that resamples one axis: what SciPy makes of unit vectors."""
+    if n == size:
+        return None
+    if order == 0:
+        at = (np.arange(size) + 0.5) * (n / size) - 0.5
+        columns = [ndimage.map_coordinates(unit, [at], order=0, mode="nearest") for unit in np.eye(n)]
+    else:
+        columns = [ndimage.zoom(unit, size / n, order=order, mode="nearest", grid_mode=True) for unit in np.eye(n)]
+    matrix = np.stack(columns, 1)
+    matrix[np.abs(matrix) < 1e-9] = 0
+    return sparse.csr_array(matrix.astype(np.float32))
+
+
+def along(volume: Array, axis: int, matrix: Any) -> Array:
+    """Multiply one axis by a matrix; None: leave it."""
+    if matrix is None:
+        return volume
+    lines = np.moveaxis(volume, axis, 0)
+    result = matrix @ np.ascontiguousarray(lines, np.float32).reshape(len(lines), -1)
+    return np.moveaxis(result.reshape(-1, *lines.shape[1:]), 0, axis)
+
+
+# --- prediction ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to predict.
+
+    Args:
+        step_size: Distance of windows, in patches.
+        mirroring: Average over the flips that the model allows.
+        progress: Called with windows done and all of them.
+    """
+
+    step_size: float = 0.5
+    mirroring: bool = True
+    progress: Callable[[int, int], None] = lambda done, n: None
+
+
+def predict_case(
+    networks: Sequence[Network], files: Sequence[Path], model: Mapping[str, Any], options: Options
+) -> tuple[Array, Image]:
+    """Labels of one case, on the grid of its image."""
+    image = read_image(files, model["channels"], model["reader"])
+    case = prepare(image, model)
+    logits = predict_logits(networks, case.data, model, options)
+    return postprocess(segment(logits, case, model), model["postprocessing"]), image
+
+
+def predict_logits(networks: Sequence[Network], data: Array, model: Mapping[str, Any], options: Options) -> Array:
+    """Mean logits of the networks, (outputs, *spatial) in float16, as nnU-Net keeps them."""
+    patch = tuple(model["patch_size"])
+    padded, inside = pad(data, patch)
+    windows = sliding_windows(padded.shape[1:], patch, options.step_size)
+    weight = gaussian(patch)
+    axes = model["mirroring_axes"] if options.mirroring else []
+    total = None
+    for i, network in enumerate(networks):
+        logits = np.zeros((model["num_outputs"], *padded.shape[1:]), np.float16)
+        count = np.zeros(padded.shape[1:], np.float16)
+        for j, window in enumerate(windows, 1):
+            found = mirrored(network, padded[all_channels(window)][None], axes)[0]
+            logits[all_channels(window)] += found * weight
+            count[window] += weight
+            options.progress(i * len(windows) + j, len(networks) * len(windows))
+        logits /= count
+        total = logits if total is None else total + logits
+    if total is None or not np.isfinite(total).all():
+        raise PredictionError("Logits must stay below 65504, the largest number of float16: predict other folds by -f.")
+    return (total if len(networks) == 1 else total / np.float16(len(networks)))[all_channels(inside)]
+
+
+def mirrored(network: Network, x: Array, axes: Sequence[int]) -> Array:
+    """Mean over all flips of these spatial axes."""
+    total = network(np.ascontiguousarray(x))
+    flips = [flip for n in range(len(axes)) for flip in itertools.combinations([a + 2 for a in axes], n + 1)]
+    for flip in flips:
+        total += np.flip(network(np.ascontiguousarray(np.flip(x, flip))), flip)
+    return total / np.float32(len(flips) + 1)
+
+
+def pad(data: Array, patch: Sequence[int]) -> tuple[Array, tuple[slice, ...]]:
+    """Fill up with zeros to one patch; return where the image lies."""
+    shape = data.shape[1:]
+    wanted = (*shape[: len(shape) - len(patch)], *patch)
+    missing = [max(0, w - n) for w, n in zip(wanted, shape, strict=True)]
+    around = [(m // 2, m - m // 2) for m in missing]
+    inside = tuple(slice(before, before + n) for (before, _), n in zip(around, shape, strict=True))
+    return np.pad(data, [(0, 0), *around]), inside
+
+
+def sliding_windows(shape: Sequence[int], patch: Sequence[int], step: float) -> list[tuple[Any, ...]]:
+    """Windows that cover an image, `step` patches apart at most; a 2D patch visits slice after slice."""
+    across = len(shape) - len(patch)
+    axes: list[list[Any]] = [list(range(n)) for n in shape[:across]]
+    for n, p in zip(shape[across:], patch, strict=True):
+        count = int(np.ceil((n - p) / (p * step))) + 1
+        gap = (n - p) / max(1, count - 1)
+        axes.append([slice(start, start + p) for start in (round(gap * i) for i in range(count))])
+    return list(itertools.product(*axes))
+
+
+@lru_cache(maxsize=1)
+def gaussian(patch: tuple[int, ...]) -> Array:
+    """Weights of the voxels of a window, float16."""
+    peak = np.zeros(patch)
+    peak[tuple(n // 2 for n in patch)] = 1
+    weight = ndimage.gaussian_filter(peak, [n * SIGMA for n in patch], mode="constant")
+    weight = (weight / (weight.max() / GAUSSIAN_PEAK)).astype(np.float16)
+    weight[weight == 0] = weight[weight > 0].min()
+    return weight
+
+
+# --- from logits to a file -------------------------------------------------------------------------------------------
+
+
+def segment(logits: Array, case: Prepared, model: Mapping[str, Any]) -> Array:
+    """Resample logits back one by one, take the label of the largest or those of all regions; the image's axes."""
+    size = [s.stop - s.start for s in case.box]
+    how, regions = model["resampling"]["probabilities"], model["regions_class_order"]
+    inside = np.zeros(size, np.uint16)
+    largest = np.full(size, -np.inf, np.float32)
+    for i, channel in enumerate(logits):
+        found = resample(channel.astype(np.float32), size, case.spacing, case.original_spacing, how)
+        found = found.astype(how["dtype"]).astype(np.float32)  # as nnU-Net rounds: the first of equal logits wins
+        if regions is None:
+            better = found > largest
+            inside[better] = i
+            np.copyto(largest, found, where=better)
+        else:
+            inside[found > 0] = regions[i]
+    labels = np.zeros(case.shape, np.uint16)
+    labels[case.box] = inside
+    return labels.transpose(model["transpose_backward"])
+
+
+def postprocess(labels: Array, rules: Sequence[Mapping[str, Any]]) -> Array:
+    """Keep the largest component of the labels of each rule, as nnU-Net's postprocessing does."""
+    for rule in rules:
+        mask = np.isin(labels, rule["labels"])
+        components, n = ndimage.label(mask, np.ones((3,) * labels.ndim))
+        if n > 1:
+            sizes = np.bincount(components.ravel())[1:]
+            keep = np.flatnonzero(sizes == sizes.max()) + 1
+            labels = np.where(mask & ~np.isin(components, keep), rule["background"], labels)
+    return labels
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options, named as those of nnUNetv2_predict_from_modelfolder."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("-i", dest="images", type=Path, required=True, metavar="IN", help="folder of images CASE_0000.nii.gz")
+    add("-o", dest="output", type=Path, required=True, metavar="OUT", help="folder of segmentations")
+    add(
+        "-m", dest="model", type=Path, default=Path(__file__).parent, metavar="MODEL", help="default: that of this file"
+    )
+    add("-f", dest="folds", nargs="+", metavar="F", help="folds to average (all that were exported)")
+    add("-step_size", type=float, default=0.5, help="of the sliding window, in patches (%(default)s)")
+    add("-device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
+    add("--continue_prediction", action="store_true", help="leave out cases whose segmentation is there")
+    add("--disable_progress_bar", action="store_true")
+    add("--threads", type=int, default=0, metavar="N", help="of the CPU (as many as ONNX Runtime takes)")
+    return made
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Predict all cases; return the exit status.
+
+    A case that can't be predicted is told and left out, the others go on.
+    """
+    model = read_model(arguments.model)
+    files = {network["fold"]: network["file"] for network in model["networks"]}
+    chosen = arguments.folds or list(files)
+    if missing := [fold for fold in chosen if fold not in files]:
+        raise PredictionError(f"-f needs exported folds, {missing[0]} is none: choose among {' '.join(files)}.")
+    if not 0 < arguments.step_size <= 1:
+        raise PredictionError(f"-step_size must be over 0 and at most 1, got {arguments.step_size:g}: use 0.5.")
+    cases = find_cases(arguments.images, model["file_ending"])
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    networks = [load_network(arguments.model / files[fold], arguments.threads, arguments.device) for fold in chosen]
+    bar = not arguments.disable_progress_bar and sys.stderr.isatty()
+    failed = 0
+    for i, (case, images) in enumerate(cases.items(), 1):
+        target = arguments.output / f"{case}{model['file_ending']}"
+        if arguments.continue_prediction and target.is_file():
+            continue
+
+        def show(done: int, n: int, case: str = case) -> None:
+            if bar:
+                print(f"\r{case}: window {done} of {n} ", end="\n" if done == n else "", file=sys.stderr, flush=True)
+
+        options = Options(step_size=arguments.step_size, mirroring=not arguments.disable_tta, progress=show)
+        start = time.monotonic()
+        try:
+            labels, image = predict_case(networks, images, model, options)
+            write_segmentation(labels, image, target)
+        except PredictionError as error:
+            failed += 1
+            print(f"error: {case}: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"{i} of {len(cases)}  {target}  {time.monotonic() - start:.1f} s", flush=True)
+    return 1 if failed else 0
+
+
+def main() -> None:
+    """Run, or say in one line what is wrong."""
+    try:
+        sys.exit(run(parser().parse_args()))
+    except PredictionError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Writes a trained model as one of nnU-Net's own, which predicts without this package."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ext import __version__
+from nnunet_ext.architectures.deployed import NothingToFuseError, fused
+from nnunet_ext.deploy import card
+from nnunet_ext.deploy.check import Difference, predict_unfused, random_image, real_patch
+from nnunet_ext.deploy.folder import check_new, count, write_checkpoint, write_json, write_sums
+from nnunet_ext.deploy.model import TrainedModel
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import whole_folder
+from nnunet_ext.nnunet.training_log import read_log, record
+
+STOCK = "nnUNetTrainer"
+_HOME = "dynamic_network_architectures.architectures."
+_TOLERANCE = 1e-4  # of the largest logit: folding changes float32 by rounding only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stocked:
+    """One fold, before and after.
+
+    Args:
+        network: Class of the network that nnU-Net builds.
+        is_folded: Whether its batch norms were folded.
+        parameters_before, parameters: Numbers of weights, heads for deep supervision included.
+        bytes_before, bytes: Size of the checkpoint's file, trained and stock.
+        differences: Differences to the trained network; 0 where nothing was folded.
+    """
+
+    network: str
+    is_folded: bool
+    parameters_before: int
+    parameters: int
+    bytes_before: int
+    bytes: int
+    differences: tuple[Difference, ...]
+
+
+def stock(
+    model: TrainedModel, output: Path, images: Path | None = None, show: Callable[[str], None] = lambda what: None
+) -> dict[str, Stocked]:
+    """Write the model; return what became of each fold.
+
+    Args:
+        model: Trained.
+        output: A folder that does not exist yet.
+        images: Folder of real images to check with; None: only noise.
+        show: Called before each piece of work.
+
+    Raises:
+        UsageError: `output` exists, or the network is none of nnU-Net's.
+    """
+    check_new(output)
+    patches = {"random": random_image(model.setting)}
+    if images is not None:
+        name, patch = real_patch(model.setting, images)
+        patches[name] = patch
+    with whole_folder(output) as folder:
+        stocked, plans = {}, None
+        for fold, path in model.checkpoints.items():
+            show(f"fold {fold}")
+            trained = model.trained_network(fold)
+            found = _Stock.of(model, trained, patches)
+            if plans not in (None, found.plans):
+                raise UsageError(f"All folds must become one network, fold {fold} another: ship it alone by --folds.")
+            plans = found.plans
+            stocked[fold] = Stocked(
+                network=type(found.network).__name__,
+                is_folded=found.is_folded,
+                parameters_before=count(trained),
+                parameters=count(found.network),
+                bytes_before=path.stat().st_size,
+                bytes=write_checkpoint(folder / f"fold_{fold}", model, found.network, STOCK),
+                differences=found.differences,
+            )
+        write_json(folder / "dataset.json", model.setting.dataset)
+        write_json(folder / "plans.json", plans or {})
+        (folder / card.NAME).write_text(card.text(model, card.STOCK), encoding="utf-8")
+        trainings = {f: record(read_log(path.parent)[0]) for f, path in model.checkpoints.items()}
+        report = {"nnunet_ext": __version__, "trainer": model.trainer, "images": list(patches)}
+        folds = {fold: {**asdict(s), "training": trainings[fold]} for fold, s in stocked.items()}
+        write_json(folder / "deployment.json", {**report, "folds": folds})
+        write_sums(folder)
+    return stocked
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stock:
+    """A network of nnU-Net's own with the weights of a trained one."""
+
+    network: nn.Module
+    plans: Mapping[str, Any]
+    is_folded: bool
+    differences: tuple[Difference, ...]
+
+    @classmethod
+    def of(cls, model: TrainedModel, trained: nn.Module, patches: Mapping[str, Tensor]) -> _Stock:
+        """Build it: batch norms folded, else as it was trained.
+
+        Raises:
+            UsageError: the network is none of nnU-Net's.
+        """
+        reason = ""
+        for predicting, is_folded in _forms(trained):
+            plans = _plans(model, trained, is_folded)
+            try:
+                network = _build(model, plans)
+                network.load_state_dict(predicting.state_dict())
+            except (RuntimeError, TypeError) as error:  # other weights; arguments that the class does not have
+                reason = str(error).splitlines()[-1].strip()
+                continue
+            if all(torch.equal(predict_unfused(predicting, x), predict_unfused(network, x)) for x in patches.values()):
+                return cls(
+                    network=network,
+                    plans=plans,
+                    is_folded=is_folded,
+                    differences=_differences(model, trained, network, patches),
+                )
+            reason = "it computes something else"
+        raise UsageError(
+            f"--stock needs a network of dynamic_network_architectures, that of {model.trainer} "
+            f"({type(trained).__name__}) is none that nnU-Net could build{f' ({reason})' if reason else ''}: use "
+            "--standalone, which predicts without this package too, or leave --stock out."
+        )
+
+
+def _forms(trained: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    if _class_of(trained) is None:
+        return
+    with suppress(NothingToFuseError):
+        yield fused(trained), True
+    yield trained, False
+
+
+def _class_of(network: nn.Module) -> type[nn.Module] | None:
+    """nnU-Net's class that the network is, or comes from."""
+    return next((kind for kind in type(network).__mro__ if kind.__module__.startswith(_HOME)), None)
+
+
+def _plans(model: TrainedModel, trained: nn.Module, is_folded: bool) -> dict[str, Any]:
+    """Plans from which nnU-Net builds the network, with the features and norms that the trainer gave it."""
+    kind = _class_of(trained)
+    assert kind is not None  # `_forms` gives none else
+    encoder: Any = trained.get_submodule("encoder")
+    architecture = model.setting.configuration_manager.configuration["architecture"]
+    known = signature(kind).parameters
+    arguments = {key: value for key, value in architecture["arch_kwargs"].items() if key in known}
+    arguments["features_per_stage"] = list(encoder.output_channels)
+    norm = None if is_folded else encoder.norm_op
+    arguments["norm_op"] = None if norm is None else f"{norm.__module__}.{norm.__name__}"
+    arguments["norm_op_kwargs"] = None if norm is None else dict(encoder.norm_op_kwargs or {})
+    plans = copy.deepcopy(dict(model.setting.plans))
+    plans["configurations"][model.setting.configuration]["architecture"] = {
+        "network_class_name": f"{kind.__module__}.{kind.__name__}",
+        "arch_kwargs": arguments,
+        "_kw_requires_import": [key for key in architecture["_kw_requires_import"] if key in arguments],
+    }
+    return plans
+
+
+def _build(model: TrainedModel, plans: Mapping[str, Any]) -> nn.Module:
+    """Build as nnU-Net's predictor does."""
+    from nnunet_ext.nnunet.setting import Setting
+
+    setting = Setting(
+        plans=plans,
+        dataset=model.setting.dataset,
+        configuration=model.setting.configuration,
+        trusted=model.setting.trusted,
+    )
+    return setting.builder(STOCK, deep_supervision=False)().eval()
+
+
+def _differences(
+    model: TrainedModel, trained: nn.Module, network: nn.Module, patches: Mapping[str, Tensor]
+) -> tuple[Difference, ...]:
+    regions = bool(model.setting.label_manager.has_regions)
+    found = []
+    for name, patch in patches.items():
+        before, after = (predict_unfused(n, patch) for n in (trained, network))
+        found.append(Difference.of(name, before, after, regions))
+        if not found[-1].relative <= _TOLERANCE:
+            raise UsageError(
+                f"The stock network must predict what the trained one does; logits of the image {name} differ by "
+                f"{found[-1].relative:.1e} of the largest: ship the model without --stock, and report this."
+            )
+    return tuple(found)
