@@ -15,14 +15,13 @@ from nnunet_ext import registry
 from nnunet_ext.advise.advise import advise as _advise
 from nnunet_ext.advise.records import Advice
 from nnunet_ext.aims import Aim
-from nnunet_ext.architectures.fusion.blocks import Form
 from nnunet_ext.comparison import compare as _comparison
 from nnunet_ext.comparison import report as _report
 from nnunet_ext.comparison import selection as _selection
 from nnunet_ext.comparison.compare import Comparison
 from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.deploy.ship import DeployOptions, Shipped, ship
-from nnunet_ext.deploy.standalone.export import Exported, export
+from nnunet_ext.deploy.standalone.export import Exported, ExportOptions, export
 from nnunet_ext.deploy.stock import Stocked, stock
 from nnunet_ext.errors import UsageError
 from nnunet_ext.memory.estimate import Estimate
@@ -142,40 +141,43 @@ def deploy(
 
 
 def deploy_stock(
-    model: str | Path, output: str | Path, *, images: str | Path | None = None, **read: Any
+    model: str | Path,
+    output: str | Path,
+    *,
+    images: Path | None = None,
+    folds: Sequence[str] | None = None,
+    checkpoint: str = FINAL_CHECKPOINT,
+    trusted: bool = False,
 ) -> dict[str, Stocked]:
     """Write a trained model as one of nnU-Net's own; return what became of each fold.
 
     Args:
-        model, output: See `deploy`.
+        model, output, folds, checkpoint, trusted: See `deploy`.
         images: Folder of images to check with.
-        read: ``folds``, ``checkpoint``, ``trusted``, see `deploy`.
 
     Raises:
         UsageError: as `nnunet-ext deploy --stock`.
     """
-    return stock(_trained(model, **read), Path(output), None if images is None else Path(images))
+    return stock(TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), images)
 
 
 def deploy_standalone(
-    model: str | Path, output: str | Path, *, images: str | Path | None = None, form: Form = "hybrid", **read: Any
+    model: str | Path,
+    output: str | Path,
+    *,
+    folds: Sequence[str] | None = None,
+    checkpoint: str = FINAL_CHECKPOINT,
+    trusted: bool = False,
+    **options: Any,
 ) -> Exported:
     """Write a trained model as a folder that predicts without nnU-Net and PyTorch; return what was found.
 
     Args:
-        model, output: See `deploy`.
-        images: Folder of images; all are predicted by the folder and by nnU-Net.
-        form: Form of fused FasterFusion blocks.
-        read: ``folds``, ``checkpoint``, ``trusted``, see `deploy`.
+        model, output, folds, checkpoint, trusted: See `deploy`.
+        options: What `nnunet_ext.deploy.standalone.export.ExportOptions` takes: ``engines``, ``images``,
+            ``references``, ``form``.
 
     Raises:
         UsageError: as `nnunet-ext deploy --standalone`.
     """
-    folder = None if images is None else Path(images)
-    return export(_trained(model, **read), Path(output), form=form, images=folder)
-
-
-def _trained(
-    model: str | Path, *, folds: Sequence[str] | None = None, checkpoint: str = FINAL_CHECKPOINT, trusted: bool = False
-) -> TrainedModel:
-    return TrainedModel.read(Path(model), folds, checkpoint, trusted)
+    return export(TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), ExportOptions(**options))

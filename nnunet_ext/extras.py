@@ -7,7 +7,11 @@ import importlib.util
 from nnunet_ext import installation
 from nnunet_ext.errors import UsageError
 
-MODULES = {"report": ("matplotlib", "jinja2", "surface_distance"), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+MODULES = {
+    "report": ("matplotlib", "jinja2", "surface_distance"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "nncf"),
+}
 
 
 def need(extra: str, what: str) -> None:

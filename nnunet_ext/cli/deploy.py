@@ -59,6 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCANS",
         help="check with these images: with the first, --standalone with all",
     )
+    add(
+        "--engines",
+        nargs="+",
+        choices=("onnxruntime", "openvino", "openvino-bfloat16", "openvino-int8"),
+        default=["onnxruntime"],
+        help="of --standalone, the first is its default; int8 is calibrated on -i (%(default)s)",
+    )
+    add(
+        "-ref", dest="references", type=Path, metavar="LABELS", help="of -i: --standalone reports Dice before and after"
+    )
     add("--trust", **OPTION)
 
 
@@ -82,6 +92,9 @@ def refuse_options(args: argparse.Namespace) -> None:
         UsageError: names it.
     """
     kind = "--standalone" if args.standalone else "--stock" if args.stock else ""
+    alone = args.engines != ["onnxruntime"], args.references is not None
+    if not args.standalone and any(alone):
+        raise UsageError(f"{'--engines' if alone[0] else '-ref'} is an option of --standalone: add it.")
     for given, option in ((args.dtype != "float32", "--dtype"), (args.onnx, "--onnx")):
         if kind and given:
             raise UsageError(f"{kind} ships float32 in a form of its own, {option} has no meaning there: omit it.")
@@ -116,28 +129,35 @@ def _stock(model: TrainedModel, args: argparse.Namespace) -> list[str]:
 
 
 def _standalone(model: TrainedModel, args: argparse.Namespace) -> list[str]:
-    from nnunet_ext.deploy.standalone.export import export
+    from nnunet_ext.deploy.standalone.export import ExportOptions, export
 
-    exported = export(model, args.output, form=args.form, images=args.images, show=_show)
+    options = ExportOptions(engines=args.engines, form=args.form, images=args.images, references=args.references)
+    exported = export(model, args.output, options, _show)
     lines = []
     for fold, differences in exported.differences.items():
         lines += [f"fold {fold}", *(f"  ONNX Runtime, {_difference(found)}" for found in differences)]
-    for case in exported.cases:
-        lines.append(
-            f"{case.case}: {1 - case.different / case.voxels:.4%} of {case.voxels:,} voxels as nnU-Net, lowest Dice "
-            f"{case.dice:.4f}; {case.seconds:.1f} s, nnU-Net {case.nnunet_seconds:.1f} s"
-        )
     for rule in exported.postprocessing:
         lines.append(f"Postprocessing: of the labels {rule['labels']} the largest component stays.")
-    lines.append(f"{exported.bytes:,} bytes; from file to file " + _verdict(exported))
+    for engine in args.engines:
+        lines += _parity(engine, exported)
     python = shlex.join(["python", str(args.output / "predict.py"), "-i", "IN", "-o", "OUT"])
-    return [*lines, f"Predict: pip install -r {shlex.quote(str(args.output / 'requirements.txt'))}; {python}"]
+    requirements = shlex.quote(str(args.output / "requirements.txt"))
+    return [*lines, f"{exported.bytes:,} bytes", f"Predict: pip install -r {requirements}; {python}"]
 
 
-def _verdict(exported: Exported) -> str:
-    if not exported.cases:
-        return "not compared with nnU-Net: give images by -i."
-    return f"{exported.equal:.4%} of all voxels have nnU-Net's label."
+def _parity(engine: str, exported: Exported) -> Iterable[str]:
+    """What an engine predicts of the images, beside nnU-Net."""
+    cases = [case for case in exported.cases if case.engine == engine]
+    if not cases:
+        yield f"{engine}: not compared with nnU-Net: give images by -i."
+        return
+    yield f"{engine}: {exported.equal(engine):.4%} of all voxels have nnU-Net's label"
+    for case in cases:
+        accuracy = "" if case.accuracy is None else f", Dice {case.accuracy:.4f}, nnU-Net {case.nnunet_accuracy:.4f}"
+        yield (
+            f"  {case.case}: {1 - case.different / case.voxels:.4%} of {case.voxels:,} voxels, lowest Dice between "
+            f"both {case.dice:.4f}{accuracy}; {case.seconds:.1f} s, nnU-Net {case.nnunet_seconds:.1f} s"
+        )
 
 
 def _lines(fold: str, result: Shipped) -> Iterable[str]:

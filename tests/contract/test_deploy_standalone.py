@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_every_trainer_can_be_exported(
 ) -> None:
     model = trained(name, dataset("labels"), tmp_path / "model")
     assert standalone(model, tmp_path / "out") == 0
-    assert "not compared with nnU-Net: give images by -i." in capsys.readouterr().out
+    assert "onnxruntime: not compared with nnU-Net: give images by -i." in capsys.readouterr().out
     content = predict.read_model(tmp_path / "out")
     (fold,) = content["networks"]
     network = predict.load_network(tmp_path / "out" / fold["file"])
@@ -115,7 +116,8 @@ def test_files_are_predicted_as_by_nnunet_and_without_torch(exported: Path, tmp_
     assert case["case"] == "patient_7"
     assert case["voxels"] == 20 * 40 * 24
     assert case["different"] <= 1e-4 * case["voxels"]
-    assert f"of {case['voxels']:,} voxels as nnU-Net" in printed
+    assert "of all voxels have nnU-Net's label" in printed
+    assert f"patient_7: 100.0000% of {case['voxels']:,} voxels" in printed
     assert "of the labels [1, 2] the largest component stays" in printed
     done = alone(exported, tmp_path / "images", tmp_path / "predicted")
     assert done.returncode == 0, done.stderr
@@ -274,3 +276,90 @@ def test_nothing_that_is_slow_to_import_is_imported() -> None:
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+ENGINES = [engine for engine in predict.ENGINES if engine != "onnxruntime"]
+
+
+def lacks(engine: str) -> bool:
+    """Whether this CPU has no instructions for the engine."""
+    openvino = pytest.importorskip("openvino")
+    instructions, _ = predict.ENGINES[engine] or ("", "")
+    return instructions not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_engines_are_told_with_parity_and_dice(
+    dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nncf")
+    model = smooth(trained("nnUNetTrainerHalfWidth", dataset("labels"), tmp_path / "model"))
+    images, labels = write_images(model, tmp_path), tmp_path / "labels"
+    labels.mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((20, 40, 24), np.uint8)), str(labels / "patient_7.nii.gz"))
+    engines = ["onnxruntime", *(engine for engine in ENGINES if not lacks(engine))]
+    arguments = ["-i", str(images), "-ref", str(labels), "--engines", *engines]
+    assert standalone(model, tmp_path / "out", *arguments) == 0
+    report = json.loads((tmp_path / "out" / "deployment.json").read_text())["cases"]
+    assert [case["engine"] for case in report] == engines
+    assert {case["voxels"] for case in report} == {20 * 40 * 24}
+    assert all(case["different"] <= 1e-3 * case["voxels"] for case in report[:2])
+    for case in report:
+        assert 0 < case["accuracy"] <= 1
+        assert case["accuracy"] == pytest.approx(case["nnunet_accuracy"], abs=0.05)
+    printed = capsys.readouterr().out
+    assert all(f"{engine}: " in printed for engine in engines)
+    assert f", Dice {report[0]['accuracy']:.4f}, nnU-Net {report[0]['nnunet_accuracy']:.4f}" in printed
+    requirements = (tmp_path / "out" / "requirements.txt").read_text()
+    assert "openvino" in requirements
+    assert "onnxruntime" in requirements
+    if "openvino-int8" in engines:
+        assert (tmp_path / "out" / "fold_0.int8.bin").is_file()
+        assert "fold_0.int8.bin" in (tmp_path / "out" / "SHA256SUMS").read_text()
+
+
+@pytest.mark.parametrize("engine", ["openvino-bfloat16", "openvino-int8"])
+def test_instructions_that_the_cpu_lacks_are_told(
+    engine: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino, "Core", lambda: SimpleNamespace(get_property=lambda *_: ["FP32"]))
+    with pytest.raises(predict.PredictionError, match=f"--engine {engine} needs a CPU with instructions for"):
+        predict.load_network(exported / "fold_0.onnx", engine)
+
+
+def test_int8_that_was_not_exported_is_told(exported: Path) -> None:
+    if lacks("openvino-int8"):
+        pytest.skip("this CPU has no instructions for int8")
+    with pytest.raises(predict.PredictionError, match=r"needs fold_0.int8.xml: export with --engines openvino-int8"):
+        predict.load_network(exported / "fold_0.onnx", "openvino-int8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--standalone", "--engines", "openvino-int8"], "needs images that calibrate it"),
+        (["--standalone", "-ref", "labels"], "-ref needs the images that it is of"),
+        (["-ref", "labels"], "-ref is an option of --standalone"),
+        (["--stock", "--engines", "openvino"], "--engines is an option of --standalone"),
+        (["--standalone", "--stock"], "not allowed with argument"),
+        (["--standalone", "-i", "images", "-ref", "nowhere"], "-ref needs a segmentation of each image"),
+    ],
+)
+def test_options_that_lack_another_are_told(
+    arguments: list[str],
+    message: str,
+    dataset: Callable[[str], int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = trained("nnUNetTrainerHalfWidth", dataset("labels"), tmp_path / "model")
+    write_images(model, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["deploy", "-m", str(model), "-o", "out", *arguments])
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

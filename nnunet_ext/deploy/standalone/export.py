@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from nnunet_ext.deploy import card, onnx
 from nnunet_ext.deploy.check import Difference, predict_unfused, real_patch
 from nnunet_ext.deploy.folder import check_new, count, write_json, write_sums
 from nnunet_ext.deploy.model import TrainedModel
-from nnunet_ext.deploy.standalone import description, parity, predict
+from nnunet_ext.deploy.standalone import description, parity, predict, quantize
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
 from nnunet_ext.nnunet.training_log import read_log, record
@@ -26,7 +26,8 @@ from nnunet_ext.protocols import RefinesAsAsked
 
 _TOLERANCE = 1e-4  # of the largest logit, in float32
 _EQUAL = 0.999  # voxels that must have nnU-Net's label, of all images together
-_REQUIREMENTS = ("numpy>=1.24", "scipy>=1.10", "SimpleITK>=2.2.1", "onnxruntime>=1.20")
+_REQUIREMENTS = ("numpy>=1.24", "scipy>=1.10", "SimpleITK>=2.2.1")
+_INT8 = "openvino-int8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,59 +51,84 @@ class Exported:
     cases: tuple[parity.CaseParity, ...]
     postprocessing: tuple[Mapping[str, Any], ...]
 
-    @property
-    def equal(self) -> float:
+    def equal(self, engine: str) -> float:
         """Share of voxels with nnU-Net's label, in all images together; 1 without images."""
-        voxels = sum(case.voxels for case in self.cases)
-        return 1 - sum(case.different for case in self.cases) / voxels if voxels else 1.0
+        cases = [case for case in self.cases if case.engine == engine]
+        voxels = sum(case.voxels for case in cases)
+        return 1 - sum(case.different for case in cases) / voxels if voxels else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is written and checked.
+
+    Args:
+        engines: Keys of `predict.ENGINES` to check; the first is the folder's default.
+        form: Form of fused FasterFusion blocks.
+        images: Folder of images; all of them are predicted by the exported folder and by nnU-Net. They calibrate int8.
+        references: Folder of their segmentations.
+    """
+
+    engines: Sequence[str] = ("onnxruntime",)
+    form: Form = "hybrid"
+    images: Path | None = None
+    references: Path | None = None
+
+    def check(self) -> None:
+        """See that nothing is missing.
+
+        Raises:
+            UsageError: names what.
+        """
+        extras.need("onnx", "--standalone")
+        if self.images is None and self.references is not None:
+            raise UsageError("-ref needs the images that it is of: give them by -i.")
+        if any(engine.startswith("openvino") for engine in self.engines):
+            extras.need("openvino", "--engines openvino")
+        if _INT8 in self.engines and self.images is None:
+            raise UsageError(f"--engines {_INT8} needs images that calibrate it: give some of your scans by -i.")
 
 
 def export(
-    model: TrainedModel,
-    output: Path,
-    *,
-    form: Form = "hybrid",
-    images: Path | None = None,
-    show: Callable[[str], None] = lambda what: None,
+    model: TrainedModel, output: Path, options: ExportOptions, show: Callable[[str], None] = lambda what: None
 ) -> Exported:
     """Write the folder.
 
     Args:
         model: Trained, by any trainer.
         output: A folder that does not exist yet.
-        form: Form of fused FasterFusion blocks.
-        images: Folder of images; all of them are predicted by the exported folder and by nnU-Net.
+        options: See there.
         show: Called before each piece of work.
 
     Raises:
         UsageError: `output` exists, the model asks for what `predict.py` does not know, or the result is not the same.
     """
     check_new(output)
-    extras.need("onnx", "--standalone")
+    options.check()
     description.check_supported(model.setting)
     rules = description.postprocessing(model)
     patches = {"noise": _noise(model)}
-    if images is not None:
-        name, patch = real_patch(model.setting, images)
+    if options.images is not None:
+        name, patch = real_patch(model.setting, options.images)
         patches[name] = patch
     with whole_folder(output) as folder:
-        files = {fold: f"fold_{fold}.onnx" for fold in model.checkpoints}
         differences: dict[str, tuple[Difference, ...]] = {}
         networks = []
-        for fold, file in files.items():
+        for fold in model.checkpoints:
             show(f"fold {fold}")
             trained = model.trained_network(fold)
-            network = _smallest(trained, form)
+            network = _smallest(trained, options.form)
+            file = f"fold_{fold}.onnx"
             any_batch = onnx.export_any_batch(network, patches["noise"], folder / file)
             networks.append({"fold": fold, "file": file, "any_batch": any_batch})
             differences[fold] = _differences(trained, patches, folder / file, model)
-        content = description.describe(model, networks, rules)
-        write_json(folder / predict.MODEL, content)
-        shutil.copyfile(predict.__file__, folder / "predict.py")
-        (folder / "requirements.txt").write_text("\n".join(_REQUIREMENTS) + "\n", encoding="utf-8")
-        (folder / card.NAME).write_text(card.text(model, card.STANDALONE), encoding="utf-8")
-        write_sums(folder)
-        cases = parity.compare(folder, model, images, show) if images is not None else ()
+        content = {**description.describe(model, networks, rules), "engines": list(options.engines)}
+        _write(folder, model, content, options, show)
+        cases: tuple[parity.CaseParity, ...] = ()
+        if options.images is not None:
+            cases = parity.compare(
+                folder, model, options.images, engines=options.engines, references=options.references, show=show
+            )
         exported = Exported(
             fused=network is not trained,
             parameters_before=count(trained),
@@ -112,12 +138,30 @@ def export(
             cases=cases,
             postprocessing=tuple(rules),
         )
-        _check_equal(exported)
+        _check_equal(exported, options.engines)
         trainings = {f: record(read_log(path.parent)[0]) for f, path in model.checkpoints.items()}
         report = {"nnunet_ext": __version__, "trainer": model.trainer, **asdict(exported), "trainings": trainings}
         write_json(folder / "deployment.json", report)
         write_sums(folder)
     return exported
+
+
+def _write(
+    folder: Path, model: TrainedModel, content: Mapping[str, Any], options: ExportOptions, show: Callable[[str], None]
+) -> None:
+    """Write what lies beside the ONNX files."""
+    write_json(folder / predict.MODEL, content)
+    if _INT8 in options.engines and options.images is not None:
+        show("calibrating int8")
+        calibration = quantize.calibration_patches(options.images, content)
+        for network in content["networks"]:
+            quantize.quantize(folder / network["file"], calibration)
+    shutil.copyfile(predict.__file__, folder / "predict.py")
+    packages = [{"onnxruntime": "onnxruntime>=1.20"}.get(engine, "openvino>=2024.4") for engine in options.engines]
+    requirements = dict.fromkeys((*_REQUIREMENTS, *packages))
+    (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+    (folder / card.NAME).write_text(card.text(model, card.STANDALONE), encoding="utf-8")
+    write_sums(folder)
 
 
 def _noise(model: TrainedModel) -> Tensor:
@@ -150,11 +194,14 @@ def _differences(
     return tuple(found)
 
 
-def _check_equal(exported: Exported) -> None:
-    if exported.equal < _EQUAL:
-        worst = max(exported.cases, key=lambda case: case.different / case.voxels)
-        raise UsageError(
-            f"The exported folder must predict what nnU-Net does; {exported.equal:.4%} of the voxels have its label, "
-            f"in {worst.case} {worst.different:,} of {worst.voxels:,} have another: a model that has learned little is "
-            "unsure of many; else ship it without --standalone, and report this."
-        )
+def _check_equal(exported: Exported, engines: Sequence[str]) -> None:
+    """In float32 only rounding may differ; what less precision changes is told, and for the user to judge."""
+    for engine in set(engines) & {"onnxruntime", "openvino"}:
+        if exported.equal(engine) < _EQUAL:
+            cases = [case for case in exported.cases if case.engine == engine]
+            worst = max(cases, key=lambda case: case.different / case.voxels)
+            raise UsageError(
+                f"The exported folder must predict what nnU-Net does; by {engine} {exported.equal(engine):.4%} of the "
+                f"voxels have its label, in {worst.case} {worst.different:,} of {worst.voxels:,} have another: a model "
+                "that has learned little is unsure of many; else ship it without --standalone, and report this."
+            )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,27 +22,39 @@ from nnunet_ext.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class CaseParity:
-    """One image, predicted by both.
+    """One image, predicted by nnU-Net and by an engine of the exported folder.
 
     Args:
+        engine: A key of `predict.ENGINES`.
         case: Name.
         voxels: Number of them.
         different: Number whose label is another one.
         dice: Lowest Dice of one label between both; 1 where neither finds anything.
-        nnunet_seconds: Time of nnU-Net, from file to file, in this process with its model loaded.
-        seconds: Time of predict.py, from file to file.
+        nnunet_seconds: Time of nnU-Net, from file to file, with its model loaded.
+        seconds: The same of predict.py.
+        nnunet_accuracy, accuracy: Mean Dice of both against the reference, without structures that neither it nor the
+            prediction has; None without a reference.
     """
 
+    engine: str
     case: str
     voxels: int
     different: int
     dice: float
     nnunet_seconds: float
     seconds: float
+    nnunet_accuracy: float | None = None
+    accuracy: float | None = None
 
 
 def compare(
-    folder: Path, model: TrainedModel, images: Path, show: Callable[[str], None] = lambda what: None
+    folder: Path,
+    model: TrainedModel,
+    images: Path,
+    *,
+    engines: Sequence[str] = ("onnxruntime",),
+    references: Path | None = None,
+    show: Callable[[str], None] = lambda what: None,
 ) -> tuple[CaseParity, ...]:
     """Predict all images with an exported folder, in a process of its own, and with nnU-Net; compare the labels.
 
@@ -50,10 +62,12 @@ def compare(
         folder: Exported.
         model: What it was made from.
         images: Folder of images in nnU-Net's format.
+        engines: To predict with, one after the other.
+        references: Folder of segmentations CASE.nii.gz; None: there are none.
         show: Called before each piece of work.
 
     Raises:
-        UsageError: an image can't be predicted.
+        UsageError: an image can't be predicted, a reference is missing, this machine lacks an engine.
     """
     content = predict.read_model(folder)
     ending = content["file_ending"]
@@ -61,21 +75,46 @@ def compare(
         cases = predict.find_cases(images, ending)
     except predict.PredictionError as error:
         raise UsageError(str(error)) from error
-    found = []
+    labelled = _references(references, cases, ending)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        output = Path(temporary) / "standalone"
-        show(f"predicting {len(cases)} images with the exported folder")
-        seconds = _run(folder, images, output)
-        predictor = nnunet_predictor(model)
+        outputs, seconds = {}, {}
+        for engine in engines:
+            show(f"predicting {len(cases)} images with the exported folder, {engine}")
+            outputs[engine] = Path(temporary) / engine
+            seconds[engine] = _run(folder, images, outputs[engine], engine)
+        predictor, found = nnunet_predictor(model), []
         for case, files in cases.items():
             show(f"predicting {case} with nnU-Net")
             start = time.perf_counter()
             target = Path(temporary) / f"{case}{ending}"
             write_nnunet_prediction(predictor, files, target, content["postprocessing"])
             spent = time.perf_counter() - start
-            pair = [predict.channels_of(predict.read_file(file)) for file in (target, output / target.name)]
-            found.append(_parity(case, pair, nnunet_seconds=spent, seconds=seconds[case]))
+            theirs = _labels(target)
+            for engine, output in outputs.items():
+                ours = output / target.name
+                scores = [_accuracy(labelled[case], file, model) for file in (target, ours)] if labelled else [None] * 2
+                found.append(
+                    CaseParity(
+                        engine=engine,
+                        case=case,
+                        **_difference(theirs, _labels(ours)),
+                        nnunet_seconds=spent,
+                        seconds=seconds[engine][case],
+                        nnunet_accuracy=scores[0],
+                        accuracy=scores[1],
+                    )
+                )
     return tuple(found)
+
+
+def _references(folder: Path | None, cases: Iterable[str], ending: str) -> dict[str, Path]:
+    if folder is None:
+        return {}
+    found = {case: folder / f"{case}{ending}" for case in cases}
+    for path in found.values():
+        if not path.is_file():
+            raise UsageError(f"-ref needs a segmentation of each image of -i, {path} is missing: add it, or omit -ref.")
+    return found
 
 
 def nnunet_predictor(model: TrainedModel) -> Any:
@@ -120,30 +159,36 @@ def write_nnunet_prediction(
         nnunet.load_postprocess_save(str(target), str(target), reader, functions, options)
 
 
-def _run(folder: Path, images: Path, output: Path) -> dict[str, float]:
+def _run(folder: Path, images: Path, output: Path, engine: str) -> dict[str, float]:
     """Run predict.py of the folder as a user does; return seconds of each case."""
-    command = [sys.executable, str(folder / "predict.py"), "-i", str(images), "-o", str(output)]
+    command = [sys.executable, str(folder / "predict.py"), "-i", str(images), "-o", str(output), "--engine", engine]
     threads = os.environ.get("OMP_NUM_THREADS", "0")
     done = subprocess.run([*command, "--threads", threads], capture_output=True, text=True)
     if done.returncode:
-        raise UsageError(f"the exported folder can't predict {images}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise UsageError(f"the exported folder can't predict {images} by {engine}: {said[0].removeprefix('error: ')}")
     rows = (line.rsplit("  ", 2) for line in done.stdout.splitlines())
     ending = predict.read_model(folder)["file_ending"]
     return {Path(file).name.removesuffix(ending): float(taken.split()[0]) for _, file, taken in rows}
 
 
-def _parity(case: str, pair: Sequence[Any], *, nnunet_seconds: float, seconds: float) -> CaseParity:
-    theirs, ours = pair
+def _labels(file: Path) -> Any:
+    return predict.channels_of(predict.read_file(file))
+
+
+def _difference(theirs: Any, ours: Any) -> dict[str, Any]:
     labels = {*np.unique(theirs), *np.unique(ours)} - {0}
-    return CaseParity(
-        case=case,
-        voxels=theirs.size,
-        different=int((theirs != ours).sum()),
-        dice=min((_dice(theirs == label, ours == label) for label in labels), default=1.0),
-        nnunet_seconds=nnunet_seconds,
-        seconds=seconds,
-    )
+    dice = (2 * ((theirs == n) & (ours == n)).sum() / ((theirs == n).sum() + (ours == n).sum()) for n in labels)
+    return {"voxels": theirs.size, "different": int((theirs != ours).sum()), "dice": float(min(dice, default=1.0))}
 
 
-def _dice(a: Any, b: Any) -> float:
-    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+def _accuracy(reference: Path, prediction: Path, model: TrainedModel) -> float:
+    """Mean Dice of all structures as nnU-Net evaluates; 1 where neither has any."""
+    from nnunetv2.evaluation.evaluate_predictions import compute_metrics
+
+    labels = model.setting.label_manager
+    structures = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    reader = model.setting.plans_manager.image_reader_writer_class()
+    metrics = compute_metrics(str(reference), str(prediction), reader, structures, labels.ignore_label)["metrics"]
+    dice = [float(m["Dice"]) for m in metrics.values() if not np.isnan(m["Dice"])]
+    return float(np.mean(dice)) if dice else 1.0

@@ -1,4 +1,4 @@
-"""Predict segmentations with an exported nnU-Net model: NumPy, SciPy, SimpleITK and ONNX Runtime, no PyTorch.
+"""Predict segmentations with an exported nnU-Net model: ONNX Runtime or OpenVINO, no PyTorch and no nnU-Net.
 
 What nnU-Net computes from file to file, for the model in the folder of this file (or -m): read, transpose, crop,
 normalise, resample, sliding window with mirroring, mean of the folds, resample back, write. Numbers of the model are in
@@ -33,6 +33,13 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
 FORMAT, VERSION = "nnU-Net standalone model", 1
+# Engine -> what OpenVINO calls its instructions, and the precision that it is asked for.
+ENGINES = {
+    "onnxruntime": None,
+    "openvino": ("FP32", "f32"),
+    "openvino-bfloat16": ("BF16", "bf16"),
+    "openvino-int8": ("INT8", "bf16"),
+}
 MODEL, CHECKSUMS = "model.json", "SHA256SUMS"
 SIGMA, GAUSSIAN_PEAK = 1 / 8, 10.0  # weights of a window, in patches and at its centre, as in nnU-Net
 
@@ -87,21 +94,31 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_network(path: Path, threads: int = 0, device: str = "cpu") -> Network:
-    """Load an ONNX file.
+def load_network(path: Path, engine: str = "onnxruntime", threads: int = 0, device: str = "cpu") -> Network:
+    """Load the ONNX file of a fold, or for openvino-int8 what lies beside it.
 
     Args:
         path: File.
-        threads: On the CPU; 0: as many as ONNX Runtime takes.
-        device: "cpu" or "cuda", which needs the package onnxruntime-gpu.
+        engine: A key of `ENGINES`.
+        threads: On the CPU; 0: as many as the engine takes.
+        device: "cpu"; "cuda" with onnxruntime, which needs the package onnxruntime-gpu.
 
     Raises:
-        PredictionError: this machine has no such device for ONNX Runtime.
+        PredictionError: this machine lacks the engine, the device or the instructions.
     """
+    if engine == "onnxruntime":
+        return load_onnxruntime(path, threads, device)
+    if device != "cpu":
+        raise PredictionError(f"-device {device} needs --engine onnxruntime, got {engine}: use -device cpu.")
+    return load_openvino(path, engine, threads)
+
+
+def load_onnxruntime(path: Path, threads: int, device: str) -> Network:
+    """Load for ONNX Runtime; see `load_network`."""
     import onnxruntime
 
     providers = onnxruntime.get_available_providers()
-    wanted = [f"{name}ExecutionProvider" for name in ((device.upper(), "CPU") if device != "cpu" else ("CPU",))]
+    wanted = [f"{name}ExecutionProvider" for name in (("CUDA", "CPU") if device == "cuda" else ("CPU",))]
     if wanted[0] not in providers:
         raise PredictionError(
             f"-device {device} needs an ONNX Runtime that has it, this one has {', '.join(providers)}: install "
@@ -112,6 +129,34 @@ def load_network(path: Path, threads: int = 0, device: str = "cpu") -> Network:
     session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     (image,) = session.get_inputs()
     return lambda x: np.asarray(session.run(None, {image.name: x})[0], np.float32)
+
+
+def load_openvino(path: Path, engine: str, threads: int) -> Network:
+    """Load for OpenVINO; see `load_network`."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise PredictionError(f"--engine {engine} needs OpenVINO: pip install openvino.") from error
+    instructions, precision = ENGINES[engine] or ("", "")
+    core = openvino.Core()
+    known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if instructions not in known:
+        raise PredictionError(
+            f"--engine {engine} needs a CPU with instructions for {instructions}, OpenVINO finds {', '.join(known)}: "
+            "use --engine openvino."
+        )
+    if engine == "openvino-int8":
+        path, precision = int8_file(path), precision if "BF16" in known else "f32"
+        if not path.is_file():
+            raise PredictionError(f"--engine {engine} needs {path.name}: export with --engines {engine} and images.")
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+    compiled = core.compile_model(core.read_model(path), "CPU", options)
+    return lambda x: np.array(compiled(x)[0], np.float32)  # a copy: OpenVINO uses its memory again
+
+
+def int8_file(path: Path) -> Path:
+    """The network in int8 of the fold of an ONNX file."""
+    return path.with_suffix(".int8.xml")
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -516,11 +561,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("-f", dest="folds", nargs="+", metavar="F", help="folds to average (all that were exported)")
     add("-step_size", type=float, default=0.5, help="of the sliding window, in patches (%(default)s)")
+    add("--engine", choices=ENGINES, help="default: the first that was exported")
     add("-device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
     add("--continue_prediction", action="store_true", help="leave out cases whose segmentation is there")
     add("--disable_progress_bar", action="store_true")
-    add("--threads", type=int, default=0, metavar="N", help="of the CPU (as many as ONNX Runtime takes)")
+    add("--threads", type=int, default=0, metavar="N", help="of the CPU (as many as the engine takes)")
     return made
 
 
@@ -538,7 +584,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise PredictionError(f"-step_size must be over 0 and at most 1, got {arguments.step_size:g}: use 0.5.")
     cases = find_cases(arguments.images, model["file_ending"])
     arguments.output.mkdir(parents=True, exist_ok=True)
-    networks = [load_network(arguments.model / files[fold], arguments.threads, arguments.device) for fold in chosen]
+    engine = arguments.engine or model["engines"][0]
+    networks = [
+        load_network(arguments.model / files[fold], engine, arguments.threads, arguments.device) for fold in chosen
+    ]
     bar = not arguments.disable_progress_bar and sys.stderr.isatty()
     failed = 0
     for i, (case, images) in enumerate(cases.items(), 1):
