@@ -137,6 +137,11 @@ class HostTrainer:
         """Log the epoch's pseudo Dice."""
         raise NotImplementedError
 
+    @staticmethod
+    def get_training_transforms(*arguments: Any, **options: Any) -> Any:
+        """Make the augmentation of training patches."""
+        raise NotImplementedError
+
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the fold's validation cases."""
         raise NotImplementedError

@@ -12,6 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
@@ -53,11 +58,15 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         k: Ratio of the plans' patch to the standard patch, where the plans do not say it: that of the larger branch.
         branch_ks: Size of each branch's expanded patch over the standard patch they share.
         one_pass: Train each branch on its expanded patch at full resolution, as if it were nnU-Net's own network.
+        augment_prior: Erode, dilate and remove objects of the prior at random in stage 2, as nnU-Net's cascade does. A
+            network that often sees a thin structure without its prior learns to do without: it then labels whatever
+            looks like it. The paper does not augment its cascade.
     """
 
     k: float | Sequence[float] = 1.75
     branch_ks: Sequence[float] = (1.5, 1.75)
     one_pass = False
+    augment_prior = False
 
     @classmethod
     def training_form(cls, network: Any, configuration: ConfigurationManager) -> nn.Module:
@@ -98,6 +107,14 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         if self.is_cascaded:
             self._check_priors(*datasets)
         return datasets
+
+    @classmethod
+    def get_training_transforms(cls, *arguments: Any, **options: Any) -> Any:
+        """nnU-Net's augmentation; `augment_prior` says whether that of the prior is part of it."""
+        composed = super().get_training_transforms(*arguments, **options)
+        if not cls.augment_prior:
+            composed.transforms = [t for t in composed.transforms if not _changes_prior(t)]
+        return composed
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does; stage 2 without a training before (``--val``) checks its priors."""
@@ -162,3 +179,11 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         """Clip as nnU-Net does, each branch by itself."""
         for branch in self.branches:
             torch.nn.utils.clip_grad_norm_(branch.network.parameters(), 12)
+
+
+def _changes_prior(transform: Any) -> bool:
+    """Whether an augmentation is one that nnU-Net has for the previous stage's segmentation alone."""
+    return isinstance(transform, RandomTransform) and isinstance(
+        transform.transform,
+        (ApplyRandomBinaryOperatorTransform, RemoveRandomConnectedComponentFromOneHotEncodingTransform),
+    )

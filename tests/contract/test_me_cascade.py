@@ -377,3 +377,29 @@ def test_plans_that_link_the_stages_one_way_are_refused(stage_two: Any) -> None:
     stage_two.plans_manager = type(stage_two.plans_manager)(plans)
     with pytest.raises(ValueError, match="which must name it as next_stage, got None: add it to the plans"):
         stage_two.get_tr_and_val_datasets()
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_prior_is_shown_as_it_was_predicted_unless_asked_otherwise(augment: bool) -> None:
+    class Cascade(nnUNetTrainerMeCascade):
+        augment_prior = augment or nnUNetTrainerMeCascade.augment_prior
+
+    options = {
+        "patch_size": (16, 16, 16),
+        "rotation_for_DA": (-0.1, 0.1),
+        "deep_supervision_scales": None,
+        "mirror_axes": (0, 1, 2),
+        "do_dummy_2d_data_aug": False,
+        "use_mask_for_norm": [False],
+        "is_cascaded": True,
+        "foreground_labels": [1, 2],
+    }
+
+    def names(trainer: type) -> list[str]:
+        transforms = trainer.get_training_transforms(**options).transforms
+        return [type(getattr(transform, "transform", transform)).__name__ for transform in transforms]
+
+    left_out = ["ApplyRandomBinaryOperatorTransform", "RemoveRandomConnectedComponentFromOneHotEncodingTransform"]
+    stock = names(nnUNetTrainer)
+    assert set(left_out) < set(stock)
+    assert names(Cascade) == (stock if augment else [name for name in stock if name not in left_out])
