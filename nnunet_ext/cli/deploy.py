@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--standalone", action="store_true", help="ONNX files and predict.py: predicts without nnU-Net and PyTorch"
     )
+    kind.add_argument(
+        "--report", action="store_true", help="ship nothing: time each step from nnU-Net to the fastest, on -i"
+    )
+    add("--student", type=Path, metavar="MODEL2", help="of --report: a smaller model that ends the chain")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
     add(
         "--form",
@@ -63,8 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engines",
         nargs="+",
         choices=("onnxruntime", "openvino", "openvino-bfloat16", "openvino-int8"),
-        default=["onnxruntime"],
-        help="of --standalone, the first is its default; int8 is calibrated on -i (%(default)s)",
+        help="of --standalone, the first is its default (onnxruntime), and --report (all); int8 is calibrated on -i",
     )
     add(
         "-ref", dest="references", type=Path, metavar="LABELS", help="of -i: --standalone reports Dice before and after"
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         from nnunet_ext.deploy.model import TrainedModel
 
         model = TrainedModel.read(args.model, args.folds, args.checkpoint, args.trust)
-        make = _standalone if args.standalone else _stock if args.stock else _fused
+        make = _report if args.report else _standalone if args.standalone else _stock if args.stock else _fused
         lines = make(model, args)
     print("\n".join(map(printable, lines)))
     return 0
@@ -91,13 +94,18 @@ def refuse_options(args: argparse.Namespace) -> None:
     Raises:
         UsageError: names it.
     """
-    kind = "--standalone" if args.standalone else "--stock" if args.stock else ""
-    alone = args.engines != ["onnxruntime"], args.references is not None
-    if not args.standalone and any(alone):
-        raise UsageError(f"{'--engines' if alone[0] else '-ref'} is an option of --standalone: add it.")
+    kinds = {"--standalone": args.standalone, "--stock": args.stock, "--report": args.report}
+    kind = next((name for name, is_it in kinds.items() if is_it), "")
+    for given, option in ((args.engines, "--engines"), (args.references, "-ref")):
+        if given and kind not in ("--standalone", "--report"):
+            raise UsageError(f"{option} is an option of --standalone and --report: add one of them, or omit it.")
     for given, option in ((args.dtype != "float32", "--dtype"), (args.onnx, "--onnx")):
         if kind and given:
             raise UsageError(f"{kind} ships float32 in a form of its own, {option} has no meaning there: omit it.")
+    if args.report and args.images is None:
+        raise UsageError("--report needs scans to predict: give them by -i.")
+    if args.student is not None and not args.report:
+        raise UsageError("--student is an option of --report: add it, or omit --student.")
 
 
 def _show(what: str) -> None:
@@ -131,18 +139,30 @@ def _stock(model: TrainedModel, args: argparse.Namespace) -> list[str]:
 def _standalone(model: TrainedModel, args: argparse.Namespace) -> list[str]:
     from nnunet_ext.deploy.standalone.export import ExportOptions, export
 
-    options = ExportOptions(engines=args.engines, form=args.form, images=args.images, references=args.references)
+    engines = args.engines or ["onnxruntime"]
+    options = ExportOptions(engines=engines, form=args.form, images=args.images, references=args.references)
     exported = export(model, args.output, options, _show)
     lines = []
     for fold, differences in exported.differences.items():
         lines += [f"fold {fold}", *(f"  ONNX Runtime, {_difference(found)}" for found in differences)]
     for rule in exported.postprocessing:
         lines.append(f"Postprocessing: of the labels {rule['labels']} the largest component stays.")
-    for engine in args.engines:
+    for engine in engines:
         lines += _parity(engine, exported)
     python = shlex.join(["python", str(args.output / "predict.py"), "-i", "IN", "-o", "OUT"])
     requirements = shlex.quote(str(args.output / "requirements.txt"))
     return [*lines, f"{exported.bytes:,} bytes", f"Predict: pip install -r {requirements}; {python}"]
+
+
+def _report(model: TrainedModel, args: argparse.Namespace) -> list[str]:
+    from nnunet_ext.deploy.model import TrainedModel
+    from nnunet_ext.deploy.report import Chain, engines_here, report, table
+
+    student = None if args.student is None else TrainedModel.read(args.student, None, args.checkpoint, args.trust)
+    engines = args.engines or engines_here()
+    chain = Chain(model=model, images=args.images, references=args.references, engines=engines, student=student)
+    rows = report(chain, args.output, _show)
+    return [*table(rows).splitlines(), f"Written to {args.output}: speed.md, speed.json, speed.svg"]
 
 
 def _parity(engine: str, exported: Exported) -> Iterable[str]:

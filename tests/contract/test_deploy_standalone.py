@@ -339,9 +339,11 @@ def test_int8_that_was_not_exported_is_told(exported: Path) -> None:
     [
         (["--standalone", "--engines", "openvino-int8"], "needs images that calibrate it"),
         (["--standalone", "-ref", "labels"], "-ref needs the images that it is of"),
-        (["-ref", "labels"], "-ref is an option of --standalone"),
-        (["--stock", "--engines", "openvino"], "--engines is an option of --standalone"),
+        (["-ref", "labels"], "-ref is an option of --standalone and --report"),
+        (["--stock", "--engines", "openvino"], "--engines is an option of --standalone and --report"),
         (["--standalone", "--stock"], "not allowed with argument"),
+        (["--report"], "--report needs scans to predict"),
+        (["--student", "model"], "--student is an option of --report"),
         (["--standalone", "-i", "images", "-ref", "nowhere"], "-ref needs a segmentation of each image"),
     ],
 )

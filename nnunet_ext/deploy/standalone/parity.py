@@ -75,7 +75,7 @@ def compare(
         cases = predict.find_cases(images, ending)
     except predict.PredictionError as error:
         raise UsageError(str(error)) from error
-    labelled = _references(references, cases, ending)
+    labelled = references_of(references, cases, ending)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         outputs, seconds = {}, {}
         for engine in engines:
@@ -89,15 +89,14 @@ def compare(
             target = Path(temporary) / f"{case}{ending}"
             write_nnunet_prediction(predictor, files, target, content["postprocessing"])
             spent = time.perf_counter() - start
-            theirs = _labels(target)
             for engine, output in outputs.items():
                 ours = output / target.name
-                scores = [_accuracy(labelled[case], file, model) for file in (target, ours)] if labelled else [None] * 2
+                scores = [mean_dice(labelled[case], file, model) for file in (target, ours)] if labelled else [None] * 2
                 found.append(
                     CaseParity(
                         engine=engine,
                         case=case,
-                        **_difference(theirs, _labels(ours)),
+                        **difference(target, ours),
                         nnunet_seconds=spent,
                         seconds=seconds[engine][case],
                         nnunet_accuracy=scores[0],
@@ -107,7 +106,12 @@ def compare(
     return tuple(found)
 
 
-def _references(folder: Path | None, cases: Iterable[str], ending: str) -> dict[str, Path]:
+def references_of(folder: Path | None, cases: Iterable[str], ending: str) -> dict[str, Path]:
+    """Segmentation of each case; nothing without a folder.
+
+    Raises:
+        UsageError: one is missing.
+    """
     if folder is None:
         return {}
     found = {case: folder / f"{case}{ending}" for case in cases}
@@ -176,14 +180,16 @@ def _labels(file: Path) -> Any:
     return predict.channels_of(predict.read_file(file))
 
 
-def _difference(theirs: Any, ours: Any) -> dict[str, Any]:
+def difference(first: Path, second: Path) -> dict[str, Any]:
+    """Voxels of two label maps, how many differ, and the lowest Dice of one label; 1 where neither has any."""
+    theirs, ours = _labels(first), _labels(second)
     labels = {*np.unique(theirs), *np.unique(ours)} - {0}
     dice = (2 * ((theirs == n) & (ours == n)).sum() / ((theirs == n).sum() + (ours == n).sum()) for n in labels)
     return {"voxels": theirs.size, "different": int((theirs != ours).sum()), "dice": float(min(dice, default=1.0))}
 
 
-def _accuracy(reference: Path, prediction: Path, model: TrainedModel) -> float:
-    """Mean Dice of all structures as nnU-Net evaluates; 1 where neither has any."""
+def mean_dice(reference: Path, prediction: Path, model: TrainedModel) -> float:
+    """Mean Dice of all structures as nnU-Net evaluates; 1 where neither map has any."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 
     labels = model.setting.label_manager

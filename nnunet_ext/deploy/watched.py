@@ -1,0 +1,92 @@
+"""Runs a command and measures it with all of its processes: seconds, processor time, peak host memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil
+
+from nnunet_ext.errors import UsageError
+from nnunet_ext.printable import one_line
+
+_EVERY = 0.1  # seconds between two looks at the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a command took, start-up included.
+
+    Args:
+        seconds: From its start to its end.
+        cpu_seconds: Of all processors together.
+        peak_bytes: Largest memory of all its processes at one time; what they share counts once.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def run(command: Sequence[str], what: str) -> Usage:
+    """Run a command to its end.
+
+    Args:
+        command: Program and arguments.
+        what: What it does, for the error.
+
+    Raises:
+        UsageError: it failed; with the last line that it wrote.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watch = _Watch(process.pid)
+    watch.start()
+    output, _ = process.communicate()
+    seconds = time.perf_counter() - start
+    watch.ended.set()
+    watch.join()
+    if process.returncode:
+        last = (output.strip().splitlines() or ["it wrote nothing"])[-1]
+        raise UsageError(f"{what} failed ({one_line(Exception(last))}): {' '.join(command)}")
+    return Usage(seconds=seconds, cpu_seconds=watch.cpu_seconds, peak_bytes=watch.peak)
+
+
+class _Watch(threading.Thread):
+    """Looks at a process and its children until `ended`."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.ended = threading.Event()
+        self.peak = 0
+        self._root = psutil.Process(pid)
+        self._spent: dict[int, float] = {}
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(self._spent.values())
+
+    def run(self) -> None:
+        while not self.ended.wait(_EVERY):
+            with suppress(psutil.Error):
+                self.peak = max(self.peak, sum(map(self._look, [self._root, *self._root.children(recursive=True)])))
+
+    def _look(self, process: psutil.Process) -> int:
+        """Memory of one process; its processor time is noted."""
+        try:
+            times = process.cpu_times()
+            self._spent[process.pid] = times.user + times.system
+            memory = process.memory_full_info()
+            return int(getattr(memory, "pss", memory.rss))  # Linux divides shared pages among those who share them
+        except (psutil.Error, OSError):
+            return 0
+
+
+def quiet_threads() -> str:
+    """Threads that the environment allows one process; "0" where it says nothing."""
+    return os.environ.get("OMP_NUM_THREADS", "0")
