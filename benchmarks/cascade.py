@@ -209,6 +209,7 @@ def main() -> None:
         "stage 1, dual meU-net": train(work, "3d_me_context", PLANS, cascade, options.device),
         "stage 1, one pass": train(work, "3d_me_context", PLANS, cascade_one_pass, options.device),
         "stage 2, post-concatenation": train(work, "3d_post_concat", PLANS, cascade, options.device),
+        "stage 2 after one pass": train(work, "3d_post_concat", PLANS, cascade_one_pass, options.device),
     }
     stage_one = work / "results" / NAME / f"{cascade}__{PRE_PLANS}__3d_me_context"
     if not stage_one.exists():

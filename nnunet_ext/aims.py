@@ -76,15 +76,13 @@ METHODS: tuple[Method, ...] = (
     Method(trainer="nnUNetTrainerMeCheckpointing", aims=CONTEXT, plans_of="nnUNetTrainerMeUNet"),
     Method(trainer="nnUNetTrainerMeReversible", aims=CONTEXT),
     Method(trainer="nnUNetTrainerMeCascade", aims=CONTEXT),
+    Method(trainer="nnUNetTrainerMeCascadeOnePass", aims=CONTEXT, plans_of="nnUNetTrainerMeCascade"),
     Method(trainer="nnUNetTrainerMeCascadeCheckpointing", aims=CONTEXT, plans_of="nnUNetTrainerMeCascade"),
     Method(trainer="nnUNetTrainerReversible", aims=MEMORY),
     Method(trainer="nnUNetTrainerInvertible", aims=MEMORY),
     Method(trainer="nnUNetTrainerPartiallyInvertible", aims=MEMORY),
     Method(trainer="nnUNetTrainerImplicit", aims=MEMORY),
     Method(trainer="nnUNetTrainerFasterFusionBN", aims=SMALL),
-    Method(
-        trainer="nnUNetTrainerMeCascadeOnePass", aims=CONTEXT, standing="research", plans_of="nnUNetTrainerMeCascade"
-    ),
     Method(trainer="nnUNetTrainerFasterFusion", aims=SMALL, standing="research"),
     Method(trainer="nnUNetTrainerFasterFusionFast", aims=SMALL, standing="research"),
     Method(trainer="nnUNetTrainerImplicitLite", aims=MEMORY, standing="research", plans_of="nnUNetTrainerImplicit"),

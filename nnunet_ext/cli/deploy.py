@@ -66,8 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--engines",
         nargs="+",
+        metavar="E",
         choices=("onnxruntime", "openvino", "openvino-bfloat16", "openvino-int8"),
-        help="of --standalone, the first is its default (onnxruntime), and --report (all); int8 is calibrated on -i",
+        help="onnxruntime, openvino, openvino-bfloat16, openvino-int8: of --standalone, the first is its default "
+        "(onnxruntime), and of --report (all); int8 is calibrated on -i",
     )
     add(
         "-ref", dest="references", type=Path, metavar="LABELS", help="of -i: --standalone reports Dice before and after"
