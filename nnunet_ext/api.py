@@ -144,7 +144,7 @@ def deploy_stock(
     model: str | Path,
     output: str | Path,
     *,
-    images: Path | None = None,
+    images: str | Path | None = None,
     folds: Sequence[str] | None = None,
     checkpoint: str = FINAL_CHECKPOINT,
     trusted: bool = False,
@@ -158,13 +158,16 @@ def deploy_stock(
     Raises:
         UsageError: as `nnunet-ext deploy --stock`.
     """
-    return stock(TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), images)
+    return stock(TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), _path(images))
 
 
 def deploy_standalone(
     model: str | Path,
     output: str | Path,
     *,
+    images: str | Path | None = None,
+    references: str | Path | None = None,
+    calibration: str | Path | None = None,
     folds: Sequence[str] | None = None,
     checkpoint: str = FINAL_CHECKPOINT,
     trusted: bool = False,
@@ -174,10 +177,17 @@ def deploy_standalone(
 
     Args:
         model, output, folds, checkpoint, trusted: See `deploy`.
-        options: What `nnunet_ext.deploy.standalone.export.ExportOptions` takes: ``engines``, ``images``,
-            ``references``, ``form``.
+        images, references, calibration: Folders, see `nnunet_ext.deploy.standalone.export.ExportOptions`.
+        options: What it takes besides: ``engines``, ``form``.
 
     Raises:
         UsageError: as `nnunet-ext deploy --standalone`.
     """
-    return export(TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), ExportOptions(**options))
+    chosen = ExportOptions(
+        images=_path(images), references=_path(references), calibration=_path(calibration), **options
+    )
+    return export(TrainedModel.read(Path(model), folds, checkpoint, trusted), Path(output), chosen)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -52,8 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--form",
         choices=("hybrid", "t", "dense"),
-        default="hybrid",
-        help="of FasterFusion blocks: hybrid is smallest and fastest, t the paper's, dense plain convolutions",
+        help="of FasterFusion blocks: hybrid (default) is smallest and fastest, t the paper's, dense plain",
     )
     add("--onnx", action="store_true", help="also write ONNX files for one patch, in float32")
     add(
@@ -71,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="onnxruntime, openvino, openvino-bfloat16, openvino-int8: of --standalone, the first is its default "
         "(onnxruntime), and of --report (all); int8 is calibrated on -i",
     )
+    add("--calibrate", dest="calibration", type=Path, metavar="SCANS", help="of openvino-int8 (those of -i)")
     add(
         "-ref", dest="references", type=Path, metavar="LABELS", help="of -i: --standalone reports Dice before and after"
     )
@@ -98,11 +98,11 @@ def refuse_options(args: argparse.Namespace) -> None:
     """
     kinds = {"--standalone": args.standalone, "--stock": args.stock, "--report": args.report}
     kind = next((name for name, is_it in kinds.items() if is_it), "")
-    for given, option in ((args.engines, "--engines"), (args.references, "-ref")):
+    for given, option in ((args.engines, "--engines"), (args.references, "-ref"), (args.calibration, "--calibrate")):
         if given and kind not in ("--standalone", "--report"):
             raise UsageError(f"{option} is an option of --standalone and --report: add one of them, or omit it.")
-    for given, option in ((args.dtype != "float32", "--dtype"), (args.onnx, "--onnx")):
-        if kind and given:
+    for given, option in ((args.dtype != "float32", "--dtype"), (args.onnx, "--onnx"), (args.form, "--form")):
+        if given and kind and not (option == "--form" and args.standalone):
             raise UsageError(f"{kind} ships float32 in a form of its own, {option} has no meaning there: omit it.")
     if args.report and args.images is None:
         raise UsageError("--report needs scans to predict: give them by -i.")
@@ -117,7 +117,7 @@ def _show(what: str) -> None:
 def _fused(model: TrainedModel, args: argparse.Namespace) -> list[str]:
     from nnunet_ext.deploy.ship import DeployOptions, precision_note, predict_command, ship
 
-    options = DeployOptions(args.dtype, args.form, args.onnx, args.images)
+    options = DeployOptions(args.dtype, args.form or "hybrid", args.onnx, args.images)
     shipped = ship(model, args.output, options, _show)
     lines = [line for fold, result in shipped.items() for line in _lines(fold, result)]
     if args.dtype != "float32":
@@ -142,7 +142,13 @@ def _standalone(model: TrainedModel, args: argparse.Namespace) -> list[str]:
     from nnunet_ext.deploy.standalone.export import ExportOptions, export
 
     engines = args.engines or ["onnxruntime"]
-    options = ExportOptions(engines=engines, form=args.form, images=args.images, references=args.references)
+    options = ExportOptions(
+        engines=engines,
+        form=args.form or "hybrid",
+        images=args.images,
+        references=args.references,
+        calibration=args.calibration,
+    )
     exported = export(model, args.output, options, _show)
     lines = []
     for fold, differences in exported.differences.items():

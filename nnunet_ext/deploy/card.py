@@ -11,8 +11,10 @@ from typing import Any
 
 from nnunet_ext import __version__
 from nnunet_ext.deploy.model import TrainedModel
+from nnunet_ext.errors import UsageError
 from nnunet_ext.escaping import markdown, markdown_cell, markdown_table
 from nnunet_ext.files import read_json
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.training_log import read_log
 
 NAME = "MODEL_CARD.md"
@@ -43,6 +45,7 @@ def text(model: TrainedModel, use: str) -> str:
         "trainer, plans, configuration": f"{model.trainer}, {model.setting.plans['plans_name']}, "
         f"{model.setting.configuration}",
         "folds": ", ".join(folds),
+        "checkpoints": ", ".join(dict.fromkeys(path.name for path in model.checkpoints.values())),
         "schedule": "; ".join(dict.fromkeys(_schedule(path.parent) for path in model.checkpoints.values())),
         "shipped": f"{date.today().isoformat()} by nnunet-ext {__version__}, nnU-Net {version('nnunetv2')}, PyTorch "
         f"{version('torch')}",
@@ -84,16 +87,25 @@ def _schedule(fold: Path) -> str:
 
 def _accuracy(model: TrainedModel) -> str:
     """Table of validation Dice: each case predicted by the fold that was not trained on it."""
+    if "all" in model.checkpoints:
+        return "Not known: fold all was trained on every case, and its validation is on these."
+    if any(path.name != FINAL_CHECKPOINT for path in model.checkpoints.values()):
+        return f"Not known: nnU-Net validates {FINAL_CHECKPOINT}, another checkpoint is shipped."
     found: dict[str, list[float]] = {}
     cases = 0
     for path in model.checkpoints.values():
         summary = path.parent / "validation" / "summary.json"
         if not summary.is_file():
             continue
-        for case in read_json(summary, "validate the fold again")["metric_per_case"]:
-            cases += 1
-            for label, metrics in case["metrics"].items():
-                found.setdefault(label, []).append(float(metrics["Dice"]))
+        cure = "validate the fold again (--val), or move the file away"
+        content = read_json(summary, cure)
+        try:
+            for case in content["metric_per_case"]:
+                cases += 1
+                for label, metrics in case["metrics"].items():
+                    found.setdefault(label, []).append(float(metrics["Dice"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{summary} must hold Dice of each case as nnU-Net writes it: {cure}.") from error
     if not cases:
         return "Not known: the folds have no validation."
     names = {_key(value): str(name) for name, value in model.setting.dataset["labels"].items()}

@@ -14,6 +14,8 @@ from nnunet_ext.nnunet.setting import Setting
 
 # Voxels per axis of the coarsest feature map: odd, and more than a kernel's half.
 _COARSEST = 3
+# Of the largest logit: in float32 fusing, folding and another order of sums change logits by rounding only.
+TOLERANCE = 1e-4
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -51,11 +53,40 @@ class Difference:
         )
 
 
+def check_same(found: Difference, rule: str, cure: str) -> Difference:
+    """See that only rounding differs.
+
+    Raises:
+        UsageError: `rule`, what was found, `cure`.
+    """
+    if not found.relative <= TOLERANCE:  # also where it is no number
+        raise UsageError(
+            f"{rule}; logits of the image {found.image} differ by {found.relative:.1e} of the largest: {cure}, and "
+            "report this."
+        )
+    return found
+
+
+def patches_of(setting: Setting, images: Path | None) -> dict[str, Tensor]:
+    """What networks are compared on: noise, and with images the middle of the first."""
+    patches = {"random": random_image(setting)}
+    if images is not None:
+        name, patch = real_patch(setting, images)
+        patches[name] = patch
+    return patches
+
+
 def random_image(setting: Setting) -> Tensor:
     """Noise with an odd number of voxels at the coarsest stage, always the same: (1, C, *spatial)."""
     generator = torch.Generator().manual_seed(0)
     shape = [_COARSEST * stride for stride in setting.strides]
     return torch.randn(1, setting.input_channels, *shape, generator=generator)
+
+
+def random_patch(setting: Setting) -> Tensor:
+    """Noise of the plans' patch, always the same: (1, C, *patch)."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(1, setting.input_channels, *setting.patch_size, generator=generator)
 
 
 def real_patch(setting: Setting, folder: Path) -> tuple[str, Tensor]:

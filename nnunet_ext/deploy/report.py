@@ -5,14 +5,14 @@ Every row is a process of its own, started as a user does: nnU-Net's command, or
 
 from __future__ import annotations
 
-import json
+import copy
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import numpy as np
 
@@ -22,9 +22,10 @@ from nnunet_ext.deploy.folder import check_new, write_json
 from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.deploy.ship import DeployOptions, ship
 from nnunet_ext.deploy.standalone import predict
-from nnunet_ext.deploy.standalone.export import ExportOptions, export
-from nnunet_ext.deploy.standalone.parity import difference, mean_dice, references_of
-from nnunet_ext.deploy.watched import Usage, quiet_threads, run
+from nnunet_ext.deploy.standalone.description import check_supported
+from nnunet_ext.deploy.standalone.export import Engine, ExportOptions, export
+from nnunet_ext.deploy.standalone.parity import cases_of, difference, mean_dice, references_of, threads_of_environment
+from nnunet_ext.deploy.watched import Usage, run
 from nnunet_ext.escaping import markdown_cell, markdown_table
 from nnunet_ext.files import whole_folder
 from nnunet_ext.style import page, rendered, tidy
@@ -79,8 +80,28 @@ class Chain:
     model: TrainedModel
     images: Path
     references: Path | None
-    engines: Sequence[str]
+    engines: Sequence[Engine]
     student: TrainedModel | None = None
+
+    @property
+    def options(self) -> ExportOptions:
+        """How models are exported; they are compared here, not there."""
+        return ExportOptions(engines=self.engines, calibration=self.images)
+
+    def check(self) -> None:
+        """See that nothing is missing, before hours are spent.
+
+        nnU-Net reads checkpoints as pickles, which can run anything: each is read without that first.
+
+        Raises:
+            UsageError: names what.
+        """
+        extras.need("report", "--report")
+        self.options.check()
+        for model in filter(None, (self.model, self.student)):
+            check_supported(model.setting)
+            for fold in model.checkpoints:
+                model.weights(fold)
 
 
 def report(chain: Chain, output: Path, show: Callable[[str], None] = lambda what: None) -> tuple[Row, ...]:
@@ -90,9 +111,9 @@ def report(chain: Chain, output: Path, show: Callable[[str], None] = lambda what
         UsageError: `output` exists, a prediction fails, an engine is missing.
     """
     check_new(output)
-    extras.need("report", "--report")
+    chain.check()
     ending = str(chain.model.setting.dataset["file_ending"])
-    cases = list(predict.find_cases(chain.images, ending))
+    cases = list(cases_of(chain.images, ending))
     labelled = references_of(chain.references, cases, ending)
     with whole_folder(output) as folder, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = Path(temporary)
@@ -122,8 +143,7 @@ def _steps(chain: Chain, work: Path, show: Callable[[str], None]) -> Iterable[St
         ship(model, work / "fused", DeployOptions())
         yield Step(name="fused", command=_nnunet(work / "fused", folds, model, "checkpoint_final.pth"))
     show("exporting")
-    images = chain.images if "openvino-int8" in chain.engines else None
-    export(model, work / "exported", ExportOptions(engines=chain.engines, images=images), show)
+    export(model, work / "exported", chain.options, show)
     for engine in chain.engines:
         yield Step(name=f"predict.py, {engine}", command=_alone(work / "exported", engine))
     last = chain.engines[-1]
@@ -131,7 +151,7 @@ def _steps(chain: Chain, work: Path, show: Callable[[str], None]) -> Iterable[St
     if chain.student is not None:
         show("exporting the student")
         small, name = work / "student", f"{chain.student.trainer}, one fold"
-        export(chain.student, small, ExportOptions(engines=chain.engines, images=images), show)
+        export(chain.student, small, chain.options, show)
     first = next(iter((chain.student or model).checkpoints))
     yield Step(name=f"{name}, no mirroring, {last}", command=(*_alone(small, last), "-f", first, "--disable_tta"))
 
@@ -142,7 +162,7 @@ def _nnunet(folder: Path, folds: Sequence[str], model: TrainedModel, checkpoint:
 
 
 def _alone(folder: Path, engine: str) -> tuple[str, ...]:
-    return (sys.executable, str(folder / "predict.py"), "--engine", engine, "--threads", quiet_threads())
+    return (sys.executable, str(folder / "predict.py"), "--engine", engine, "--threads", threads_of_environment())
 
 
 def _fuses(model: TrainedModel) -> bool:
@@ -155,13 +175,13 @@ def _fuses(model: TrainedModel) -> bool:
 
 def _with_torch_resampling(model: TrainedModel, folder: Path) -> Path:
     """The model with nnU-Net's own faster resampling of logits."""
-    plans = json.loads((model.folder / "plans.json").read_text(encoding="utf-8"))
+    plans = copy.deepcopy(dict(model.setting.plans))
     configuration = plans["configurations"][model.setting.configuration]
     configuration["resampling_fn_probabilities"] = "resample_torch_fornnunet"
     configuration["resampling_fn_probabilities_kwargs"] = _TORCH_RESAMPLING
     folder.mkdir()
-    (folder / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
-    shutil.copyfile(model.folder / "dataset.json", folder / "dataset.json")
+    write_json(folder / "plans.json", plans)
+    write_json(folder / "dataset.json", model.setting.dataset)
     for fold, path in model.checkpoints.items():
         (folder / f"fold_{fold}").mkdir()
         shutil.copyfile(path, folder / f"fold_{fold}" / path.name)
@@ -236,12 +256,12 @@ def _figure(rows: Sequence[Row]) -> bytes:
     return rendered(figure, "svg")
 
 
-def engines_here() -> list[str]:
+def engines_here() -> list[Engine]:
     """Engines that are installed and whose instructions this CPU has, slowest first."""
     try:
         import openvino
     except ImportError:
         return ["onnxruntime"]
     known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    needed: dict[str, Any] = {name: needs[0] for name, needs in predict.ENGINES.items() if needs}
-    return ["onnxruntime", *(name for name, instructions in needed.items() if instructions in known)]
+    engines = get_args(Engine)
+    return [name for name in engines if not (needs := predict.ENGINES[name]) or needs[0] in known]

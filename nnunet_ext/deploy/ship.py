@@ -19,10 +19,11 @@ from nnunet_ext.deploy import card, onnx
 from nnunet_ext.deploy.check import (
     FLOAT16_MAX,
     Difference,
+    check_same,
     largest_activation,
+    patches_of,
     predict_unfused,
-    random_image,
-    real_patch,
+    random_patch,
 )
 from nnunet_ext.deploy.folder import check_new, count, write_checkpoint, write_json, write_sums
 from nnunet_ext.deploy.model import TrainedModel
@@ -30,9 +31,6 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
 from nnunet_ext.nnunet.model_folder import DEPLOYED
 from nnunet_ext.nnunet.training_log import TrainingLog, read_log, record
-
-# In float32 fusing changes logits by rounding only.
-_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def ship(
     check_new(output)
     if options.onnx:
         extras.need("onnx", "--onnx")
-    images = _images(model, options)
+    images = patches_of(model.setting, options.images)
     with whole_folder(output) as folder:
         shipped = {}
         for fold in model.checkpoints:
@@ -104,14 +102,6 @@ def ship(
         (folder / card.NAME).write_text(card.text(model, card.FUSED), encoding="utf-8")
         write_sums(folder)
     return shipped
-
-
-def _images(model: TrainedModel, options: DeployOptions) -> dict[str, Tensor]:
-    images = {"random": random_image(model.setting)}
-    if options.images is not None:
-        name, patch = real_patch(model.setting, options.images)
-        images[name] = patch
-    return images
 
 
 def _plans(model: TrainedModel, options: DeployOptions) -> dict[str, Any]:
@@ -167,14 +157,11 @@ class _Fold:
             with torch.inference_mode():
                 after = deployed(image)
             found = Difference.of(name, predict_unfused(trained, image), after, self._regions)
+            rule = f"The fused network must predict what the trained one does, fold {self._fold} does not"
+            if not after.isfinite().all():
+                raise UsageError(f"{rule}: its logits are not finite: ship the model as it was trained.")
             exact = self._options.dtype == "float32"
-            if not after.isfinite().all() or (exact and found.relative > _TOLERANCE):
-                raise UsageError(
-                    f"The fused network must predict what the trained one does; in fold {self._fold} logits of the "
-                    f"image {name} differ by {found.relative:.1e} of the largest: ship the model as it was trained, "
-                    "and report this."
-                )
-            differences.append(found)
+            differences.append(check_same(found, rule, "ship the model as it was trained") if exact else found)
         return tuple(differences)
 
     def _check_range(self, network: nn.Module) -> None:
@@ -186,22 +173,17 @@ class _Fold:
             )
 
     def _export(self, network: nn.Module) -> tuple[Difference, ...]:
-        setting = self._model.setting
         path = self._folder / "model.onnx"
-        generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(1, setting.input_channels, *setting.patch_size, generator=generator)
+        noise = random_patch(self._model.setting)
         onnx.export(network, noise, path)
         patches = {"random": noise, **{n: x for n, x in self._images.items() if n != "random"}}
         found = []
         for name, patch in patches.items():
             with torch.inference_mode():
                 expected = network(patch)
-            found.append(Difference.of(name, expected, onnx.predict(path, patch), self._regions))
-            if found[-1].relative > _TOLERANCE:
-                raise UsageError(
-                    f"ONNX Runtime must predict what PyTorch does; in fold {self._fold} logits of the image {name} "
-                    f"differ by {found[-1].relative:.1e} of the largest: leave --onnx out, and report this."
-                )
+            difference = Difference.of(name, expected, onnx.predict(path, patch), self._regions)
+            rule = f"ONNX Runtime must predict what PyTorch does, fold {self._fold} does not"
+            found.append(check_same(difference, rule, "leave --onnx out"))
         return tuple(found)
 
 

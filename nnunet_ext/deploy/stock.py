@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nnunet_ext import __version__
 from nnunet_ext.architectures.deployed import NothingToFuseError, fused
 from nnunet_ext.deploy import card
-from nnunet_ext.deploy.check import Difference, predict_unfused, random_image, real_patch
+from nnunet_ext.deploy.check import Difference, check_same, patches_of, predict_unfused
 from nnunet_ext.deploy.folder import check_new, count, write_checkpoint, write_json, write_sums
 from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.errors import UsageError
@@ -25,7 +25,6 @@ from nnunet_ext.nnunet.training_log import read_log, record
 
 STOCK = "nnUNetTrainer"
 _HOME = "dynamic_network_architectures.architectures."
-_TOLERANCE = 1e-4  # of the largest logit: folding changes float32 by rounding only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +63,7 @@ def stock(
         UsageError: `output` exists, or the network is none of nnU-Net's.
     """
     check_new(output)
-    patches = {"random": random_image(model.setting)}
-    if images is not None:
-        name, patch = real_patch(model.setting, images)
-        patches[name] = patch
+    patches = patches_of(model.setting, images)
     with whole_folder(output) as folder:
         stocked, plans = {}, None
         for fold, path in model.checkpoints.items():
@@ -113,21 +109,27 @@ class _Stock:
         Raises:
             UsageError: the network is none of nnU-Net's.
         """
-        reason = ""
-        for predicting, is_folded in _forms(trained):
-            plans = _plans(model, trained, is_folded)
+        reason, regions = "", bool(model.setting.label_manager.has_regions)
+        for kind, predicting, is_folded in _forms(trained):
+            plans = _plans(model, kind, trained, is_folded)
             try:
                 network = _build(model, plans)
                 network.load_state_dict(predicting.state_dict())
             except (RuntimeError, TypeError) as error:  # other weights; arguments that the class does not have
                 reason = str(error).splitlines()[-1].strip()
                 continue
-            if all(torch.equal(predict_unfused(predicting, x), predict_unfused(network, x)) for x in patches.values()):
+            logits = {name: predict_unfused(network, patch) for name, patch in patches.items()}
+            if all(torch.equal(predict_unfused(predicting, patches[name]), after) for name, after in logits.items()):
+                pairs = ((name, predict_unfused(trained, patches[name]), after) for name, after in logits.items())
+                rule = "The stock network must predict what the trained one does"
                 return cls(
                     network=network,
                     plans=plans,
                     is_folded=is_folded,
-                    differences=_differences(model, trained, network, patches),
+                    differences=tuple(
+                        check_same(Difference.of(*pair, regions), rule, "ship the model without --stock")
+                        for pair in pairs
+                    ),
                 )
             reason = "it computes something else"
         raise UsageError(
@@ -137,23 +139,18 @@ class _Stock:
         )
 
 
-def _forms(trained: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    if _class_of(trained) is None:
-        return
-    with suppress(NothingToFuseError):
-        yield fused(trained), True
-    yield trained, False
+def _forms(trained: nn.Module) -> Iterator[tuple[type[nn.Module], nn.Module, bool]]:
+    """The class of nnU-Net that the network is or comes from, with batch norms folded if there are any, and without."""
+    for kind in type(trained).__mro__:
+        if kind.__module__.startswith(_HOME):
+            with suppress(NothingToFuseError):
+                yield kind, fused(trained), True
+            yield kind, trained, False
+            return
 
 
-def _class_of(network: nn.Module) -> type[nn.Module] | None:
-    """nnU-Net's class that the network is, or comes from."""
-    return next((kind for kind in type(network).__mro__ if kind.__module__.startswith(_HOME)), None)
-
-
-def _plans(model: TrainedModel, trained: nn.Module, is_folded: bool) -> dict[str, Any]:
+def _plans(model: TrainedModel, kind: type[nn.Module], trained: nn.Module, is_folded: bool) -> dict[str, Any]:
     """Plans from which nnU-Net builds the network, with the features and norms that the trainer gave it."""
-    kind = _class_of(trained)
-    assert kind is not None  # `_forms` gives none else
     encoder: Any = trained.get_submodule("encoder")
     architecture = model.setting.configuration_manager.configuration["architecture"]
     known = signature(kind).parameters
@@ -173,28 +170,4 @@ def _plans(model: TrainedModel, trained: nn.Module, is_folded: bool) -> dict[str
 
 def _build(model: TrainedModel, plans: Mapping[str, Any]) -> nn.Module:
     """Build as nnU-Net's predictor does."""
-    from nnunet_ext.nnunet.setting import Setting
-
-    setting = Setting(
-        plans=plans,
-        dataset=model.setting.dataset,
-        configuration=model.setting.configuration,
-        trusted=model.setting.trusted,
-    )
-    return setting.builder(STOCK, deep_supervision=False)().eval()
-
-
-def _differences(
-    model: TrainedModel, trained: nn.Module, network: nn.Module, patches: Mapping[str, Tensor]
-) -> tuple[Difference, ...]:
-    regions = bool(model.setting.label_manager.has_regions)
-    found = []
-    for name, patch in patches.items():
-        before, after = (predict_unfused(n, patch) for n in (trained, network))
-        found.append(Difference.of(name, before, after, regions))
-        if not found[-1].relative <= _TOLERANCE:
-            raise UsageError(
-                f"The stock network must predict what the trained one does; logits of the image {name} differ by "
-                f"{found[-1].relative:.1e} of the largest: ship the model without --stock, and report this."
-            )
-    return tuple(found)
+    return replace(model.setting, plans=plans).builder(STOCK, deep_supervision=False)().eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import threading
 import time
@@ -43,8 +42,10 @@ def run(command: Sequence[str], what: str) -> Usage:
     Raises:
         UsageError: it failed; with the last line that it wrote.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start, before = time.perf_counter(), _spent_by_children()
+    process = subprocess.Popen(
+        list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     watch = _Watch(process.pid)
     watch.start()
     output, _ = process.communicate()
@@ -54,7 +55,13 @@ def run(command: Sequence[str], what: str) -> Usage:
     if process.returncode:
         last = (output.strip().splitlines() or ["it wrote nothing"])[-1]
         raise UsageError(f"{what} failed ({one_line(Exception(last))}): {' '.join(command)}")
-    return Usage(seconds=seconds, cpu_seconds=watch.cpu_seconds, peak_bytes=watch.peak)
+    return Usage(seconds=seconds, cpu_seconds=_spent_by_children() - before, peak_bytes=watch.peak)
+
+
+def _spent_by_children() -> float:
+    """Processor time of all processes that this one has started and that have ended, and of theirs."""
+    times = psutil.Process().cpu_times()
+    return float(times.children_user + times.children_system)
 
 
 class _Watch(threading.Thread):
@@ -65,28 +72,18 @@ class _Watch(threading.Thread):
         self.ended = threading.Event()
         self.peak = 0
         self._root = psutil.Process(pid)
-        self._spent: dict[int, float] = {}
-
-    @property
-    def cpu_seconds(self) -> float:
-        return sum(self._spent.values())
 
     def run(self) -> None:
-        while not self.ended.wait(_EVERY):
+        while True:
             with suppress(psutil.Error):
-                self.peak = max(self.peak, sum(map(self._look, [self._root, *self._root.children(recursive=True)])))
-
-    def _look(self, process: psutil.Process) -> int:
-        """Memory of one process; its processor time is noted."""
-        try:
-            times = process.cpu_times()
-            self._spent[process.pid] = times.user + times.system
-            memory = process.memory_full_info()
-            return int(getattr(memory, "pss", memory.rss))  # Linux divides shared pages among those who share them
-        except (psutil.Error, OSError):
-            return 0
+                self.peak = max(self.peak, sum(map(_memory, [self._root, *self._root.children(recursive=True)])))
+            if self.ended.wait(_EVERY):
+                return
 
 
-def quiet_threads() -> str:
-    """Threads that the environment allows one process; "0" where it says nothing."""
-    return os.environ.get("OMP_NUM_THREADS", "0")
+def _memory(process: psutil.Process) -> int:
+    try:
+        memory = process.memory_full_info()
+        return int(getattr(memory, "pss", memory.rss))  # Linux divides shared pages among those who share them
+    except (psutil.Error, OSError):
+        return 0

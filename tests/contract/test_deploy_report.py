@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from nnunet_ext.cli import main
 from nnunet_ext.deploy.report import Row, table
 from nnunet_ext.deploy.watched import Usage
-from tests.contract.test_deploy import trained, write_images
+from tests.contract.test_deploy import store, trained, write_images
 from tests.contract.test_deploy_standalone import smooth
 
 
@@ -56,3 +56,17 @@ def test_every_step_is_a_prediction_of_its_own(
     assert (tmp_path / "out" / "speed.svg").read_bytes().startswith(b"<?xml")
     assert "| predict.py, onnxruntime |" in capsys.readouterr().out
     assert "| predict.py, onnxruntime |" in (tmp_path / "out" / "speed.md").read_text()
+
+
+def test_a_checkpoint_that_holds_code_is_refused_before_nnunet_reads_it(
+    dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunet_ext.deploy import report
+
+    model = trained("nnUNetTrainerHalfWidthBN", dataset("labels"), tmp_path / "model", (0, 1))
+    store(model, 1, logging=Path("x"))  # an object that is neither a tensor nor a number
+    images = write_images(model, tmp_path)
+    monkeypatch.setattr(report, "run", lambda *_: pytest.fail("nnU-Net was started"))
+    assert main(["deploy", "--report", "-m", str(model), "-o", str(tmp_path / "out"), "-i", str(images)]) == 2
+    assert "is not a complete checkpoint of nnU-Net" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -22,8 +22,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_ext import api
 from nnunet_ext.cli import main
+from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.deploy.standalone import predict
+from nnunet_ext.deploy.standalone.description import postprocessing
 from tests.contract.test_deploy import store, trained, write_images
 from tests.contract.test_trainers import TRAINERS
 from tests.contract.variants import slow_variants
@@ -36,7 +39,7 @@ def standalone(model: Path, output: Path, *arguments: str) -> int:
 
 
 def smooth(model: Path, folds: int = 1) -> Path:
-    """Make an untrained network sure of its labels, as a trained one is: one label's head gets a large bias."""
+    """Give the heads of an untrained network biases apart, so that few voxels lie between two labels."""
     import torch
 
     for fold in range(folds):
@@ -62,7 +65,6 @@ def test_every_trainer_can_be_exported(
     report = json.loads((tmp_path / "out" / "deployment.json").read_text())
     assert report["differences"]["0"][0]["relative"] <= 1e-4
     batch = 3 if fold["any_batch"] else 1
-    assert fold["any_batch"] == ("Implicit" not in name)
     x = np.random.default_rng(0).normal(size=(batch, 2, *content["patch_size"])).astype(np.float32)
     together = network(x)
     assert together.shape == (batch, 3, *content["patch_size"])
@@ -148,6 +150,20 @@ def spoil_image(folder: Path, images: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def skip_channel(folder: Path, images: Path) -> None:
+    (images / "patient_7_0001.nii.gz").rename(images / "patient_7_0002.nii.gz")
+
+
+def forget_a_file(folder: Path, images: Path) -> None:
+    path = folder / "SHA256SUMS"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "fold_1.onnx" not in line))
+
+
+def climb(folder: Path, images: Path) -> None:
+    path = folder / "SHA256SUMS"
+    path.write_text(path.read_text() + f"{'0' * 64}  ../x\n")
+
+
 def move_grid(folder: Path, images: Path) -> None:
     path = str(images / "patient_7_0001.nii.gz")
     image = sitk.ReadImage(path)
@@ -174,6 +190,9 @@ def change_model(folder: Path, images: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path, Path], Any], list[str], str]] = {
     "missing channel": (remove_channel, [], "must be a 2D or 3D image with the channels T1, T2"),
     "cut off image": (spoil_image, [], "must be a complete image"),
+    "channel left out": (skip_channel, [], "Channels of a case are numbered from 0000 on"),
+    "file that is not listed": (forget_a_file, [], "must list fold_1.onnx"),
+    "file elsewhere": (climb, [], "must list files of the folder itself, got '../x'"),
     "another grid": (move_grid, [], "All channels of a case need one grid"),
     "cut off network": (cut_network, [], "fold_1.onnx must be the file that was exported"),
     "exchanged networks": (exchange_networks, [], "fold_0.onnx must be the file that was exported"),
@@ -259,6 +278,21 @@ def test_what_predict_py_does_not_know_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_small_label_that_vanishes_is_seen(
+    dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight of a million voxels, and all of one label."""
+    from nnunet_ext.deploy.standalone import parity
+
+    model = smooth(trained("nnUNetTrainerHalfWidth", dataset("labels"), tmp_path / "model"))
+    rare = {"engine": "onnxruntime", "case": "a", "voxels": 10**6, "nnunet_seconds": 1.0, "seconds": 1.0}
+    found = parity.CaseParity(**rare, different=8, dice=0.0)
+    monkeypatch.setattr(parity, "compare", lambda *_, **__: (found,))
+    assert standalone(model, tmp_path / "out", "-i", str(write_images(model, tmp_path))) == 2
+    assert "one label overlaps by a Dice of 0.000" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_postprocessing_of_another_kind_is_refused(
     dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,7 +336,9 @@ def test_engines_are_told_with_parity_and_dice(
     report = json.loads((tmp_path / "out" / "deployment.json").read_text())["cases"]
     assert [case["engine"] for case in report] == engines
     assert {case["voxels"] for case in report} == {20 * 40 * 24}
-    assert all(case["different"] <= 1e-3 * case["voxels"] for case in report[:2])
+    for case in report:
+        exact = case["engine"] in ("onnxruntime", "openvino")
+        assert case["different"] <= (1e-3 if exact else 0.05) * case["voxels"], case
     for case in report:
         assert 0 < case["accuracy"] <= 1
         assert case["accuracy"] == pytest.approx(case["nnunet_accuracy"], abs=0.05)
@@ -327,6 +363,15 @@ def test_instructions_that_the_cpu_lacks_are_told(
         predict.load_network(exported / "fold_0.onnx", engine)
 
 
+@pytest.mark.parametrize(("engine", "package"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
+def test_an_engine_that_is_not_installed_is_told(
+    engine: str, package: str, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(predict.PredictionError, match=f"--engine {engine} needs .*: pip install {package}"):
+        predict.load_network(exported / "fold_0.onnx", engine)
+
+
 def test_int8_that_was_not_exported_is_told(exported: Path) -> None:
     if lacks("openvino-int8"):
         pytest.skip("this CPU has no instructions for int8")
@@ -337,7 +382,9 @@ def test_int8_that_was_not_exported_is_told(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--standalone", "--engines", "openvino-int8"], "needs images that calibrate it"),
+        (["--standalone", "--engines", "openvino-int8"], "needs scans that calibrate it"),
+        (["--stock", "--calibrate", "images"], "--calibrate is an option of --standalone and --report"),
+        (["--report", "-i", "nowhere"], "-i needs a folder of images CASE_0000.nii.gz"),
         (["--standalone", "-ref", "labels"], "-ref needs the images that it is of"),
         (["-ref", "labels"], "-ref is an option of --standalone and --report"),
         (["--stock", "--engines", "openvino"], "--engines is an option of --standalone and --report"),
@@ -365,3 +412,24 @@ def test_options_that_lack_another_are_told(
     assert status == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rules_belong_to_the_folds_in_whatever_order(dataset: Callable[[str], int], tmp_path: Path) -> None:
+    model = trained("nnUNetTrainerHalfWidth", dataset("labels"), tmp_path / "model", (0, 1))
+    (model / "crossval_results_folds_0_1").mkdir()
+    rules = {
+        "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"],
+        "postprocessing_kwargs": [{"labels_or_regions": 2}],
+    }
+    (model / "crossval_results_folds_0_1" / "postprocessing.json").write_text(json.dumps(rules))
+    read = TrainedModel.read(model, ["1", "0"], "checkpoint_final.pth")
+    assert postprocessing(read) == [{"labels": [2], "background": 0}]
+
+
+def test_python_takes_names_of_folders(dataset: Callable[[str], int], tmp_path: Path) -> None:
+    model = smooth(trained("nnUNetTrainerHalfWidth", dataset("labels"), tmp_path / "model"))
+    images = write_images(model, tmp_path)
+    found = api.deploy_standalone(str(model), str(tmp_path / "out"), images=str(images))
+    assert found.equal("onnxruntime") >= 0.999
+    stocked = api.deploy_stock(str(model), str(tmp_path / "stock"), images=str(images))
+    assert list(stocked) == ["0"]

@@ -11,38 +11,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
 from nnunet_ext.cli import main
 from nnunet_ext.deploy.standalone.predict import channels_of, read_file, sha256
 from tests.contract.test_deploy import logits_of, trained, write_images
-from tests.contract.test_trainers import TRAINERS
+from tests.contract.test_trainers import TRAINERS, trainer_of
 from tests.contract.variants import slow_variants
-
-# Trainers whose network is nnU-Net's own: the others must be refused, and no other.
-OWN = {
-    "nnUNetTrainer",
-    "nnUNetTrainerActivationCheckpointing",
-    "nnUNetTrainerHalfWidth",
-    "nnUNetTrainerHalfWidthBN",
-    "nnUNetTrainerMeCheckpointing",
-    "nnUNetTrainerMeUNet",
-    "nnUNetTrainerMeUNetOnePass",
-}
 
 
 def stock(model: Path, output: Path, *arguments: str) -> int:
     return main(["deploy", "-m", str(model), "-o", str(output), "--stock", *arguments])
 
 
+def is_of_nnunet(trainer: str, identifier: int) -> bool:
+    """Whether the network is nnU-Net's, or computes what it does in another way."""
+    made = trainer_of(trainer, identifier)
+    made.initialize()
+    return isinstance(made.network, (PlainConvUNet, ResidualEncoderUNet))
+
+
 @pytest.mark.parametrize("name", slow_variants(["nnUNetTrainer", *TRAINERS]))
 def test_predicts_as_a_model_of_nnunet_or_says_why_not(
     name: str, dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = trained(name, dataset("labels"), tmp_path / "model")
+    identifier = dataset("labels")
+    model = trained(name, identifier, tmp_path / "model")
     output = tmp_path / "shipped"
     status = stock(model, output)
     printed = capsys.readouterr()
-    assert status == (0 if name in OWN else 2)
+    assert status == (0 if is_of_nnunet(name, identifier) else 2)
     if status:
         assert "--stock needs a network of dynamic_network_architectures" in printed.err
         assert "use --standalone" in printed.err
@@ -111,7 +109,7 @@ def predict(model: Path, images: Path, output: Path, alone: bool) -> None:
 
 
 def test_options_of_other_forms_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option in (["--dtype", "float16"], ["--onnx"]):
+    for option in (["--dtype", "float16"], ["--onnx"], ["--form", "t"]):
         assert stock(tmp_path, tmp_path / "out", *option) == 2
         assert f"{option[0]} has no meaning there: omit it" in capsys.readouterr().err
 
@@ -120,8 +118,6 @@ def test_a_network_that_computes_something_else_is_not_shipped(
     dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A subclass of nnU-Net's network with the same weights and another forward pass."""
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
-
     from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet
 
     model = trained("nnUNetTrainerActivationCheckpointing", dataset("labels"), tmp_path / "model")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.deploy.standalone import parity, predict
 from nnunet_ext.deploy.standalone.description import describe
+from nnunet_ext.deploy.standalone.export import REQUIREMENTS
 from nnunet_ext.nnunet.setting import Setting
 from tests.settings import tiny
 
@@ -247,3 +248,15 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(image), str(path))
     with pytest.raises(predict.PredictionError, match="must hold finite numbers"):
         predict.read_image([path], ["MRI"], "SimpleITKIO")
+
+
+def test_spacings_that_differ_by_rounding_are_one_grid(tmp_path: Path) -> None:
+    for channel, spacing in enumerate((0.9375, 0.9375001)):
+        write_image(tmp_path, channel, (8, 9, 10), spacing=(spacing, 1.0, 1.0), ending=".nrrd")
+    files = [tmp_path / f"case_a_{channel:04d}.nrrd" for channel in (0, 1)]
+    assert predict.read_image(files, ["T1", "T2"], "SimpleITKIO").data.shape == (2, 8, 9, 10)
+
+
+def test_the_package_without_torch_asks_for_what_exported_folders_ask_for() -> None:
+    text = (Path(__file__).parents[2] / "standalone" / "pyproject.toml").read_text()
+    assert all(f'"{requirement}"' in text for requirement in (*REQUIREMENTS, "onnxruntime>=1.20", "openvino>=2024.4"))

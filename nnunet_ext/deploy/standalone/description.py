@@ -143,7 +143,8 @@ def postprocessing(model: TrainedModel) -> list[dict[str, Any]]:
     Raises:
         UsageError: the file is damaged, or asks for something else.
     """
-    path = model.folder / f"crossval_results_folds_{'_'.join(model.checkpoints)}" / "postprocessing.json"
+    folds = sorted(model.checkpoints, key=lambda fold: (len(fold), fold))
+    path = model.folder / f"crossval_results_folds_{'_'.join(folds)}" / "postprocessing.json"
     if not path.is_file():
         return []
     cure = "run nnUNetv2_find_best_configuration again, or move the file away"
@@ -151,10 +152,15 @@ def postprocessing(model: TrainedModel) -> list[dict[str, Any]]:
     names, options = found.get("postprocessing_fns", ()), found.get("postprocessing_kwargs", ())
     if len(names) != len(options) or any(name != _LARGEST_COMPONENT for name in names):
         raise UsageError(f"--standalone knows the postprocessing {_LARGEST_COMPONENT}, {path} has {names}: {cure}.")
-    return [
-        {"labels": _flat(option["labels_or_regions"]), "background": option.get("background_label", 0)}
-        for option in options
-    ]
+    try:
+        return [
+            {"labels": _flat(option["labels_or_regions"]), "background": int(option.get("background_label", 0))}
+            for option in options
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{path} must hold labels_or_regions as nnU-Net writes them, got {options}: {cure}."
+        ) from error
 
 
 def _flat(labels: Any) -> list[int]:

@@ -6,16 +6,15 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from nnunet_ext import __version__, extras
 from nnunet_ext.architectures.deployed import NothingToFuseError, fused
 from nnunet_ext.architectures.fusion.blocks import Form
 from nnunet_ext.deploy import card, onnx
-from nnunet_ext.deploy.check import Difference, predict_unfused, real_patch
+from nnunet_ext.deploy.check import Difference, check_same, patches_of, predict_unfused, random_patch
 from nnunet_ext.deploy.folder import check_new, count, write_json, write_sums
 from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.deploy.standalone import description, parity, predict, quantize
@@ -24,10 +23,13 @@ from nnunet_ext.files import whole_folder
 from nnunet_ext.nnunet.training_log import read_log, record
 from nnunet_ext.protocols import RefinesAsAsked
 
-_TOLERANCE = 1e-4  # of the largest logit, in float32
 _EQUAL = 0.999  # voxels that must have nnU-Net's label, of all images together
-_REQUIREMENTS = ("numpy>=1.24", "scipy>=1.10", "SimpleITK>=2.2.1")
+_OVERLAP, _FEW = 0.98, 3  # Dice of each label with nnU-Net's, where more than so many voxels differ
+REQUIREMENTS = ("numpy>=1.24", "scipy>=1.10", "SimpleITK>=2.2.1")
 _INT8 = "openvino-int8"
+
+
+Engine = Literal["onnxruntime", "openvino", "openvino-bfloat16", "openvino-int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,6 @@ class Exported:
     """What was written.
 
     Args:
-        fused: Whether the networks predict in another form than they were trained in.
         parameters_before, parameters: Weights of one fold, trained and exported.
         bytes: Size of the folder.
         differences: Largest differences of ONNX Runtime to the trained network, of each fold, by image.
@@ -43,7 +44,6 @@ class Exported:
         postprocessing: Rules that go along.
     """
 
-    fused: bool
     parameters_before: int
     parameters: int
     bytes: int
@@ -65,14 +65,16 @@ class ExportOptions:
     Args:
         engines: Keys of `predict.ENGINES` to check; the first is the folder's default.
         form: Form of fused FasterFusion blocks.
-        images: Folder of images; all of them are predicted by the exported folder and by nnU-Net. They calibrate int8.
+        images: Folder of images; all of them are predicted by the exported folder and by nnU-Net.
         references: Folder of their segmentations.
+        calibration: Folder of images that calibrate int8; None: `images`.
     """
 
-    engines: Sequence[str] = ("onnxruntime",)
+    engines: Sequence[Engine] = ("onnxruntime",)
     form: Form = "hybrid"
     images: Path | None = None
     references: Path | None = None
+    calibration: Path | None = None
 
     def check(self) -> None:
         """See that nothing is missing.
@@ -85,8 +87,13 @@ class ExportOptions:
             raise UsageError("-ref needs the images that it is of: give them by -i.")
         if any(engine.startswith("openvino") for engine in self.engines):
             extras.need("openvino", "--engines openvino")
-        if _INT8 in self.engines and self.images is None:
-            raise UsageError(f"--engines {_INT8} needs images that calibrate it: give some of your scans by -i.")
+        if _INT8 in self.engines and self.calibrating is None:
+            raise UsageError(f"--engines {_INT8} needs scans that calibrate it: give some by --calibrate, or by -i.")
+
+    @property
+    def calibrating(self) -> Path | None:
+        """Folder of images that calibrate int8."""
+        return self.calibration or self.images
 
 
 def export(
@@ -107,10 +114,7 @@ def export(
     options.check()
     description.check_supported(model.setting)
     rules = description.postprocessing(model)
-    patches = {"noise": _noise(model)}
-    if options.images is not None:
-        name, patch = real_patch(model.setting, options.images)
-        patches[name] = patch
+    patches = {**patches_of(model.setting, options.images), "random": random_patch(model.setting)}
     with whole_folder(output) as folder:
         differences: dict[str, tuple[Difference, ...]] = {}
         networks = []
@@ -118,8 +122,10 @@ def export(
             show(f"fold {fold}")
             trained = model.trained_network(fold)
             network = _smallest(trained, options.form)
+            if isinstance(trained, RefinesAsAsked):
+                trained.assume_refined_share(1.0)  # the file decodes every voxel
             file = f"fold_{fold}.onnx"
-            any_batch = onnx.export_any_batch(network, patches["noise"], folder / file)
+            any_batch = onnx.export_any_batch(network, patches["random"], folder / file)
             networks.append({"fold": fold, "file": file, "any_batch": any_batch})
             differences[fold] = _differences(trained, patches, folder / file, model)
         content = {**description.describe(model, networks, rules), "engines": list(options.engines)}
@@ -130,7 +136,6 @@ def export(
                 folder, model, options.images, engines=options.engines, references=options.references, show=show
             )
         exported = Exported(
-            fused=network is not trained,
             parameters_before=count(trained),
             parameters=count(network),
             bytes=sum(path.stat().st_size for path in folder.iterdir()),
@@ -151,22 +156,17 @@ def _write(
 ) -> None:
     """Write what lies beside the ONNX files."""
     write_json(folder / predict.MODEL, content)
-    if _INT8 in options.engines and options.images is not None:
+    if _INT8 in options.engines and options.calibrating is not None:
         show("calibrating int8")
-        calibration = quantize.calibration_patches(options.images, content)
+        calibration = quantize.calibration_patches(options.calibrating, content)
         for network in content["networks"]:
             quantize.quantize(folder / network["file"], calibration)
     shutil.copyfile(predict.__file__, folder / "predict.py")
     packages = [{"onnxruntime": "onnxruntime>=1.20"}.get(engine, "openvino>=2024.4") for engine in options.engines]
-    requirements = dict.fromkeys((*_REQUIREMENTS, *packages))
+    requirements = dict.fromkeys((*REQUIREMENTS, *packages))
     (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
     (folder / card.NAME).write_text(card.text(model, card.STANDALONE), encoding="utf-8")
     write_sums(folder)
-
-
-def _noise(model: TrainedModel) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(1, model.setting.input_channels, *model.setting.patch_size, generator=generator)
 
 
 def _smallest(trained: nn.Module, form: Form) -> nn.Module:
@@ -180,28 +180,24 @@ def _smallest(trained: nn.Module, form: Form) -> nn.Module:
 def _differences(
     trained: nn.Module, patches: Mapping[str, Tensor], path: Path, model: TrainedModel
 ) -> tuple[Difference, ...]:
-    if isinstance(trained, RefinesAsAsked):
-        trained.assume_refined_share(1.0)  # the file decodes every voxel
     regions = bool(model.setting.label_manager.has_regions)
-    found = []
-    for name, patch in patches.items():
-        found.append(Difference.of(name, predict_unfused(trained, patch), onnx.predict(path, patch), regions))
-        if not found[-1].relative <= _TOLERANCE:
-            raise UsageError(
-                f"ONNX Runtime must predict what PyTorch does; in {path.stem} logits of the image {name} differ by "
-                f"{found[-1].relative:.1e} of the largest: ship the model without --standalone, and report this."
-            )
-    return tuple(found)
+    rule = f"ONNX Runtime must predict what PyTorch does, {path.stem} does not"
+    pairs = ((name, predict_unfused(trained, patch), onnx.predict(path, patch)) for name, patch in patches.items())
+    return tuple(
+        check_same(Difference.of(*pair, regions), rule, "ship the model without --standalone") for pair in pairs
+    )
 
 
-def _check_equal(exported: Exported, engines: Sequence[str]) -> None:
+def _check_equal(exported: Exported, engines: Sequence[Engine]) -> None:
     """In float32 only rounding may differ; what less precision changes is told, and for the user to judge."""
     for engine in set(engines) & {"onnxruntime", "openvino"}:
-        if exported.equal(engine) < _EQUAL:
-            cases = [case for case in exported.cases if case.engine == engine]
-            worst = max(cases, key=lambda case: case.different / case.voxels)
+        cases = [case for case in exported.cases if case.engine == engine]
+        lost = [case for case in cases if case.dice < _OVERLAP and case.different > _FEW]
+        if exported.equal(engine) < _EQUAL or lost:
+            worst = min(lost or cases, key=lambda case: case.dice)
             raise UsageError(
                 f"The exported folder must predict what nnU-Net does; by {engine} {exported.equal(engine):.4%} of the "
-                f"voxels have its label, in {worst.case} {worst.different:,} of {worst.voxels:,} have another: a model "
-                "that has learned little is unsure of many; else ship it without --standalone, and report this."
+                f"voxels have its label, in {worst.case} {worst.different:,} of {worst.voxels:,} have another and one "
+                f"label overlaps by a Dice of {worst.dice:.3f}: a model that has learned little is unsure; else "
+                "ship it without --standalone, and report this."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -71,10 +72,7 @@ def compare(
     """
     content = predict.read_model(folder)
     ending = content["file_ending"]
-    try:
-        cases = predict.find_cases(images, ending)
-    except predict.PredictionError as error:
-        raise UsageError(str(error)) from error
+    cases = cases_of(images, ending)
     labelled = references_of(references, cases, ending)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         outputs, seconds = {}, {}
@@ -104,6 +102,24 @@ def compare(
                     )
                 )
     return tuple(found)
+
+
+def cases_of(images: Path, ending: str) -> dict[str, list[Path]]:
+    """Files of each case.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        return predict.find_cases(images, ending)
+    except predict.PredictionError as error:
+        raise UsageError(str(error)) from error
+
+
+def threads_of_environment() -> str:
+    """Threads that the environment allows one process, "0" where it says nothing."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return wanted if wanted.isdecimal() else "0"
 
 
 def references_of(folder: Path | None, cases: Iterable[str], ending: str) -> dict[str, Path]:
@@ -166,14 +182,14 @@ def write_nnunet_prediction(
 def _run(folder: Path, images: Path, output: Path, engine: str) -> dict[str, float]:
     """Run predict.py of the folder as a user does; return seconds of each case."""
     command = [sys.executable, str(folder / "predict.py"), "-i", str(images), "-o", str(output), "--engine", engine]
-    threads = os.environ.get("OMP_NUM_THREADS", "0")
-    done = subprocess.run([*command, "--threads", threads], capture_output=True, text=True)
+    command += ["--threads", threads_of_environment()]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise UsageError(f"the exported folder can't predict {images} by {engine}: {said[0].removeprefix('error: ')}")
-    rows = (line.rsplit("  ", 2) for line in done.stdout.splitlines())
     ending = predict.read_model(folder)["file_ending"]
-    return {Path(file).name.removesuffix(ending): float(taken.split()[0]) for _, file, taken in rows}
+    rows = (re.fullmatch(r"\d+ of \d+  (.+)  ([\d.]+) s", line) for line in done.stdout.splitlines())
+    return {Path(row[1]).name.removesuffix(ending): float(row[2]) for row in rows if row}
 
 
 def _labels(file: Path) -> Any:

@@ -61,28 +61,38 @@ def read_model(folder: Path) -> dict[str, Any]:
         PredictionError: a file is missing, or not the one that was exported.
     """
     again = "copy the folder again from where it was exported"
-    try:
-        sums = (folder / CHECKSUMS).read_text(encoding="utf-8")
-    except OSError as error:
-        raise PredictionError(
-            f"-m needs the folder of an exported model with {CHECKSUMS}, got {folder}: {again}."
-        ) from error
-    for line in sums.splitlines():
-        expected, _, name = line.partition("  ")
+    listed = read_sums(folder, again)
+    for name, expected in listed.items():
         path = folder / name
         if not path.is_file() or sha256(path) != expected:
             raise PredictionError(
                 f"{path} must be the file that was exported, it is missing, cut off or changed: {again}."
             )
-    if MODEL not in sums:
-        raise PredictionError(f"{folder / CHECKSUMS} must list {MODEL}, it is cut off or changed: {again}.")
-    model: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
-    if (model.get("format"), model.get("version")) != (FORMAT, VERSION):
+    model: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8")) if MODEL in listed else {}
+    if model and (model.get("format"), model.get("version")) != (FORMAT, VERSION):
         raise PredictionError(
             f"{folder / MODEL} must be a {FORMAT} of version {VERSION}, got {model.get('format')} "
             f"{model.get('version')}: use the predict.py that was exported with it."
         )
+    used = [MODEL, *(network["file"] for network in model.get("networks", ()))]
+    if unlisted := [name for name in used if name not in listed]:
+        raise PredictionError(f"{folder / CHECKSUMS} must list {unlisted[0]}, it is cut off or changed: {again}.")
     return model
+
+
+def read_sums(folder: Path, cure: str) -> dict[str, str]:
+    """Checksum of each file; PredictionError where there are none."""
+    try:
+        text = (folder / CHECKSUMS).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PredictionError(
+            f"-m needs the folder of an exported model with {CHECKSUMS}, got {folder}: {cure}."
+        ) from error
+    pairs = (line.partition("  ") for line in text.splitlines())
+    listed = {name: expected for expected, _, name in pairs}
+    if outside := [name for name in listed if not name or Path(name).name != name]:
+        raise PredictionError(f"{folder / CHECKSUMS} must list files of the folder itself, got {outside[0]!r}: {cure}.")
+    return listed
 
 
 def sha256(path: Path) -> str:
@@ -115,8 +125,10 @@ def load_network(path: Path, engine: str = "onnxruntime", threads: int = 0, devi
 
 def load_onnxruntime(path: Path, threads: int, device: str) -> Network:
     """Load for ONNX Runtime; see `load_network`."""
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise PredictionError("--engine onnxruntime needs ONNX Runtime: pip install onnxruntime.") from error
     providers = onnxruntime.get_available_providers()
     wanted = [f"{name}ExecutionProvider" for name in (("CUDA", "CPU") if device == "cuda" else ("CPU",))]
     if wanted[0] not in providers:
@@ -127,6 +139,11 @@ def load_onnxruntime(path: Path, threads: int, device: str) -> Network:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+    if session.get_providers()[0] != wanted[0]:
+        raise PredictionError(
+            f"-device {device} needs a driver that ONNX Runtime can use, it fell back to {session.get_providers()[0]}: "
+            "see its message above, or use -device cpu."
+        )
     (image,) = session.get_inputs()
     return lambda x: np.asarray(session.run(None, {image.name: x})[0], np.float32)
 
@@ -201,18 +218,23 @@ def read_image(files: Sequence[Path], channels: Sequence[str], reader: str) -> I
     Raises:
         PredictionError: a file can't be read, channels are missing or lie on different grids, or are not finite.
     """
+    numbers = [int(re.findall(r"_(\d{4})\.", file.name)[-1]) for file in files]
+    if numbers != list(range(len(files))):
+        raise PredictionError(
+            f"Channels of a case are numbered from 0000 on, {files[0].parent} has {', '.join(f.name for f in files)}: "
+            "add what is missing."
+        )
     images = [read_file(file) for file in files]
     orientation = None
     if reader.endswith("WithReorient"):
         orientation = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(images[0].GetDirection())
         images = [sitk.DICOMOrient(image, "RAS") for image in images]
     first = images[0]
-    grid = (first.GetSize(), first.GetSpacing())
     for file, image in zip(files, images, strict=True):
-        if (image.GetSize(), image.GetSpacing()) != grid:
+        if image.GetSize() != first.GetSize() or not np.allclose(image.GetSpacing(), first.GetSpacing()):
             raise PredictionError(
                 f"All channels of a case need one grid, {file} has {image.GetSize()} voxels of {image.GetSpacing()} "
-                f"mm, {files[0].name} {grid[0]} of {grid[1]}: resample it."
+                f"mm, {files[0].name} {first.GetSize()} of {first.GetSpacing()}: resample it."
             )
     data = np.concatenate([channels_of(image) for image in images])
     if data.ndim != 4 or len(data) != len(channels):
@@ -560,7 +582,7 @@ def parser() -> argparse.ArgumentParser:
         "-m", dest="model", type=Path, default=Path(__file__).parent, metavar="MODEL", help="default: that of this file"
     )
     add("-f", dest="folds", nargs="+", metavar="F", help="folds to average (all that were exported)")
-    add("-step_size", type=float, default=0.5, help="of the sliding window, in patches (%(default)s)")
+    add("-step_size", type=float, help="of the sliding window, in patches (the model's)")
     add("--engine", choices=ENGINES, help="default: the first that was exported")
     add("-device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
@@ -580,8 +602,9 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = arguments.folds or list(files)
     if missing := [fold for fold in chosen if fold not in files]:
         raise PredictionError(f"-f needs exported folds, {missing[0]} is none: choose among {' '.join(files)}.")
-    if not 0 < arguments.step_size <= 1:
-        raise PredictionError(f"-step_size must be over 0 and at most 1, got {arguments.step_size:g}: use 0.5.")
+    step_size = model["step_size"] if arguments.step_size is None else arguments.step_size
+    if not 0 < step_size <= 1:
+        raise PredictionError(f"-step_size must be over 0 and at most 1, got {step_size:g}: use 0.5.")
     cases = find_cases(arguments.images, model["file_ending"])
     arguments.output.mkdir(parents=True, exist_ok=True)
     engine = arguments.engine or model["engines"][0]
@@ -599,7 +622,7 @@ def run(arguments: argparse.Namespace) -> int:
             if bar:
                 print(f"\r{case}: window {done} of {n} ", end="\n" if done == n else "", file=sys.stderr, flush=True)
 
-        options = Options(step_size=arguments.step_size, mirroring=not arguments.disable_tta, progress=show)
+        options = Options(step_size=step_size, mirroring=not arguments.disable_tta, progress=show)
         start = time.monotonic()
         try:
             labels, image = predict_case(networks, images, model, options)

@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nnunet_ext.deploy.standalone import predict
+from nnunet_ext.deploy.standalone.parity import cases_of
 from nnunet_ext.errors import UsageError
 
 PATCHES = 64  # that calibrate; NNCF's own default is 300 small images
 
 
 def calibration_patches(images: Path, model: Mapping[str, Any]) -> list[predict.Array]:
-    """Preprocess scans as prediction does, and take windows of all of them in turn, (1, C, *patch) each.
+    """Preprocess scans as prediction does, and take windows spread over each, (1, C, *patch).
 
     Raises:
         UsageError: a scan can't be read.
     """
-    patch, waiting = tuple(model["patch_size"]), []
-    try:
-        for files in predict.find_cases(images, model["file_ending"]).values():
+    patch, taken = tuple(model["patch_size"]), []
+    cases = cases_of(images, model["file_ending"])
+    chosen = list(cases.values())[:: max(1, len(cases) // PATCHES)][:PATCHES]
+    share = -(-PATCHES // len(chosen))
+    for files in chosen:
+        try:
             image = predict.read_image(files, model["channels"], model["reader"])
-            data, _ = predict.pad(predict.prepare(image, model).data, patch)
-            windows = predict.sliding_windows(data.shape[1:], patch, 1.0)
-            middle = len(windows) // 2  # the borders of an image show little
-            waiting.append([(data, window) for window in (*windows[middle:], *windows[:middle])])
-            if len(waiting) == PATCHES:
-                break
-    except predict.PredictionError as error:
-        raise UsageError(str(error)) from error
-    taken: list[predict.Array] = []
-    for queue in cycle(waiting):
-        if len(taken) == PATCHES or not any(waiting):
-            return taken
-        if queue:
-            data, window = queue.pop(0)
-            taken.append(np.ascontiguousarray(data[predict.all_channels(window)][None]))
-    return taken
+        except predict.PredictionError as error:
+            raise UsageError(str(error)) from error
+        data, _ = predict.pad(predict.prepare(image, model).data, patch)
+        windows = predict.sliding_windows(data.shape[1:], patch, 0.5)
+        for window in windows[:: max(1, len(windows) // share)][:share]:
+            taken.append(data[predict.all_channels(window)][None].copy())
+    return taken[:PATCHES]
 
 
 def quantize(file: Path, patches: list[predict.Array]) -> None:
