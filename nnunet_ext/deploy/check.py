@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nnunet_ext.doctor.case import Case, Rules, look
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.printable import one_line
 
 # Voxels per axis of the coarsest feature map: odd, and more than a kernel's half.
 _COARSEST = 3
@@ -118,9 +119,14 @@ def real_patch(setting: Setting, folder: Path) -> tuple[str, Tensor]:
     for found in look((Case(name, tuple(map(Path, cases[0]))), rules)).findings:
         if found.level == "failure":
             raise UsageError(f"-i needs complete images, {name}: {found.detail}: {found.cure}.")
-    data, *_ = configuration.preprocessor_class(verbose=False).run_case(
-        cases[0], None, setting.plans_manager, configuration, dict(setting.dataset)
-    )
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    try:
+        data, *_ = preprocessor.run_case(cases[0], None, setting.plans_manager, configuration, dict(setting.dataset))
+    except Exception as error:  # whatever nnU-Net meets in an image that it was not planned for
+        raise UsageError(
+            f"-i needs images that nnU-Net can preprocess, {name} is none ({one_line(error)}): correct it, or "
+            "leave it out."
+        ) from error
     return name, middle(torch.as_tensor(data).float()[None], setting)
 
 

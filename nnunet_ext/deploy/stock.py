@@ -111,11 +111,13 @@ class _Stock:
         """
         reason, regions = "", bool(model.setting.label_manager.has_regions)
         for kind, predicting, is_folded in _forms(trained):
-            plans = _plans(model, kind, trained, is_folded)
             try:
+                plans = _plans(model, kind, trained, is_folded)
                 network = _build(model, plans)
                 network.load_state_dict(predicting.state_dict())
-            except (RuntimeError, TypeError) as error:  # other weights; arguments that the class does not have
+            except (RuntimeError, TypeError, AttributeError) as error:
+                # Other weights; arguments that the class does not have; residual networks, whose initialisation needs
+                # norms.
                 reason = str(error).splitlines()[-1].strip()
                 continue
             logits = {name: predict_unfused(network, patch) for name, patch in patches.items()}

@@ -14,7 +14,7 @@ import psutil
 from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import one_line
 
-_EVERY = 0.1  # seconds between two looks at the memory
+_FIRST, _SHARE = 0.05, 0.05  # seconds between two looks at the memory: so many, and a share of what has passed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +74,11 @@ class _Watch(threading.Thread):
         self._root = psutil.Process(pid)
 
     def run(self) -> None:
+        start = time.perf_counter()
         while True:
             with suppress(psutil.Error):
                 self.peak = max(self.peak, sum(map(_memory, [self._root, *self._root.children(recursive=True)])))
-            if self.ended.wait(_EVERY):
+            if self.ended.wait(min(5.0, _FIRST + _SHARE * (time.perf_counter() - start))):  # a look takes time itself
                 return
 
 

@@ -204,7 +204,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], Any], list[str], str]] = {
     ),
     "no images": (lambda _, images: shutil.rmtree(images), [], "-i needs a folder of images CASE_0000.nii.gz"),
     "no such fold": (lambda *_: None, ["-f", "3"], "-f needs exported folds, 3 is none: choose among 0 1"),
-    "step of nothing": (lambda *_: None, ["-step_size", "0"], "-step_size must be over 0 and at most 1"),
+    "step of nothing": (lambda *_: None, ["-step_size", "0"], "-step_size must be from 0.01 to 1"),
     "no such device": (lambda *_: None, ["-device", "cuda"], "-device cuda needs an ONNX Runtime that has it"),
 }
 
@@ -223,6 +223,32 @@ def test_bad_input_is_one_sentence(exported: Path, tmp_path: Path) -> None:
         if not good or (output.is_dir() and list(output.iterdir())):
             failures.append((name, done.returncode, done.stderr[-500:]))
     assert failures == []
+
+
+def test_an_output_that_can_not_be_made_is_told(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = alone(exported, tmp_path / "images", tmp_path / "file" / "x")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: -o needs a folder that can be made")
+
+
+def test_no_file_beside_the_program_is_imported(exported: Path, tmp_path: Path) -> None:
+    (exported / "scipy.py").write_text("raise SystemExit('planted')")
+    command = [sys.executable, str(exported / "predict.py"), "-i", str(tmp_path / "images"), "-o", str(tmp_path / "o")]
+    done = subprocess.run([*command, "--disable_tta", "-f", "0"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_references_on_another_grid_are_told(
+    dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = smooth(trained("nnUNetTrainerHalfWidth", dataset("labels"), tmp_path / "model"))
+    images, labels = write_images(model, tmp_path), tmp_path / "labels"
+    labels.mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((20, 40, 25), np.uint8)), str(labels / "patient_7.nii.gz"))
+    assert standalone(model, tmp_path / "out", "-i", str(images), "-ref", str(labels)) == 2
+    assert "-ref needs segmentations on the grid of the images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_case_that_fails_leaves_the_others_predicted(exported: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
 from nnunet_ext.cli import main
+from nnunet_ext.deploy.model import TrainedModel
 from nnunet_ext.deploy.standalone.predict import channels_of, read_file, sha256
-from tests.contract.test_deploy import logits_of, trained, write_images
+from tests.contract.test_deploy import logits_of, store, trained, write_images
 from tests.contract.test_trainers import TRAINERS, trainer_of
 from tests.contract.variants import slow_variants
 
@@ -57,6 +59,23 @@ def test_predicts_as_a_model_of_nnunet_or_says_why_not(
         assert not [key for key in stored["network_weights"] if "norm" in key]
     else:
         assert torch.equal(found, wanted)
+
+
+def test_residual_networks_keep_norms_without_which_nnunet_can_not_build_them(
+    dataset: Callable[[str], int], tmp_path: Path
+) -> None:
+    model = trained("nnUNetTrainerHalfWidthBN", dataset("labels"), tmp_path / "model")
+    plans = json.loads((model / "plans.json").read_text())
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    architecture["arch_kwargs"]["n_blocks_per_stage"] = architecture["arch_kwargs"].pop("n_conv_per_stage")
+    (model / "plans.json").write_text(json.dumps(plans))
+    network = TrainedModel.read(model, None, "checkpoint_final.pth").network()
+    store(model, network_weights=network.state_dict())
+    assert stock(model, tmp_path / "out") == 0
+    stored = torch.load(tmp_path / "out" / "fold_0" / "checkpoint_final.pth", weights_only=True)["network_weights"]
+    assert [key for key in stored if key.endswith("running_mean")]
+    assert torch.equal(logits_of(tmp_path / "out"), logits_of(model))
 
 
 def test_every_file_has_its_checksum_and_the_card_lies_beside(dataset: Callable[[str], int], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -46,7 +47,7 @@ def write_image(folder: Path, channel: int, shape: tuple[int, ...], **options: A
     image = ndimage.gaussian_filter(random.normal(size=shape), 1.5) * 400 + 40
     image[tuple(slice(0, 3) for _ in shape)] = 0
     border = options.get("border", 2)
-    image[:border], image[-border:] = 0, 0
+    image[:border], image[image.shape[0] - border :] = 0, 0
     image = image.clip(0, 255).astype(np.uint8) if options["ending"] == ".png" else image.astype(np.float32)
     written = sitk.GetImageFromArray(image)
     written.SetSpacing(options["spacing"])
@@ -69,6 +70,12 @@ CASES: dict[str, dict[str, Any]] = {
     "torch resampling, anisotropic": {
         "spacing": (0.8, 0.8, 4.0),
         "shape": (7, 30, 28),
+        "resampling": (TORCH[0], {"is_seg": False}),
+    },
+    "torch resampling, another pair of sizes": {
+        "spacing": (0.8, 0.8, 4.0),
+        "shape": (14, 30, 28),
+        "model_spacing": [4.0 * 14 / 23, 0.8, 0.8],
         "resampling": (TORCH[0], {"is_seg": False}),
     },
     "linear": {
@@ -231,7 +238,14 @@ def test_what_the_network_sees_is_what_nnunet_shows_it(case: SimpleNamespace) ->
     np.testing.assert_allclose(found.data, expected, atol=2e-5 * float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize(("n", "size"), [(14, 23), (12, 37), (23, 14), (59, 10)])
+def test_nearest_slices_are_those_of_torch(n: int, size: int) -> None:
+    slices = torch.arange(n, dtype=torch.float32)[None, None]
+    expected = torch.nn.functional.interpolate(slices, size, mode="nearest-exact")[0, 0]
+    assert (predict.weights(n, size, "nearest-exact") @ np.arange(n) == expected.numpy()).all()
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".gipl"])
 def test_images_that_were_cut_off_are_refused(ending: str, tmp_path: Path) -> None:
     write_image(tmp_path, 0, (22, 30, 26), spacing=(1.0, 1.0, 1.0), ending=ending)
     path = tmp_path / f"case_a_0000{ending}"
@@ -260,3 +274,40 @@ def test_spacings_that_differ_by_rounding_are_one_grid(tmp_path: Path) -> None:
 def test_the_package_without_torch_asks_for_what_exported_folders_ask_for() -> None:
     text = (Path(__file__).parents[2] / "standalone" / "pyproject.toml").read_text()
     assert all(f'"{requirement}"' in text for requirement in (*REQUIREMENTS, "onnxruntime>=1.20", "openvino>=2024.4"))
+
+
+def spoil_header(path: Path) -> None:
+    """A NIfTI file that does not say how the body lies in it."""
+    image = nibabel.load(path)
+    image.set_qform(None, 0)
+    image.set_sform(None, 0)
+    nibabel.save(image, path)
+
+
+@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient"])
+def test_images_that_nibabel_and_itk_turn_differently_are_refused(reader: str, tmp_path: Path) -> None:
+    write_image(tmp_path, 0, (8, 9, 10), spacing=(1.0, 1.0, 1.0), ending=".nii.gz")
+    path = tmp_path / "case_a_0000.nii.gz"
+    assert predict.read_image([path], ["MRI"], reader).data.shape == (1, 8, 9, 10)
+    spoil_header(path)
+    with pytest.raises(predict.PredictionError, match="both qform_code and sform_code are 0"):
+        predict.read_image([path], ["MRI"], reader)
+
+
+def test_an_image_of_less_than_a_voxel_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path, 0, (1, 9, 10), spacing=(1.0, 1.0, 0.3), ending=".nii.gz", border=0)
+    model = json.loads(json.dumps(describe(model_of(tmp_path), [], [])))
+    image = predict.read_image([tmp_path / "case_a_0000.nii.gz"], ["MRI"], "SimpleITKIO")
+    with pytest.raises(predict.PredictionError, match="need at least one voxel"):
+        predict.prepare(image, model)
+
+
+def model_of(folder: Path) -> TrainedModel:
+    return TrainedModel(folder, "nnUNetTrainer", setting_of({}), {}, None)
+
+
+def test_pictures_of_one_bit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "case_a_0000.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (8).to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0]))
+    with pytest.raises(predict.PredictionError, match="must have 8 or 16 bits per channel, it has 1"):
+        predict.read_image([path], ["grey"], "NaturalImage2DIO")

@@ -123,10 +123,11 @@ def _resampling(configuration: Mapping[str, Any], kind: str, setting: Setting) -
     if function == "resample_data_or_seg_to_shape":
         # In float64, rounded to the type of what it was given.
         dtype = "float16" if kind == "probabilities" else "float32"
-        return {"order": options.get("order", 3), "order_z": options.get("order_z", 0), **common, "dtype": dtype}
+        orders = {"order": options.get("order", 3), "order_z": options.get("order_z", 0)}
+        return {"function": function, **orders, **common, "dtype": dtype}
     modes = (options.get("mode", "linear"), options.get("aniso_axis_mode", "nearest-exact"))
     if function == "resample_torch_fornnunet" and modes == ("linear", "nearest-exact"):
-        return {"order": 1, "order_z": 0, **common, "dtype": "float32"}
+        return {"function": function, "order": 1, "order_z": 0, **common, "dtype": "float32"}
     raise UsageError(
         f"--standalone knows resample_data_or_seg_to_shape, and resample_torch_fornnunet with its own modes, the plans "
         f"resample {kind} of {setting.configuration} by {function} {dict(options)}: {_INSTEAD}."

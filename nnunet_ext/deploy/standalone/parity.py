@@ -208,6 +208,11 @@ def mean_dice(reference: Path, prediction: Path, model: TrainedModel) -> float:
     """Mean Dice of all structures as nnU-Net evaluates; 1 where neither map has any."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 
+    if _labels(reference).shape != _labels(prediction).shape:
+        raise UsageError(
+            f"-ref needs segmentations on the grid of the images, {reference} has the shape "
+            f"{_labels(reference).shape[1:]}, its image {_labels(prediction).shape[1:]}: resample it."
+        )
     labels = model.setting.label_manager
     structures = labels.foreground_regions if labels.has_regions else labels.foreground_labels
     reader = model.setting.plans_manager.image_reader_writer_class()

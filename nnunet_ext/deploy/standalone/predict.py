@@ -27,10 +27,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import SimpleITK as sitk
-from numpy.typing import NDArray
-from scipy import ndimage, sparse
+if __name__ == "__main__":  # no file that lies beside this one is taken for a package
+    sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+try:
+    import numpy as np
+    import SimpleITK as sitk
+    from numpy.typing import NDArray
+    from scipy import ndimage, sparse
+except ImportError as error:
+    sys.exit(f"error: predict.py needs NumPy, SciPy and SimpleITK ({error}): pip install -r requirements.txt")
 
 FORMAT, VERSION = "nnU-Net standalone model", 1
 # Engine -> what OpenVINO calls its instructions, and the precision that it is asked for.
@@ -40,6 +45,8 @@ ENGINES = {
     "openvino-bfloat16": ("BF16", "bf16"),
     "openvino-int8": ("INT8", "bf16"),
 }
+GIPL_MAGIC = ((719555000).to_bytes(4, "big"), (4026526128).to_bytes(4, "big"))
+GIPL_BITS = {1: 1, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}  # of a voxel, by its kind
 MODEL, CHECKSUMS = "model.json", "SHA256SUMS"
 SIGMA, GAUSSIAN_PEAK = 1 / 8, 10.0  # weights of a window, in patches and at its centre, as in nnU-Net
 
@@ -218,24 +225,19 @@ def read_image(files: Sequence[Path], channels: Sequence[str], reader: str) -> I
     Raises:
         PredictionError: a file can't be read, channels are missing or lie on different grids, or are not finite.
     """
-    numbers = [int(re.findall(r"_(\d{4})\.", file.name)[-1]) for file in files]
-    if numbers != list(range(len(files))):
-        raise PredictionError(
-            f"Channels of a case are numbered from 0000 on, {files[0].parent} has {', '.join(f.name for f in files)}: "
-            "add what is missing."
-        )
+    check_numbers(files)
     images = [read_file(file) for file in files]
     orientation = None
+    if reader.startswith("Nibabel"):
+        for file, image in zip(files, images, strict=True):
+            check_orientation(file, image)
     if reader.endswith("WithReorient"):
-        orientation = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(images[0].GetDirection())
+        if wrong := [file for file, image in zip(files, images, strict=True) if image.GetDimension() != 3]:
+            raise PredictionError(f"{wrong[0]} must be a 3D image of one channel: give one file for each channel.")
+        # nnU-Net writes in that of the last channel.
+        orientation = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(images[-1].GetDirection())
         images = [sitk.DICOMOrient(image, "RAS") for image in images]
-    first = images[0]
-    for file, image in zip(files, images, strict=True):
-        if image.GetSize() != first.GetSize() or not np.allclose(image.GetSpacing(), first.GetSpacing()):
-            raise PredictionError(
-                f"All channels of a case need one grid, {file} has {image.GetSize()} voxels of {image.GetSpacing()} "
-                f"mm, {files[0].name} {first.GetSize()} of {first.GetSpacing()}: resample it."
-            )
+    check_grids(files, images)
     data = np.concatenate([channels_of(image) for image in images])
     if data.ndim != 4 or len(data) != len(channels):
         raise PredictionError(
@@ -244,26 +246,64 @@ def read_image(files: Sequence[Path], channels: Sequence[str], reader: str) -> I
         )
     if not np.isfinite(data).all():
         raise PredictionError(f"{files[0]} must hold finite numbers, it has NaN or infinity: replace them.")
-    spacing = tuple(abs(s) for s in reversed(first.GetSpacing()))
+    spacing = tuple(abs(s) for s in reversed(images[0].GetSpacing()))
     if reader == "NaturalImage2DIO":
         spacing = (999.0, 1.0, 1.0)
     elif len(spacing) == 2:  # one slice, so thick that nothing is resampled across it
         spacing = (max(spacing) * 999, *spacing)
-    return Image(data=data, spacing=spacing, geometry=first, orientation=orientation)
+    return Image(data=data, spacing=spacing, geometry=images[0], orientation=orientation)
+
+
+def check_numbers(files: Sequence[Path]) -> None:
+    """See that no channel of a case is left out."""
+    if [int(re.findall(r"_(\d{4})\.", file.name)[-1]) for file in files] != list(range(len(files))):
+        raise PredictionError(
+            f"Channels of a case are numbered from 0000 on, {files[0].parent} has {', '.join(f.name for f in files)}: "
+            "add what is missing."
+        )
+
+
+def check_grids(files: Sequence[Path], images: Sequence[sitk.Image]) -> None:
+    """See that the channels of a case lie on one grid."""
+    first = images[0]
+    for file, image in zip(files, images, strict=True):
+        if image.GetSize() != first.GetSize() or not np.allclose(image.GetSpacing(), first.GetSpacing()):
+            raise PredictionError(
+                f"All channels of a case need one grid, {file} has {image.GetSize()} voxels of {image.GetSpacing()} "
+                f"mm, {files[0].name} {first.GetSize()} of {first.GetSpacing()}: resample it."
+            )
+
+
+def check_orientation(file: Path, image: sitk.Image) -> None:
+    """See that a NIfTI file says where its voxels lie: where it does not, Nibabel and ITK assume different things."""
+    if image.HasMetaDataKey("qform_code") and image.HasMetaDataKey("sform_code"):
+        codes = [image.GetMetaData(key).strip() for key in ("qform_code", "sform_code")]
+        if codes == ["0", "0"]:
+            raise PredictionError(
+                f"{file} must say how the body lies in it, both qform_code and sform_code are 0: set them as in the "
+                "training images."
+            )
 
 
 def read_file(file: Path) -> sitk.Image:
     """Read one file; PredictionError where it is no complete image."""
     try:
-        if file.name.endswith((".nii", ".nii.gz")):
-            check_nifti(file)
+        str(file).encode()  # SimpleITK ends the whole program at names that are not UTF-8
+        check_length(file)
         return sitk.ReadImage(str(file))
-    except (RuntimeError, OSError, EOFError, zlib.error, struct.error) as error:
+    except UnicodeEncodeError as error:
+        raise PredictionError(f"{str(file)!a} must have a name in UTF-8: rename it.") from error
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise PredictionError(f"{file} must be a complete image, it can't be read to its end: replace it.") from error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise PredictionError(
+            f"{file} must be a complete image, SimpleITK can't read it ({reason}): replace it."
+        ) from error
 
 
-def check_nifti(file: Path) -> None:
-    """Raise EOFError for a NIfTI file that was cut off, which ITK fills up with zeros without a word."""
+def check_length(file: Path) -> None:
+    """Raise EOFError for a file that was cut off, where ITK fills it up without a word: NIfTI, GIPL, BMP."""
     with file.open("rb") as plain:
         is_gzip = plain.read(2) == b"\x1f\x8b"
     with gzip.open(file) if is_gzip else file.open("rb") as stream:
@@ -271,12 +311,22 @@ def check_nifti(file: Path) -> None:
         size = len(header)
         while block := stream.read(1 << 24):
             size += len(block)
+    needed = 0
     if header[344:347] == b"n+1":
         order = "<" if header[:4] == (348).to_bytes(4, "little") else ">"
         axes, *shape = struct.unpack(f"{order}8h", header[40:56])
         (bits,) = struct.unpack(f"{order}h", header[72:74])
-        if size < 352 + math.prod(shape[:axes]) * bits // 8:
-            raise EOFError
+        (offset,) = struct.unpack(f"{order}f", header[108:112])
+        needed = int(offset) + math.prod(shape[:axes]) * bits // 8
+    elif header[:2] == b"BM":
+        (needed,) = struct.unpack("<I", header[2:6])
+    elif header[252:256] in GIPL_MAGIC:
+        *shape, kind = struct.unpack(">5H", header[:10])
+        needed = 256 + math.prod(max(1, n) for n in shape) * GIPL_BITS.get(kind, 0) // 8
+    elif header[:4] == b"\x89PNG" and header[24] < 8:
+        raise PredictionError(f"{file} must have 8 or 16 bits per channel, it has {header[24]}: convert it.")
+    if size < needed:
+        raise EOFError
 
 
 def channels_of(image: sitk.Image) -> Array:
@@ -341,6 +391,11 @@ def prepare(image: Image, model: Mapping[str, Any]) -> Prepared:
         normalize(channel, scheme, nonzero[box]) for channel, scheme in zip(data, model["normalization"], strict=True)
     ]
     size = [round(a / b * n) for a, b, n in zip(original, spacing, data.shape[1:], strict=True)]
+    if min(size) < 1:
+        raise PredictionError(
+            f"Images need at least one voxel of {spacing} mm along each axis, this one has {data.shape[1:]} voxels of "
+            f"{original} mm: check its spacing."
+        )
     how = model["resampling"]["data"]
     data = np.stack([resample(channel, size, original, spacing, how) for channel in normalized])
     return Prepared(data=data, spacing=spacing, original_spacing=original, shape=shape, box=box)
@@ -403,7 +458,8 @@ def resample(
     if how["order"] > 1:  # splines overshoot: nnU-Net clips, slice by slice where one axis is alone
         result = np.clip(result, volume.min(together, keepdims=True), volume.max(together, keepdims=True))
     if alone is not None:
-        result = along(result, alone, weights(volume.shape[alone], size[alone], how["order_z"]))
+        order = "nearest-exact" if how["function"] == "resample_torch_fornnunet" else how["order_z"]
+        result = along(result, alone, weights(volume.shape[alone], size[alone], order))
     return result
 
 
@@ -419,10 +475,14 @@ def separate_axis(
 
 
 @lru_cache(maxsize=32)
-def weights(n: int, size: int, order: int) -> Any:
+def weights(n: int, size: int, order: int | str) -> Any:
     """Sparse matrix (size, n) of float32 that resamples one axis: what SciPy makes of unit vectors."""
     if n == size:
         return None
+    if order == "nearest-exact":  # PyTorch's, in float32
+        places = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * (np.float32(n) / np.float32(size))
+        taken = np.minimum(places.astype(int), n - 1)
+        return sparse.csr_array((np.ones(size, np.float32), (np.arange(size), taken)), (size, n))
     if order == 0:
         at = (np.arange(size) + 0.5) * (n / size) - 0.5
         columns = [ndimage.map_coordinates(unit, [at], order=0, mode="nearest") for unit in np.eye(n)]
@@ -599,14 +659,19 @@ def run(arguments: argparse.Namespace) -> int:
     """
     model = read_model(arguments.model)
     files = {network["fold"]: network["file"] for network in model["networks"]}
-    chosen = arguments.folds or list(files)
+    chosen = list(dict.fromkeys(arguments.folds or files))
     if missing := [fold for fold in chosen if fold not in files]:
         raise PredictionError(f"-f needs exported folds, {missing[0]} is none: choose among {' '.join(files)}.")
     step_size = model["step_size"] if arguments.step_size is None else arguments.step_size
-    if not 0 < step_size <= 1:
-        raise PredictionError(f"-step_size must be over 0 and at most 1, got {step_size:g}: use 0.5.")
+    if not 0.01 <= step_size <= 1:
+        raise PredictionError(f"-step_size must be from 0.01 to 1, got {step_size:g}: use 0.5.")
     cases = find_cases(arguments.images, model["file_ending"])
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PredictionError(
+            f"-o needs a folder that can be made, got {arguments.output} ({error}): choose another."
+        ) from error
     engine = arguments.engine or model["engines"][0]
     networks = [
         load_network(arguments.model / files[fold], engine, arguments.threads, arguments.device) for fold in chosen
@@ -627,12 +692,18 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             labels, image = predict_case(networks, images, model, options)
             write_segmentation(labels, image, target)
-        except PredictionError as error:
+        except (PredictionError, RuntimeError, ValueError, ArithmeticError, MemoryError, OSError) as error:
             failed += 1
-            print(f"error: {case}: {error}", file=sys.stderr, flush=True)
+            reason = error if isinstance(error, PredictionError) else f"{type(error).__name__} ({error})"
+            print(f"error: {printable(case)}: {printable(str(reason))}", file=sys.stderr, flush=True)
         else:
             print(f"{i} of {len(cases)}  {target}  {time.monotonic() - start:.1f} s", flush=True)
     return 1 if failed else 0
+
+
+def printable(text: str) -> str:
+    """Text on one line, whatever stands in it."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def main() -> None:
