@@ -24,10 +24,20 @@ def export_any_batch(network: nn.Module, example: Tensor, path: Path) -> bool:
     """
     try:
         export(network, torch.cat([example, example]), path, dynamic_shapes=({0: torch.export.Dim("batch")},))
+        if _takes_any_batch(path):
+            return True
     except UsageError:
-        export(network, example, path)
-        return False
-    return True
+        pass  # the example's own batch is what remains
+    export(network, example, path)
+    return False
+
+
+def _takes_any_batch(path: Path) -> bool:
+    """Whether the batch has no size: PyTorch may give it that of the example without a word."""
+    import onnx
+
+    (image,) = onnx.load(str(path), load_external_data=False).graph.input
+    return bool(image.type.tensor_type.shape.dim[0].dim_param)
 
 
 def export(network: nn.Module, example: Tensor, path: Path, **options: Any) -> None:
