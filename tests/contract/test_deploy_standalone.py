@@ -159,6 +159,10 @@ def forget_a_file(folder: Path, images: Path) -> None:
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "fold_1.onnx" not in line))
 
 
+def plant_int8(folder: Path, images: Path) -> None:
+    (folder / "fold_0.int8.xml").write_text("<net/>")
+
+
 def climb(folder: Path, images: Path) -> None:
     path = folder / "SHA256SUMS"
     path.write_text(path.read_text() + f"{'0' * 64}  ../x\n")
@@ -192,6 +196,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], Any], list[str], str]] = {
     "cut off image": (spoil_image, [], "must be a complete image"),
     "channel left out": (skip_channel, [], "Channels of a case are numbered from 0000 on"),
     "file that is not listed": (forget_a_file, [], "must list fold_1.onnx"),
+    "network that was not exported": (plant_int8, [], "must list fold_0.int8.xml"),
     "file elsewhere": (climb, [], "must list files of the folder itself, got '../x'"),
     "another grid": (move_grid, [], "All channels of a case need one grid"),
     "cut off network": (cut_network, [], "fold_1.onnx must be the file that was exported"),

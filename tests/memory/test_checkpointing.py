@@ -90,6 +90,14 @@ def test_one_pass_sees_192_voxels_at_a_third_of_the_memory_of_the_default_traine
     assert stages <= 0.29 * default
 
 
+def test_one_pass_of_the_cascade_needs_less_than_one_and_a_half_times_its_two_passes() -> None:
+    setting = Source(patch=(224,) * 3).setting()
+    trainers = ("nnUNetTrainer", "nnUNetTrainerMeCascade", "nnUNetTrainerMeCascadeOnePass")
+    default, two, one = (count_memory(setting, trainer, 2).peak for trainer in trainers)
+    assert 1.2 * two <= one <= 1.42 * two
+    assert one <= 0.36 * default
+
+
 @pytest.mark.slow
 def test_meunet_sees_224_voxels_with_the_patch_of_160() -> None:
     assert expanded(160, 224).peak <= 2.9 * GIB

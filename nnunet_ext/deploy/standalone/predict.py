@@ -82,6 +82,7 @@ def read_model(folder: Path) -> dict[str, Any]:
             f"{model.get('version')}: use the predict.py that was exported with it."
         )
     used = [MODEL, *(network["file"] for network in model.get("networks", ()))]
+    used += sorted(path.name for path in folder.glob("*.int8.*"))
     if unlisted := [name for name in used if name not in listed]:
         raise PredictionError(f"{folder / CHECKSUMS} must list {unlisted[0]}, it is cut off or changed: {again}.")
     return model
