@@ -168,7 +168,14 @@ def _report(model: TrainedModel, args: argparse.Namespace) -> list[str]:
 
     student = None if args.student is None else TrainedModel.read(args.student, None, args.checkpoint, args.trust)
     engines = args.engines or engines_here()
-    chain = Chain(model=model, images=args.images, references=args.references, engines=engines, student=student)
+    chain = Chain(
+        model=model,
+        images=args.images,
+        references=args.references,
+        engines=engines,
+        calibration=args.calibration,
+        student=student,
+    )
     rows = report(chain, args.output, _show)
     return [*table(rows).splitlines(), f"Written to {args.output}: speed.md, speed.json, speed.svg"]
 

@@ -1,18 +1,21 @@
 """What each step from the trained ensemble to the shipped folder saves: whole predictions, from file to file.
 
-Every row is a process of its own, started as a user does: nnU-Net's command, or `predict.py` of an exported folder.
+Every row is a process of its own, started as a user does: nnU-Net's command, or `predict.py` of an exported folder. On
+large images they take hours: each is kept when it is there, and the same command goes on after them.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -26,13 +29,16 @@ from nnunet_ext.deploy.standalone.description import check_supported
 from nnunet_ext.deploy.standalone.export import Engine, ExportOptions, export
 from nnunet_ext.deploy.standalone.parity import cases_of, difference, mean_dice, references_of, threads_of_environment
 from nnunet_ext.deploy.watched import Usage, run
+from nnunet_ext.errors import UsageError
 from nnunet_ext.escaping import markdown_cell, markdown_table
-from nnunet_ext.files import whole_folder
+from nnunet_ext.files import locked, read_json, whole_folder, write_files
 from nnunet_ext.style import page, rendered, tidy
 
 _NNUNET = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
 _TORCH_RESAMPLING = {"is_seg": False, "force_separate_z": None, "memefficient_seg_resampling": False}
 _GIB = 2**30
+_UNFINISHED = "unfinished"  # folder in that of the report, until all rows are there
+_CHAIN, _FIRST, _LOCK, _RESULT = "chain.json", "first", "report.lock", "speed.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +80,34 @@ class Chain:
         images: Folder of scans.
         references: Folder of their segmentations; None: no Dice.
         engines: Keys of `predict.ENGINES`; the last one is that of the chain.
-        student: A smaller trained model of the same data; None: one fold of `model` ends the chain.
+        calibration: Folder of scans that calibrate int8; None: `images`.
+        student: A smaller trained model of the same data, the end of the chain; None: one fold of `model` is.
     """
 
     model: TrainedModel
     images: Path
     references: Path | None
     engines: Sequence[Engine]
+    calibration: Path | None = None
     student: TrainedModel | None = None
 
     @property
     def options(self) -> ExportOptions:
         """How models are exported; they are compared here, not there."""
-        return ExportOptions(engines=self.engines, calibration=self.images)
+        return ExportOptions(engines=self.engines, calibration=self.calibration or self.images)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes rows comparable: weights, scans, engines."""
+        models = filter(None, (self.model, self.student))
+        return {
+            "weights": [{fold: predict.sha256(path) for fold, path in m.checkpoints.items()} for m in models],
+            "scans": {
+                str(folder): [[path.name, path.stat().st_size] for path in sorted(folder.iterdir())]
+                for folder in filter(None, (self.images, self.references, self.calibration))
+            },
+            "engines": list(self.engines),
+        }
 
     def check(self) -> None:
         """See that nothing is missing, before hours are spent.
@@ -98,6 +119,8 @@ class Chain:
         """
         extras.need("report", "--report")
         self.options.check()
+        if self.calibration is not None:
+            cases_of(self.calibration, str(self.model.setting.dataset["file_ending"]))
         for model in filter(None, (self.model, self.student)):
             check_supported(model.setting)
             for fold in model.checkpoints:
@@ -105,29 +128,65 @@ class Chain:
 
 
 def report(chain: Chain, output: Path, show: Callable[[str], None] = lambda what: None) -> tuple[Row, ...]:
-    """Measure each step alone and all together; write speed.md, speed.json and speed.svg.
+    """Measure each step alone and all together; write speed.md, speed.json and speed.svg, anew after each row.
+
+    Args:
+        chain: What is measured.
+        output: A folder that does not exist yet, or in which the same chain was not measured to its end.
+        show: Called before each piece of work.
 
     Raises:
-        UsageError: `output` exists, a prediction fails, an engine is missing.
+        UsageError: `output` holds something else, a prediction fails, an engine is missing.
     """
-    check_new(output)
-    chain.check()
     ending = str(chain.model.setting.dataset["file_ending"])
-    cases = list(cases_of(chain.images, ending))
+    cases = cases_of(chain.images, ending)
     labelled = references_of(chain.references, cases, ending)
-    with whole_folder(output) as folder, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        work = Path(temporary)
-        rows: list[Row] = []
-        for step in _steps(chain, work, show):
+    chain.check()
+    resamples = _resamples(chain.model, cases.values())
+    with _unfinished(chain, output) as work:
+        rows = _rows(output / _RESULT)
+        for step in _steps(chain, resamples, work, show):
+            if any(row.name == step.name for row in rows):
+                continue
             show(step.name)
-            predicted = work / f"predicted-{len(rows)}"
-            usage = run([*step.command, "-i", str(chain.images), "-o", str(predicted)], step.name)
-            rows.append(_row(step.name, usage, work / "predicted-0", predicted, cases, labelled, chain.model))
-        _write(folder, tuple(rows), chain, cases)
+            with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as temporary:
+                predicted = Path(temporary) / _FIRST
+                usage = run([*step.command, "-i", str(chain.images), "-o", str(predicted)], step.name)
+                if not rows:
+                    shutil.rmtree(work / _FIRST, ignore_errors=True)
+                    predicted = predicted.rename(work / _FIRST)
+                rows.append(_row(step.name, usage, work / _FIRST, predicted, labelled, list(cases), chain.model))
+            _write(output, rows, chain, list(cases))
     return tuple(rows)
 
 
-def _steps(chain: Chain, work: Path, show: Callable[[str], None]) -> Iterable[Step]:
+@contextmanager
+def _unfinished(chain: Chain, output: Path) -> Iterator[Path]:
+    """Make the folder of what is needed until the last row, or take that of a run that ended early; delete it."""
+    work, identity = output / _UNFINISHED, chain.identity
+    if not (work / _CHAIN).is_file():
+        check_new(output)
+        work.mkdir(parents=True)
+        write_json(work / _CHAIN, identity)
+    another = "choose another folder, or delete it"
+    if read_json(work / _CHAIN, another) != identity:
+        raise UsageError(
+            f"-o {output} holds the rows of other models, scans or engines, not all of them are there: {another}."
+        )
+    with locked(work / _LOCK):
+        yield work
+    shutil.rmtree(work)
+
+
+def _rows(path: Path) -> list[Row]:
+    """Read what earlier runs have measured."""
+    if not path.is_file():
+        return []
+    kept = read_json(path, "delete the folder of the report, and start again")["rows"]
+    return [Row(**{**row, "usage": Usage(**row["usage"])}) for row in kept]
+
+
+def _steps(chain: Chain, resamples: bool, work: Path, show: Callable[[str], None]) -> Iterable[Step]:
     """How nnU-Net predicts; each factor alone; the chain."""
     model, folds = chain.model, list(chain.model.checkpoints)
     ensemble = f"{len(folds)} folds" if len(folds) > 1 else "one fold"
@@ -136,24 +195,34 @@ def _steps(chain: Chain, work: Path, show: Callable[[str], None]) -> Iterable[St
         yield Step(name="one fold", command=_nnunet(model.folder, folds[:1], model))
     yield Step(name="no mirroring", command=(*_nnunet(model.folder, folds, model), "--disable_tta"))
     yield Step(name="step 0.75", command=(*_nnunet(model.folder, folds, model), "-step_size", "0.75"))
-    resampled = _with_torch_resampling(model, work / "resampled")
-    yield Step(name="torch resampling", command=_nnunet(resampled, folds, model))
+    if resamples:
+        resampled = _once(work / "resampled", lambda folder: _with_torch_resampling(model, folder))
+        yield Step(name="torch resampling", command=_nnunet(resampled, folds, model))
     if _fuses(model):
         show("fusing")
-        ship(model, work / "fused", DeployOptions())
-        yield Step(name="fused", command=_nnunet(work / "fused", folds, model, "checkpoint_final.pth"))
+        fused_model = _once(work / "fused", lambda folder: ship(model, folder, DeployOptions()))
+        yield Step(name="fused", command=_nnunet(fused_model, folds, model, "checkpoint_final.pth"))
+    student = chain.student
+    if student is not None:
+        command = _nnunet(student.folder, list(student.checkpoints), student)
+        yield Step(name=f"student: {student.trainer}", command=command)
     show("exporting")
-    export(model, work / "exported", chain.options, show)
+    exported = _once(work / "exported", lambda folder: export(model, folder, chain.options, show))
     for engine in chain.engines:
-        yield Step(name=f"predict.py, {engine}", command=_alone(work / "exported", engine))
+        yield Step(name=f"predict.py, {engine}", command=_alone(exported, engine))
     last = chain.engines[-1]
-    small, name = work / "exported", "one fold"
-    if chain.student is not None:
+    yield Step(name=f"one fold, no mirroring, {last}", command=_end(exported, last, model))
+    if student is not None:
         show("exporting the student")
-        small, name = work / "student", f"{chain.student.trainer}, one fold"
-        export(chain.student, small, chain.options, show)
-    first = next(iter((chain.student or model).checkpoints))
-    yield Step(name=f"{name}, no mirroring, {last}", command=(*_alone(small, last), "-f", first, "--disable_tta"))
+        small = _once(work / "student", lambda folder: export(student, folder, chain.options, show))
+        yield Step(name=f"student, one fold, no mirroring, {last}", command=_end(small, last, student))
+
+
+def _once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that an earlier run may have made; it is whole, or not there."""
+    if not folder.exists():
+        make(folder)
+    return folder
 
 
 def _nnunet(folder: Path, folds: Sequence[str], model: TrainedModel, checkpoint: str | None = None) -> tuple[str, ...]:
@@ -165,6 +234,24 @@ def _alone(folder: Path, engine: str) -> tuple[str, ...]:
     return (sys.executable, str(folder / "predict.py"), "--engine", engine, "--threads", threads_of_environment())
 
 
+def _end(folder: Path, engine: str, model: TrainedModel) -> tuple[str, ...]:
+    return (*_alone(folder, engine), "-f", next(iter(model.checkpoints)), "--disable_tta")
+
+
+def _resamples(model: TrainedModel, cases: Iterable[Sequence[Path]]) -> bool:
+    """Whether any scan has another spacing than the network; every file is read, before hours are spent on them.
+
+    Raises:
+        UsageError: a file is no complete image.
+    """
+    try:
+        spacings = [sorted(predict.read_file(file).GetSpacing()) for files in cases for file in files]
+    except predict.PredictionError as error:
+        raise UsageError(str(error)) from error
+    wanted = sorted(model.setting.configuration_manager.spacing)
+    return any(len(found) != len(wanted) or not np.allclose(found, wanted) for found in spacings)
+
+
 def _fuses(model: TrainedModel) -> bool:
     try:
         fused(model.trained_network(next(iter(model.checkpoints))))
@@ -173,19 +260,18 @@ def _fuses(model: TrainedModel) -> bool:
     return True
 
 
-def _with_torch_resampling(model: TrainedModel, folder: Path) -> Path:
-    """The model with nnU-Net's own faster resampling of logits."""
+def _with_torch_resampling(model: TrainedModel, output: Path) -> None:
+    """Write the model with nnU-Net's own faster resampling of logits."""
     plans = copy.deepcopy(dict(model.setting.plans))
     configuration = plans["configurations"][model.setting.configuration]
     configuration["resampling_fn_probabilities"] = "resample_torch_fornnunet"
     configuration["resampling_fn_probabilities_kwargs"] = _TORCH_RESAMPLING
-    folder.mkdir()
-    write_json(folder / "plans.json", plans)
-    write_json(folder / "dataset.json", model.setting.dataset)
-    for fold, path in model.checkpoints.items():
-        (folder / f"fold_{fold}").mkdir()
-        shutil.copyfile(path, folder / f"fold_{fold}" / path.name)
-    return folder
+    with whole_folder(output) as folder:
+        write_json(folder / "plans.json", plans)
+        write_json(folder / "dataset.json", model.setting.dataset)
+        for fold, path in model.checkpoints.items():
+            (folder / f"fold_{fold}").mkdir()
+            shutil.copyfile(path, folder / f"fold_{fold}" / path.name)
 
 
 def _row(
@@ -193,8 +279,8 @@ def _row(
     usage: Usage,
     first: Path,
     predicted: Path,
-    cases: Sequence[str],
     labelled: Mapping[str, Path],
+    cases: Sequence[str],
     model: TrainedModel,
 ) -> Row:
     ending = model.setting.dataset["file_ending"]
@@ -208,14 +294,14 @@ def _row(
     )
 
 
-def _write(folder: Path, rows: tuple[Row, ...], chain: Chain, cases: Sequence[str]) -> None:
-    write_json(folder / "speed.json", {"cases": list(cases), "rows": [asdict(row) for row in rows]})
+def _write(output: Path, rows: Sequence[Row], chain: Chain, cases: Sequence[str]) -> None:
+    content = {"cases": list(cases), "rows": [asdict(row) for row in rows]}
     text = (
         f"# From file to file: {chain.model.trainer}\n\n{len(cases)} images, start-up included, on the CPU; each row a "
-        "process of its own. Memory is that of all its processes at one time.\n\n"
+        f"process of its own. Memory is that of all its processes at one time.\n\n{table(rows)}\n"
     )
-    (folder / "speed.md").write_text(f"{text}{table(rows)}\n", encoding="utf-8")
-    (folder / "speed.svg").write_bytes(_figure(rows))
+    result = json.dumps(content, indent=2) + "\n"
+    write_files(output, {_RESULT: result.encode(), "speed.md": text.encode(), "speed.svg": _figure(rows)})
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,10 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_ext.cli import main
+from nnunet_ext.deploy import report
 from nnunet_ext.deploy.report import Row, table
 from nnunet_ext.deploy.watched import Usage
+from nnunet_ext.errors import UsageError
 from tests.contract.test_deploy import store, trained, write_images
 from tests.contract.test_deploy_standalone import smooth
 
@@ -34,6 +36,10 @@ def test_every_step_is_a_prediction_of_its_own(
     model = smooth(trained("nnUNetTrainerHalfWidthBN", dataset("labels"), tmp_path / "model", (0, 1)), 2)
     images, labels = write_images(model, tmp_path), tmp_path / "labels"
     labels.mkdir()
+    for file in images.iterdir():
+        scan = sitk.ReadImage(str(file))
+        scan.SetSpacing((1.25,) * 3)  # so that logits are resampled
+        sitk.WriteImage(scan, str(file))
     sitk.WriteImage(sitk.GetImageFromArray(np.ones((20, 40, 24), np.uint8)), str(labels / "patient_7.nii.gz"))
     arguments = ["-m", str(model), "-o", str(tmp_path / "out"), "-i", str(images), "-ref", str(labels)]
     assert main(["deploy", "--report", *arguments, "--engines", "onnxruntime", "--student", str(model)]) == 0
@@ -45,8 +51,10 @@ def test_every_step_is_a_prediction_of_its_own(
         "step 0.75",
         "torch resampling",
         "fused",
+        "student: nnUNetTrainerHalfWidthBN",
         "predict.py, onnxruntime",
-        "nnUNetTrainerHalfWidthBN, one fold, no mirroring, onnxruntime",
+        "one fold, no mirroring, onnxruntime",
+        "student, one fold, no mirroring, onnxruntime",
     ]
     equal = {row["name"]: row["equal"] for row in rows}
     assert equal["nnU-Net: 2 folds, mirroring"] == 1
@@ -61,12 +69,69 @@ def test_every_step_is_a_prediction_of_its_own(
 def test_a_checkpoint_that_holds_code_is_refused_before_nnunet_reads_it(
     dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nnunet_ext.deploy import report
-
     model = trained("nnUNetTrainerHalfWidthBN", dataset("labels"), tmp_path / "model", (0, 1))
     store(model, 1, logging=Path("x"))  # an object that is neither a tensor nor a number
     images = write_images(model, tmp_path)
     monkeypatch.setattr(report, "run", lambda *_: pytest.fail("nnU-Net was started"))
     assert main(["deploy", "--report", "-m", str(model), "-o", str(tmp_path / "out"), "-i", str(images)]) == 2
     assert "is not a complete checkpoint of nnU-Net" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_ended_early_goes_on(
+    dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained("nnUNetTrainer", dataset("labels"), tmp_path / "model", (0, 1))
+    images, output, measured = write_images(model, tmp_path), tmp_path / "out", []
+
+    def predict(command: Sequence[str], what: str) -> Usage:
+        if len(measured) == stops_at:
+            raise UsageError(f"{what} failed.")
+        measured.append(what)
+        predicted = Path(command[command.index("-o") + 1])
+        predicted.mkdir()
+        labels = np.full((20, 40, 24), len(measured) > 1, np.uint8)  # the first differs from all others
+        sitk.WriteImage(sitk.GetImageFromArray(labels), str(predicted / "patient_7.nii.gz"))
+        return Usage(seconds=8.0 / len(measured), cpu_seconds=1.0, peak_bytes=1)
+
+    monkeypatch.setattr(report, "run", predict)
+    command = ["deploy", "--report", "-m", str(model), "-o", str(output), "-i", str(images), "--engines", "onnxruntime"]
+    stops_at = 0
+    assert main(command) == 2
+    assert measured == []
+    stops_at = 2
+    assert main(command) == 2
+    assert "no mirroring failed" in capsys.readouterr().err
+    assert "| one fold |" in (output / "speed.md").read_text()
+
+    assert main([*command, "--folds", "0"]) == 2
+    assert "holds the rows of other models, scans or engines" in capsys.readouterr().err
+    stops_at = -1
+    assert main(command) == 0
+    rows = json.loads((output / "speed.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == measured
+    assert measured == [
+        "nnU-Net: 2 folds, mirroring",
+        "one fold",
+        "no mirroring",
+        "step 0.75",
+        "predict.py, onnxruntime",
+        "one fold, no mirroring, onnxruntime",
+    ]
+    assert [row["equal"] for row in rows] == [1.0] + [0.0] * 5
+    assert {path.name for path in output.iterdir()} == {"speed.json", "speed.md", "speed.svg"}
+    assert main(command) == 2
+    assert "-o needs a folder that does not exist" in capsys.readouterr().err
+
+
+def test_damaged_scans_are_told_before_the_first_row(
+    dataset: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained("nnUNetTrainer", dataset("labels"), tmp_path / "model")
+    images = write_images(model, tmp_path)
+    scan = next(images.iterdir())
+    scan.write_bytes(scan.read_bytes()[:-100])
+    monkeypatch.setattr(report, "run", lambda *_: pytest.fail("nnU-Net was started"))
+    assert main(["deploy", "--report", "-m", str(model), "-o", str(tmp_path / "out"), "-i", str(images)]) == 2
+    assert "must be a complete image" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
