@@ -272,7 +272,7 @@ def test_an_export_that_predicts_something_else_is_not_shipped(
     model = trained("nnUNetTrainerHalfWidth", dataset("labels"), tmp_path / "model")
     wrong = tmp_path / "predict.py"
     source = Path(predict.__file__).read_text()
-    wrong.write_text(source.replace("labels[case.box] = inside", "labels[case.box] = inside[::-1]"))
+    wrong.write_text(source.replace("return labels.transpose(", "return labels[::-1].transpose("))
     assert wrong.read_text() != source
     monkeypatch.setattr(predict, "__file__", str(wrong))
     assert standalone(model, tmp_path / "out", "-i", str(write_images(model, tmp_path))) == 2

@@ -21,7 +21,8 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +49,7 @@ ENGINES = {
 GIPL_MAGIC = ((719555000).to_bytes(4, "big"), (4026526128).to_bytes(4, "big"))
 GIPL_BITS = {1: 1, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}  # of a voxel, by its kind
 MODEL, CHECKSUMS = "model.json", "SHA256SUMS"
+SLAB = 2**20  # voxels that one thread resamples at a time: so many stay in its cache
 SIGMA, GAUSSIAN_PEAK = 1 / 8, 10.0  # weights of a window, in patches and at its centre, as in nnU-Net
 
 Array = NDArray[Any]
@@ -227,7 +229,8 @@ def read_image(files: Sequence[Path], channels: Sequence[str], reader: str) -> I
         PredictionError: a file can't be read, channels are missing or lie on different grids, or are not finite.
     """
     check_numbers(files)
-    images = [read_file(file) for file in files]
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(read_file, files))
     orientation = None
     if reader.startswith("Nibabel"):
         for file, image in zip(files, images, strict=True):
@@ -290,8 +293,12 @@ def read_file(file: Path) -> sitk.Image:
     """Read one file; PredictionError where it is no complete image."""
     try:
         str(file).encode()  # SimpleITK ends the whole program at names that are not UTF-8
-        check_length(file)
-        return sitk.ReadImage(str(file))
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(check_length, file)  # meanwhile; what it finds is told first
+            try:
+                return sitk.ReadImage(str(file))
+            finally:
+                whole.result()
     except UnicodeEncodeError as error:
         raise PredictionError(f"{str(file)!a} must have a name in UTF-8: rename it.") from error
     except (OSError, EOFError, zlib.error, struct.error) as error:
@@ -332,7 +339,7 @@ def check_length(file: Path) -> None:
 
 def channels_of(image: sitk.Image) -> Array:
     """Intensities as (C, *spatial) of float32."""
-    array = sitk.GetArrayFromImage(image).astype(np.float32)
+    array = sitk.GetArrayViewFromImage(image).astype(np.float32)
     array = np.moveaxis(array, -1, 0) if image.GetNumberOfComponentsPerPixel() > 1 else array[None]
     return array[:, None] if image.GetDimension() == 2 else array
 
@@ -376,7 +383,7 @@ class Prepared:
     box: tuple[slice, ...]
 
 
-def prepare(image: Image, model: Mapping[str, Any]) -> Prepared:
+def prepare(image: Image, model: Mapping[str, Any], threads: int = 0) -> Prepared:
     """Transpose, crop to what is not zero, normalise, resample."""
     axes = model["transpose_forward"]
     data = image.data.transpose(0, *(axis + 1 for axis in axes))
@@ -397,8 +404,14 @@ def prepare(image: Image, model: Mapping[str, Any]) -> Prepared:
             f"Images need at least one voxel of {spacing} mm along each axis, this one has {data.shape[1:]} voxels of "
             f"{original} mm: check its spacing."
         )
-    how = model["resampling"]["data"]
-    data = np.stack([resample(channel, size, original, spacing, how) for channel in normalized])
+    resampling = Resampling.of(data.shape[1:], size, original, spacing, model["resampling"]["data"])
+    data = np.empty((len(normalized), *size), np.float32)
+
+    def fill(rows: slice) -> None:
+        for target, channel in zip(data, normalized, strict=True):
+            resampling.rows_of(target, rows)[:] = resampling.part(channel, rows)
+
+    in_parallel(fill, resampling.slabs(threads), threads)
     return Prepared(data=data, spacing=spacing, original_spacing=original, shape=shape, box=box)
 
 
@@ -440,28 +453,84 @@ def normalize(channel: Array, scheme: Mapping[str, Any], mask: Array) -> Array:
 # --- resampling ------------------------------------------------------------------------------------------------------
 
 
-def resample(
-    volume: Array, size: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float], how: Mapping[str, Any]
-) -> Array:
-    """Resample one channel as nnU-Net does, axis by axis.
+@dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How a channel is resampled as nnU-Net does it, axis by axis and slab by slab.
 
     A spline on a grid is the product of one along each axis: the volume is multiplied by a matrix for each.
 
-    Shape: (x, y, z) -> size.
+    Args:
+        size: Voxels of the result.
+        steps: Axes and their matrices, those that shrink first; None leaves an axis as it is.
+        alone: The axis that is resampled after all others, for itself, and its matrix.
+        clips: Whether the result stays between the least and the largest value, since splines overshoot.
     """
-    if tuple(size) == volume.shape:
-        return volume
-    alone = separate_axis(spacing, new_spacing, how["force_separate_z"], how["separate_z_anisotropy_threshold"])
-    together = tuple(axis for axis in range(volume.ndim) if axis != alone)
-    result = volume
-    for axis in sorted(together, key=lambda a: size[a] / volume.shape[a]):  # those that shrink first
-        result = along(result, axis, weights(volume.shape[axis], size[axis], how["order"]))
-    if how["order"] > 1:  # splines overshoot: nnU-Net clips, slice by slice where one axis is alone
-        result = np.clip(result, volume.min(together, keepdims=True), volume.max(together, keepdims=True))
-    if alone is not None:
-        order = "nearest-exact" if how["function"] == "resample_torch_fornnunet" else how["order_z"]
-        result = along(result, alone, weights(volume.shape[alone], size[alone], order))
-    return result
+
+    size: tuple[int, ...]
+    steps: tuple[tuple[int, Any], ...]
+    alone: tuple[int, Any] | None
+    clips: bool
+
+    @classmethod
+    def of(
+        cls,
+        shape: Sequence[int],
+        size: Sequence[int],
+        spacing: Sequence[float],
+        new_spacing: Sequence[float],
+        how: Mapping[str, Any],
+    ) -> Resampling:
+        """From `shape` to `size`."""
+        axis = separate_axis(spacing, new_spacing, how["force_separate_z"], how["separate_z_anisotropy_threshold"])
+        together = sorted((a for a in range(len(size)) if a != axis), key=lambda a: size[a] / shape[a])
+        alone = None
+        if axis is not None:
+            order = "nearest-exact" if how["function"] == "resample_torch_fornnunet" else how["order_z"]
+            alone = (axis, weights(shape[axis], size[axis], order))
+        return cls(
+            size=tuple(size),
+            steps=tuple((a, weights(shape[a], size[a], how["order"])) for a in together),
+            alone=alone,
+            clips=how["order"] > 1 and tuple(shape) != tuple(size),
+        )
+
+    def slabs(self, threads: int) -> list[slice]:
+        """Rows of the result, along the axis of the first step, that are resampled together."""
+        rows = self.size[self.steps[0][0]]
+        some = max(1, min(SLAB * rows // math.prod(self.size), -(-rows // processors(threads))))
+        return [slice(start, min(start + some, rows)) for start in range(0, rows, some)]
+
+    def rows_of(self, result: Array, rows: slice) -> Array:
+        """That part of an array of the size of the result."""
+        return np.moveaxis(np.moveaxis(result, self.steps[0][0], 0)[rows], 0, self.steps[0][0])
+
+    def part(self, volume: Array, rows: slice) -> Array:
+        """Resample what is needed for these rows, in float32."""
+        (first, matrix), *others = self.steps
+        if matrix is None:
+            result = self.rows_of(volume, rows).astype(np.float32)
+        else:
+            needed = matrix[rows]
+            used = slice(needed.indices.min(), needed.indices.max() + 1)
+            result = along(self.rows_of(volume, used), first, needed[:, used])
+        for axis, matrix in others:
+            result = along(result, axis, matrix)
+        if self.clips:  # slice by slice where one axis is alone
+            axes = tuple(axis for axis, _ in self.steps)
+            result = np.clip(result, volume.min(axes, keepdims=True), volume.max(axes, keepdims=True))
+        return result if self.alone is None else along(result, *self.alone)
+
+
+def in_parallel(work: Callable[[slice], None], slabs: Iterable[slice], threads: int) -> None:
+    """Call `work` for each slab: NumPy and SciPy compute outside of Python's lock."""
+    with ThreadPoolExecutor(processors(threads)) as pool:
+        list(pool.map(work, slabs))
+
+
+def processors(threads: int) -> int:
+    """Threads to take; 0: as many as there are processors for this process."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return threads or available or 1
 
 
 def separate_axis(
@@ -513,11 +582,13 @@ class Options:
     Args:
         step_size: Distance of windows, in patches.
         mirroring: Average over the flips that the model allows.
+        threads: That resample; 0: one for each processor.
         progress: Called with windows done and all of them.
     """
 
     step_size: float = 0.5
     mirroring: bool = True
+    threads: int = 0
     progress: Callable[[int, int], None] = lambda done, n: None
 
 
@@ -526,9 +597,9 @@ def predict_case(
 ) -> tuple[Array, Image]:
     """Labels of one case, on the grid of its image."""
     image = read_image(files, model["channels"], model["reader"])
-    case = prepare(image, model)
+    case = prepare(image, model, options.threads)
     logits = predict_logits(networks, case.data, model, options)
-    return postprocess(segment(logits, case, model), model["postprocessing"]), image
+    return postprocess(segment(logits, case, model, options.threads), model["postprocessing"]), image
 
 
 def predict_logits(networks: Sequence[Network], data: Array, model: Mapping[str, Any], options: Options) -> Array:
@@ -537,21 +608,39 @@ def predict_logits(networks: Sequence[Network], data: Array, model: Mapping[str,
     padded, inside = pad(data, patch)
     windows = sliding_windows(padded.shape[1:], patch, options.step_size)
     weight = gaussian(patch)
+    weight32 = weight.astype(np.float32)
     axes = model["mirroring_axes"] if options.mirroring else []
-    total = None
-    for i, network in enumerate(networks):
-        logits = np.zeros((model["num_outputs"], *padded.shape[1:]), np.float16)
-        count = np.zeros(padded.shape[1:], np.float16)
-        for j, window in enumerate(windows, 1):
-            found = mirrored(network, padded[all_channels(window)][None], axes)[0]
-            logits[all_channels(window)] += found * weight
-            count[window] += weight
-            options.progress(i * len(windows) + j, len(networks) * len(windows))
-        logits /= count
-        total = logits if total is None else total + logits
-    if total is None or not np.isfinite(total).all():
-        raise PredictionError("Logits must stay below 65504, the largest number of float16: predict other folds by -f.")
-    return (total if len(networks) == 1 else total / np.float16(len(networks)))[all_channels(inside)]
+    count = np.zeros(padded.shape[1:], np.float16)
+    for window in windows:
+        count[window] += weight
+    total = np.zeros((model["num_outputs"], *padded.shape[1:]), np.float16)
+    with ThreadPoolExecutor(processors(options.threads)) as pool:  # of float16 NumPy is slow
+        for i, network in enumerate(networks):
+            logits = total if i == 0 else np.zeros_like(total)
+            for j, window in enumerate(windows, 1):
+                found = mirrored(network, padded[all_channels(window)][None], axes)[0]
+                list(pool.map(add_weighted, (channel[window] for channel in logits), found, itertools.repeat(weight32)))
+                options.progress(i * len(windows) + j, len(networks) * len(windows))
+            list(pool.map(np.divide, logits, itertools.repeat(count), logits))
+            if i:
+                list(pool.map(np.add, total, logits, total))
+        if len(networks) > 1:
+            list(pool.map(np.divide, total, itertools.repeat(np.float16(len(networks))), total))
+        if not all(pool.map(all_finite, total)):
+            raise PredictionError(
+                "Logits must stay below 65504, the largest number of float16: predict other folds by -f."
+            )
+    return total[all_channels(inside)]
+
+
+def add_weighted(target: Array, values: Array, weight: Array) -> None:
+    """Add in place."""
+    target += values * weight
+
+
+def all_finite(values: Array) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(np.isfinite(values).all())
 
 
 def mirrored(network: Network, x: Array, axes: Sequence[int]) -> Array:
@@ -560,7 +649,8 @@ def mirrored(network: Network, x: Array, axes: Sequence[int]) -> Array:
     flips = [flip for n in range(len(axes)) for flip in itertools.combinations([a + 2 for a in axes], n + 1)]
     for flip in flips:
         total += np.flip(network(np.ascontiguousarray(np.flip(x, flip))), flip)
-    return total / np.float32(len(flips) + 1)
+    total /= np.float32(len(flips) + 1)
+    return total
 
 
 def pad(data: Array, patch: Sequence[int]) -> tuple[Array, tuple[slice, ...]]:
@@ -598,24 +688,39 @@ def gaussian(patch: tuple[int, ...]) -> Array:
 # --- from logits to a file -------------------------------------------------------------------------------------------
 
 
-def segment(logits: Array, case: Prepared, model: Mapping[str, Any]) -> Array:
-    """Resample logits back one by one, take the label of the largest or those of all regions; the image's axes."""
+def segment(logits: Array, case: Prepared, model: Mapping[str, Any], threads: int = 0) -> Array:
+    """Resample logits back slab by slab, take the label of the largest or those of all regions; the image's axes."""
     size = [s.stop - s.start for s in case.box]
     how, regions = model["resampling"]["probabilities"], model["regions_class_order"]
-    inside = np.zeros(size, np.uint16)
-    largest = np.full(size, -np.inf, np.float32)
-    for i, channel in enumerate(logits):
-        found = resample(channel.astype(np.float32), size, case.spacing, case.original_spacing, how)
-        found = found.astype(how["dtype"]).astype(np.float32)  # as nnU-Net rounds: the first of equal logits wins
-        if regions is None:
-            better = found > largest
-            inside[better] = i
-            np.copyto(largest, found, where=better)
-        else:
-            inside[found > 0] = regions[i]
+    resampling = Resampling.of(logits.shape[1:], size, case.spacing, case.original_spacing, how)
     labels = np.zeros(case.shape, np.uint16)
-    labels[case.box] = inside
+
+    def label(rows: slice) -> None:
+        channels = (resampling.part(channel, rows) for channel in logits)
+        inside = resampling.rows_of(labels[case.box], rows)
+        if regions is None:
+            inside[:] = first_of_largest(channels, how["dtype"])
+        else:
+            positive = float(np.finfo(how["dtype"]).smallest_subnormal) / 2  # so much is rounded to zero
+            for region, channel in zip(regions, channels, strict=True):
+                inside[channel > positive] = region
+
+    in_parallel(label, resampling.slabs(threads), threads)
     return labels.transpose(model["transpose_backward"])
+
+
+def first_of_largest(channels: Iterator[Array], dtype: str) -> Array:
+    """Which channel is largest in each voxel; the first where several are equal when rounded to `dtype`."""
+    channel = next(channels)
+    axes = sorted(range(channel.ndim), key=lambda axis: -channel.strides[axis])  # as they lie in memory
+    largest = channel.transpose(axes).ravel()
+    first = np.zeros(largest.shape, np.uint16)
+    for i, other in enumerate(channels, 1):
+        values = other.transpose(axes).ravel()
+        better = np.flatnonzero(values > largest)
+        first[better[values[better].astype(dtype) > largest[better].astype(dtype)]] = i
+        np.maximum(largest, values, out=largest)
+    return first.reshape(channel.transpose(axes).shape).transpose(np.argsort(axes))
 
 
 def postprocess(labels: Array, rules: Sequence[Mapping[str, Any]]) -> Array:
@@ -649,7 +754,7 @@ def parser() -> argparse.ArgumentParser:
     add("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
     add("--continue_prediction", action="store_true", help="leave out cases whose segmentation is there")
     add("--disable_progress_bar", action="store_true")
-    add("--threads", type=int, default=0, metavar="N", help="of the CPU (as many as the engine takes)")
+    add("--threads", type=int, default=0, metavar="N", help="of the CPU (all)")
     return made
 
 
@@ -688,7 +793,9 @@ def run(arguments: argparse.Namespace) -> int:
             if bar:
                 print(f"\r{case}: window {done} of {n} ", end="\n" if done == n else "", file=sys.stderr, flush=True)
 
-        options = Options(step_size=step_size, mirroring=not arguments.disable_tta, progress=show)
+        options = Options(
+            step_size=step_size, mirroring=not arguments.disable_tta, threads=arguments.threads, progress=show
+        )
         start = time.monotonic()
         try:
             labels, image = predict_case(networks, images, model, options)
