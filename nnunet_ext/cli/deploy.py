@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-m", dest="model", type=Path, required=True, metavar="MODEL", help="folder TRAINER__PLANS__CONFIGURATION")
     add("-o", dest="output", type=Path, required=True, metavar="OUT", help="folder to make; must not exist")
-    add("--folds", nargs="+", metavar="F", help="folds to ship (all that are trained)")
+    add("--folds", nargs="+", metavar="F", help="folds to ship (those trained; fold_all if alone)")
     add("-chk", dest="checkpoint", default=FINAL_CHECKPOINT, metavar="NAME", help="default: %(default)s")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--stock", action="store_true", help="a model of nnU-Net's own: predicts without this package")

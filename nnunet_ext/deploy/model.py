@@ -44,7 +44,7 @@ class TrainedModel:
 
         Args:
             folder: Folder of a training.
-            folds: Names; None: all that have the checkpoint.
+            folds: Names; None: all that have the checkpoint, "all" only where there is no other.
             checkpoint_name: File name, as nnU-Net's `-chk`.
             trusted: Build whatever code the plans name.
 
@@ -118,7 +118,8 @@ def _checkpoints(model: ModelFolder, folds: Sequence[str] | None, name: str) -> 
             raise UsageError(
                 f"--folds must have {name} in {model.folder}, fold {fold} has not: choose among {' '.join(found)}."
             )
-    return {fold: model.fold_folder(fold) / name for fold in folds or found}
+    numbered = [fold for fold in found if fold != "all"]  # an ensemble of both would count each case twice
+    return {fold: model.fold_folder(fold) / name for fold in folds or numbered or found}
 
 
 def _read(path: Path) -> Trained:

@@ -211,6 +211,8 @@ def _steps(chain: Chain, resamples: bool, work: Path, show: Callable[[str], None
     for engine in chain.engines:
         yield Step(name=f"predict.py, {engine}", command=_alone(exported, engine))
     last = chain.engines[-1]
+    if len(folds) > 1:
+        yield Step(name=f"{ensemble}, no mirroring, {last}", command=(*_alone(exported, last), "--disable_tta"))
     yield Step(name=f"one fold, no mirroring, {last}", command=_end(exported, last, model))
     if student is not None:
         show("exporting the student")

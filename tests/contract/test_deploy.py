@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnunet_ext.cli import main
+from nnunet_ext.deploy.model import TrainedModel
 from tests.contract.test_trainers import CPU, TRAINERS, trainer_of
 
 
@@ -252,3 +254,13 @@ def test_a_network_that_fuses_wrongly_is_not_shipped(
     assert main(["deploy", "-m", str(model), "-o", str(tmp_path / "out")]) == 2
     assert "must predict what the trained one does" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_fold_all_is_shipped_when_it_is_named_or_alone(dataset: Callable[[str], int], tmp_path: Path) -> None:
+    model = trained("nnUNetTrainer", dataset("labels"), tmp_path / "model", (0, 1))
+    (model / "fold_1").rename(model / "fold_all")
+    read = partial(TrainedModel.read, model, checkpoint_name="checkpoint_final.pth")
+    assert list(read(folds=None).checkpoints) == ["0"]
+    assert list(read(folds=["0", "all"]).checkpoints) == ["0", "all"]
+    shutil.rmtree(model / "fold_0")
+    assert list(read(folds=None).checkpoints) == ["all"]

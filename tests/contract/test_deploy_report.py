@@ -53,6 +53,7 @@ def test_every_step_is_a_prediction_of_its_own(
         "fused",
         "student: nnUNetTrainerHalfWidthBN",
         "predict.py, onnxruntime",
+        "2 folds, no mirroring, onnxruntime",
         "one fold, no mirroring, onnxruntime",
         "student, one fold, no mirroring, onnxruntime",
     ]
@@ -116,9 +117,10 @@ def test_a_report_that_ended_early_goes_on(
         "no mirroring",
         "step 0.75",
         "predict.py, onnxruntime",
+        "2 folds, no mirroring, onnxruntime",
         "one fold, no mirroring, onnxruntime",
     ]
-    assert [row["equal"] for row in rows] == [1.0] + [0.0] * 5
+    assert [row["equal"] for row in rows] == [1.0] + [0.0] * 6
     assert {path.name for path in output.iterdir()} == {"speed.json", "speed.md", "speed.svg"}
     assert main(command) == 2
     assert "-o needs a folder that does not exist" in capsys.readouterr().err

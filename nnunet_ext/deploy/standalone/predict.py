@@ -23,7 +23,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,10 @@ ENGINES = {
 }
 GIPL_MAGIC = ((719555000).to_bytes(4, "big"), (4026526128).to_bytes(4, "big"))
 GIPL_BITS = {1: 1, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}  # of a voxel, by its kind
+GZIP_RATIO = 1100  # more than gzip ever saves
 MODEL, CHECKSUMS = "model.json", "SHA256SUMS"
 SLAB = 2**20  # voxels that one thread resamples at a time: so many stay in its cache
+LEAST_POSITIVE = 1.5 * 2**-24  # logit of a region; of less nnU-Net's sigmoid is 0.5
 SIGMA, GAUSSIAN_PEAK = 1 / 8, 10.0  # weights of a window, in patches and at its centre, as in nnU-Net
 
 Array = NDArray[Any]
@@ -293,8 +295,9 @@ def read_file(file: Path) -> sitk.Image:
     """Read one file; PredictionError where it is no complete image."""
     try:
         str(file).encode()  # SimpleITK ends the whole program at names that are not UTF-8
+        check_length(file)
         with ThreadPoolExecutor(1) as pool:
-            whole = pool.submit(check_length, file)  # meanwhile; what it finds is told first
+            whole = pool.submit(check_gzip, file)  # meanwhile; what it finds is told first
             try:
                 return sitk.ReadImage(str(file))
             finally:
@@ -311,30 +314,48 @@ def read_file(file: Path) -> sitk.Image:
 
 
 def check_length(file: Path) -> None:
-    """Raise EOFError for a file that was cut off, where ITK fills it up without a word: NIfTI, GIPL, BMP."""
+    """Raise EOFError for a file that was cut off, where ITK fills it up without a word: NIfTI, GIPL, BMP.
+
+    Of a gzip file this is what its header promises beside what it can hold; see `check_gzip`.
+    """
     with file.open("rb") as plain:
         is_gzip = plain.read(2) == b"\x1f\x8b"
     with gzip.open(file) if is_gzip else file.open("rb") as stream:
         header = stream.read(352)
+    if header[:4] == b"\x89PNG" and header[24] < 8:
+        raise PredictionError(f"{file} must have 8 or 16 bits per channel, it has {header[24]}: convert it.")
+    if length(header) > file.stat().st_size * (GZIP_RATIO if is_gzip else 1):
+        raise EOFError
+
+
+def check_gzip(file: Path) -> None:
+    """Raise EOFError for a gzip file that ends early, or holds less than its header promises."""
+    with file.open("rb") as plain:
+        if plain.read(2) != b"\x1f\x8b":
+            return
+    with gzip.open(file) as stream:
+        header = stream.read(352)
         size = len(header)
         while block := stream.read(1 << 24):
             size += len(block)
-    needed = 0
+    if size < length(header):
+        raise EOFError
+
+
+def length(header: bytes) -> int:
+    """Bytes that a file has by its header; 0 where it does not say."""
     if header[344:347] == b"n+1":
         order = "<" if header[:4] == (348).to_bytes(4, "little") else ">"
         axes, *shape = struct.unpack(f"{order}8h", header[40:56])
         (bits,) = struct.unpack(f"{order}h", header[72:74])
         (offset,) = struct.unpack(f"{order}f", header[108:112])
-        needed = int(offset) + math.prod(shape[:axes]) * bits // 8
-    elif header[:2] == b"BM":
-        (needed,) = struct.unpack("<I", header[2:6])
-    elif header[252:256] in GIPL_MAGIC:
+        return int(offset) + math.prod(shape[:axes]) * bits // 8
+    if header[:2] == b"BM":
+        return int.from_bytes(header[2:6], "little")
+    if header[252:256] in GIPL_MAGIC:
         *shape, kind = struct.unpack(">5H", header[:10])
-        needed = 256 + math.prod(max(1, n) for n in shape) * GIPL_BITS.get(kind, 0) // 8
-    elif header[:4] == b"\x89PNG" and header[24] < 8:
-        raise PredictionError(f"{file} must have 8 or 16 bits per channel, it has {header[24]}: convert it.")
-    if size < needed:
-        raise EOFError
+        return 256 + math.prod(max(1, n) for n in shape) * GIPL_BITS.get(kind, 0) // 8
+    return 0
 
 
 def channels_of(image: sitk.Image) -> Array:
@@ -407,9 +428,11 @@ def prepare(image: Image, model: Mapping[str, Any], threads: int = 0) -> Prepare
     resampling = Resampling.of(data.shape[1:], size, original, spacing, model["resampling"]["data"])
     data = np.empty((len(normalized), *size), np.float32)
 
+    limits = [resampling.limits(channel) for channel in normalized]
+
     def fill(rows: slice) -> None:
-        for target, channel in zip(data, normalized, strict=True):
-            resampling.rows_of(target, rows)[:] = resampling.part(channel, rows)
+        for target, channel, between in zip(data, normalized, limits, strict=True):
+            resampling.rows_of(target, rows)[:] = resampling.part(channel, between, rows)
 
     in_parallel(fill, resampling.slabs(threads), threads)
     return Prepared(data=data, spacing=spacing, original_spacing=original, shape=shape, box=box)
@@ -504,7 +527,12 @@ class Resampling:
         """That part of an array of the size of the result."""
         return np.moveaxis(np.moveaxis(result, self.steps[0][0], 0)[rows], 0, self.steps[0][0])
 
-    def part(self, volume: Array, rows: slice) -> Array:
+    def limits(self, volume: Array) -> tuple[Array, Array] | None:
+        """Between what the result stays, slice by slice where one axis is alone; None where nothing overshoots."""
+        axes = tuple(axis for axis, _ in self.steps)
+        return (volume.min(axes, keepdims=True), volume.max(axes, keepdims=True)) if self.clips else None
+
+    def part(self, volume: Array, limits: tuple[Array, Array] | None, rows: slice) -> Array:
         """Resample what is needed for these rows, in float32."""
         (first, matrix), *others = self.steps
         if matrix is None:
@@ -515,9 +543,8 @@ class Resampling:
             result = along(self.rows_of(volume, used), first, needed[:, used])
         for axis, matrix in others:
             result = along(result, axis, matrix)
-        if self.clips:  # slice by slice where one axis is alone
-            axes = tuple(axis for axis, _ in self.steps)
-            result = np.clip(result, volume.min(axes, keepdims=True), volume.max(axes, keepdims=True))
+        if limits is not None:
+            result = np.clip(result, *limits)
         return result if self.alone is None else along(result, *self.alone)
 
 
@@ -614,15 +641,17 @@ def predict_logits(networks: Sequence[Network], data: Array, model: Mapping[str,
     for window in windows:
         count[window] += weight
     total = np.zeros((model["num_outputs"], *padded.shape[1:]), np.float16)
+    logits = total if len(networks) == 1 else np.empty_like(total)
     with ThreadPoolExecutor(processors(options.threads)) as pool:  # of float16 NumPy is slow
         for i, network in enumerate(networks):
-            logits = total if i == 0 else np.zeros_like(total)
+            logits.fill(0)
             for j, window in enumerate(windows, 1):
                 found = mirrored(network, padded[all_channels(window)][None], axes)[0]
-                list(pool.map(add_weighted, (channel[window] for channel in logits), found, itertools.repeat(weight32)))
+                pairs = zip(logits, found, strict=True)
+                list(pool.map(add_weighted, ((channel[window], values, weight32) for channel, values in pairs)))
                 options.progress(i * len(windows) + j, len(networks) * len(windows))
             list(pool.map(np.divide, logits, itertools.repeat(count), logits))
-            if i:
+            if logits is not total:
                 list(pool.map(np.add, total, logits, total))
         if len(networks) > 1:
             list(pool.map(np.divide, total, itertools.repeat(np.float16(len(networks))), total))
@@ -633,8 +662,9 @@ def predict_logits(networks: Sequence[Network], data: Array, model: Mapping[str,
     return total[all_channels(inside)]
 
 
-def add_weighted(target: Array, values: Array, weight: Array) -> None:
-    """Add in place."""
+def add_weighted(arrays: tuple[Array, Array, Array]) -> None:
+    """Add values to a target, weighted."""
+    target, values, weight = arrays
     target += values * weight
 
 
@@ -694,16 +724,16 @@ def segment(logits: Array, case: Prepared, model: Mapping[str, Any], threads: in
     how, regions = model["resampling"]["probabilities"], model["regions_class_order"]
     resampling = Resampling.of(logits.shape[1:], size, case.spacing, case.original_spacing, how)
     labels = np.zeros(case.shape, np.uint16)
+    limits = [resampling.limits(channel) for channel in logits]
 
     def label(rows: slice) -> None:
-        channels = (resampling.part(channel, rows) for channel in logits)
+        channels = (resampling.part(*pair, rows) for pair in zip(logits, limits, strict=True))
         inside = resampling.rows_of(labels[case.box], rows)
         if regions is None:
             inside[:] = first_of_largest(channels, how["dtype"])
         else:
-            positive = float(np.finfo(how["dtype"]).smallest_subnormal) / 2  # so much is rounded to zero
             for region, channel in zip(regions, channels, strict=True):
-                inside[channel > positive] = region
+                inside[channel >= LEAST_POSITIVE] = region
 
     in_parallel(label, resampling.slabs(threads), threads)
     return labels.transpose(model["transpose_backward"])
@@ -768,9 +798,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = list(dict.fromkeys(arguments.folds or files))
     if missing := [fold for fold in chosen if fold not in files]:
         raise PredictionError(f"-f needs exported folds, {missing[0]} is none: choose among {' '.join(files)}.")
-    step_size = model["step_size"] if arguments.step_size is None else arguments.step_size
-    if not 0.01 <= step_size <= 1:
-        raise PredictionError(f"-step_size must be from 0.01 to 1, got {step_size:g}: use 0.5.")
+    options = options_of(arguments, model)
     cases = find_cases(arguments.images, model["file_ending"])
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -793,12 +821,9 @@ def run(arguments: argparse.Namespace) -> int:
             if bar:
                 print(f"\r{case}: window {done} of {n} ", end="\n" if done == n else "", file=sys.stderr, flush=True)
 
-        options = Options(
-            step_size=step_size, mirroring=not arguments.disable_tta, threads=arguments.threads, progress=show
-        )
         start = time.monotonic()
         try:
-            labels, image = predict_case(networks, images, model, options)
+            labels, image = predict_case(networks, images, model, replace(options, progress=show))
             write_segmentation(labels, image, target)
         except (PredictionError, RuntimeError, ValueError, ArithmeticError, MemoryError, OSError) as error:
             failed += 1
@@ -807,6 +832,16 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print(f"{i} of {len(cases)}  {target}  {time.monotonic() - start:.1f} s", flush=True)
     return 1 if failed else 0
+
+
+def options_of(arguments: argparse.Namespace, model: Mapping[str, Any]) -> Options:
+    """How to predict; PredictionError for numbers that mean nothing."""
+    step_size = model["step_size"] if arguments.step_size is None else arguments.step_size
+    if not 0.01 <= step_size <= 1:
+        raise PredictionError(f"-step_size must be from 0.01 to 1, got {step_size:g}: use 0.5.")
+    if arguments.threads < 0:
+        raise PredictionError(f"--threads must be 0, all processors, or more, got {arguments.threads}: omit it.")
+    return Options(step_size=step_size, mirroring=not arguments.disable_tta, threads=arguments.threads)
 
 
 def printable(text: str) -> str:
