@@ -36,7 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``nnunet-ext deploy``."""
     add = parser.add_argument
     add("-m", dest="model", type=Path, required=True, metavar="MODEL", help="folder TRAINER__PLANS__CONFIGURATION")
-    add("-o", dest="output", type=Path, required=True, metavar="OUT", help="folder to make; must not exist")
+    add(
+        "-o",
+        dest="output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="folder to make; must not exist (--report goes on in it)",
+    )
     add("--folds", nargs="+", metavar="F", help="folds to ship (those trained; fold_all if alone)")
     add("-chk", dest="checkpoint", default=FINAL_CHECKPOINT, metavar="NAME", help="default: %(default)s")
     kind = parser.add_mutually_exclusive_group()
@@ -167,7 +174,7 @@ def _report(model: TrainedModel, args: argparse.Namespace) -> list[str]:
     from nnunet_ext.deploy.report import Chain, engines_here, report, table
 
     student = None if args.student is None else TrainedModel.read(args.student, None, args.checkpoint, args.trust)
-    engines = args.engines or engines_here()
+    engines = list(dict.fromkeys(args.engines or engines_here()))
     chain = Chain(
         model=model,
         images=args.images,

@@ -7,19 +7,19 @@ large images they take hours: each is kept when it is there, and the same comman
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
-from nnunet_ext import extras
+from nnunet_ext import __version__, extras
 from nnunet_ext.architectures.deployed import NothingToFuseError, fused
 from nnunet_ext.deploy.folder import check_new, write_json
 from nnunet_ext.deploy.model import TrainedModel
@@ -31,14 +31,15 @@ from nnunet_ext.deploy.standalone.parity import cases_of, difference, mean_dice,
 from nnunet_ext.deploy.watched import Usage, run
 from nnunet_ext.errors import UsageError
 from nnunet_ext.escaping import markdown_cell, markdown_table
-from nnunet_ext.files import locked, read_json, whole_folder, write_files
+from nnunet_ext.files import check_folder, locked, partial, read_json, whole_folder, write_files, write_text, writing
 from nnunet_ext.style import page, rendered, tidy
 
 _NNUNET = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
 _TORCH_RESAMPLING = {"is_seg": False, "force_separate_z": None, "memefficient_seg_resampling": False}
 _GIB = 2**30
 _UNFINISHED = "unfinished"  # folder in that of the report, until all rows are there
-_CHAIN, _FIRST, _LOCK, _RESULT = "chain.json", "first", "report.lock", "speed.json"
+_CHAIN, _ROWS, _FIRST, _LOCK, _RESULT = "chain.json", "rows.json", "first", "report.lock", "speed.json"
+_AGAIN = "delete the folder of the report, and start again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +97,6 @@ class Chain:
         """How models are exported; they are compared here, not there."""
         return ExportOptions(engines=self.engines, calibration=self.calibration or self.images)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes rows comparable: weights, scans, engines."""
-        models = filter(None, (self.model, self.student))
-        return {
-            "weights": [{fold: predict.sha256(path) for fold, path in m.checkpoints.items()} for m in models],
-            "scans": {
-                str(folder): [[path.name, path.stat().st_size] for path in sorted(folder.iterdir())]
-                for folder in filter(None, (self.images, self.references, self.calibration))
-            },
-            "engines": list(self.engines),
-        }
-
     def check(self) -> None:
         """See that nothing is missing, before hours are spent.
 
@@ -138,52 +126,100 @@ def report(chain: Chain, output: Path, show: Callable[[str], None] = lambda what
     Raises:
         UsageError: `output` holds something else, a prediction fails, an engine is missing.
     """
+    _check_output(output)
     ending = str(chain.model.setting.dataset["file_ending"])
     cases = cases_of(chain.images, ending)
     labelled = references_of(chain.references, cases, ending)
     chain.check()
     resamples = _resamples(chain.model, cases.values())
-    with _unfinished(chain, output) as work:
-        rows = _rows(output / _RESULT)
+    with _unfinished(output, _identity(chain, ending)) as work:
+        rows, predicted = _rows(work), work / "predicted"
         for step in _steps(chain, resamples, work, show):
             if any(row.name == step.name for row in rows):
                 continue
             show(step.name)
-            with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as temporary:
-                predicted = Path(temporary) / _FIRST
-                usage = run([*step.command, "-i", str(chain.images), "-o", str(predicted)], step.name)
-                if not rows:
-                    shutil.rmtree(work / _FIRST, ignore_errors=True)
-                    predicted = predicted.rename(work / _FIRST)
-                rows.append(_row(step.name, usage, work / _FIRST, predicted, labelled, list(cases), chain.model))
+            shutil.rmtree(predicted, ignore_errors=True)
+            usage = run([*step.command, "-i", str(chain.images), "-o", str(predicted)], step.name)
+            if not rows:
+                shutil.rmtree(work / _FIRST, ignore_errors=True)
+                shutil.copytree(predicted, work / _FIRST)
+            rows.append(_row(step.name, usage, work / _FIRST, predicted, labelled, list(cases), chain.model))
+            write_text(work / _ROWS, json.dumps({"rows": [asdict(row) for row in rows]}))
             _write(output, rows, chain, list(cases))
+        _write(output, rows, chain, list(cases))  # where an earlier run was killed before it had
     return tuple(rows)
 
 
-@contextmanager
-def _unfinished(chain: Chain, output: Path) -> Iterator[Path]:
-    """Make the folder of what is needed until the last row, or take that of a run that ended early; delete it."""
-    work, identity = output / _UNFINISHED, chain.identity
-    if not (work / _CHAIN).is_file():
+def _check_output(output: Path) -> None:
+    if not any((output / name).exists() for name in (_UNFINISHED, _LOCK)):
         check_new(output)
-        work.mkdir(parents=True)
-        write_json(work / _CHAIN, identity)
-    another = "choose another folder, or delete it"
-    if read_json(work / _CHAIN, another) != identity:
-        raise UsageError(
-            f"-o {output} holds the rows of other models, scans or engines, not all of them are there: {another}."
-        )
-    with locked(work / _LOCK):
-        yield work
-    shutil.rmtree(work)
+    check_folder(output)
 
 
-def _rows(path: Path) -> list[Row]:
+def _identity(chain: Chain, ending: str) -> str:
+    """What makes rows comparable: models, scans, engines, threads and versions, as a checksum."""
+    models = [model for model in (chain.model, chain.student) if model is not None]
+    folders = {"-i": chain.images, "--calibrate": chain.calibration}
+    scans = {
+        option: [file for files in cases_of(folder, ending).values() for file in files]
+        for option, folder in folders.items()
+        if folder is not None
+    }
+    if chain.references is not None:
+        scans["-ref"] = sorted(chain.references.glob(f"*{ending}"))
+    content = {
+        "version": __version__,
+        "models": [[model.trainer, model.setting.plans, model.setting.dataset] for model in models],
+        "weights": [{fold: predict.sha256(path) for fold, path in model.checkpoints.items()} for model in models],
+        "scans": {option: {file.name: predict.sha256(file) for file in files} for option, files in scans.items()},
+        "engines": list(chain.engines),
+        "threads": threads_of_environment(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def _unfinished(output: Path, identity: str) -> Iterator[Path]:
+    """Make the folder of what is needed until the last row, or take that of a run that ended early; delete it."""
+    work, lock = output / _UNFINISHED, output / _LOCK
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with locked(lock):
+        if _rows(work):
+            if read_json(work / _CHAIN, _AGAIN) != {"chain": identity}:
+                raise UsageError(
+                    f"-o {output} holds rows of other models, scans, engines, threads or versions, not all of them are "
+                    "there: choose another folder, or delete it."
+                )
+        else:
+            if (output / _RESULT).exists():  # another run has ended meanwhile
+                check_new(output)
+            with whole_folder(work, replace=True) as made:
+                write_json(made / _CHAIN, {"chain": identity})
+        try:
+            yield work
+        except BaseException:
+            if not _rows(work):
+                _delete(work, lock)
+                with suppress(OSError):
+                    output.rmdir()
+            raise
+        _delete(work, lock)
+
+
+def _delete(work: Path, lock: Path) -> None:
+    gone = partial(work)
+    work.rename(gone)  # at once: what is left of it is never taken for rows
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # Windows keeps a file that is open
+        lock.unlink()
+
+
+def _rows(work: Path) -> list[Row]:
     """Read what earlier runs have measured."""
-    if not path.is_file():
+    if not (work / _ROWS).is_file() or not (work / _FIRST).is_dir():
         return []
-    kept = read_json(path, "delete the folder of the report, and start again")["rows"]
-    return [Row(**{**row, "usage": Usage(**row["usage"])}) for row in kept]
+    return [Row(**{**row, "usage": Usage(**row["usage"])}) for row in read_json(work / _ROWS, _AGAIN)["rows"]]
 
 
 def _steps(chain: Chain, resamples: bool, work: Path, show: Callable[[str], None]) -> Iterable[Step]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,13 +104,19 @@ def test_a_report_that_ended_early_goes_on(
     stops_at = 0
     assert main(command) == 2
     assert measured == []
+    assert not output.exists()
     stops_at = 2
     assert main(command) == 2
     assert "no mirroring failed" in capsys.readouterr().err
     assert "| one fold |" in (output / "speed.md").read_text()
 
     assert main([*command, "--folds", "0"]) == 2
-    assert "holds the rows of other models, scans or engines" in capsys.readouterr().err
+    assert "holds rows of other models, scans, engines" in capsys.readouterr().err
+    scan = next(images.iterdir())
+    content = scan.read_bytes()
+    sitk.WriteImage(sitk.ReadImage(str(scan)) + 1, str(scan))
+    assert main(command) == 2
+    scan.write_bytes(content)
     stops_at = -1
     assert main(command) == 0
     rows = json.loads((output / "speed.json").read_text())["rows"]
@@ -124,6 +134,61 @@ def test_a_report_that_ended_early_goes_on(
     assert {path.name for path in output.iterdir()} == {"speed.json", "speed.md", "speed.svg"}
     assert main(command) == 2
     assert "-o needs a folder that does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_write_loses_no_row(
+    dataset: Callable[[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files appear by renaming: runs are killed before the first such call, the second, ..., and go on to the end."""
+    model = trained("nnUNetTrainer", dataset("labels"), tmp_path / "model")
+    images, output, measured = write_images(model, tmp_path), tmp_path / "out", tmp_path / "measured"
+    measured.write_text("")
+
+    def predict(command: Sequence[str], what: str) -> Usage:
+        with measured.open("a") as stream:
+            stream.write(f"{what} ")
+        predicted = Path(command[command.index("-o") + 1])
+        predicted.mkdir()
+        sitk.WriteImage(sitk.Image(24, 40, 20, sitk.sitkUInt8), str(predicted / "patient_7.nii.gz"))
+        return Usage(seconds=1.0, cpu_seconds=1.0, peak_bytes=1)
+
+    names = ["one", "two", "three"]
+    monkeypatch.setattr(report, "run", predict)
+    monkeypatch.setattr(report, "_steps", lambda *_: [report.Step(name=name, command=()) for name in names])
+    command = ["deploy", "--report", "-m", str(model), "-o", str(output), "-i", str(images), "--engines", "onnxruntime"]
+    results = output / "speed.json"
+    for allowed in range(40):
+        process = get_context("fork").Process(target=killed_after, args=(allowed, command))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode in (9, 2)  # 2: the kill came when all was done
+        if process.exitcode == 2:
+            break
+    assert [row["name"] for row in json.loads(results.read_text())["rows"]] == names
+    assert {"speed.json", "speed.md", "speed.svg"} <= {path.name for path in output.iterdir()}
+    done = Counter(measured.read_text().split())
+    assert list(done) == names
+    assert done["one"] <= 3  # again after the kill before it was stored, and while its folder was made
+    assert done["two"] == done["three"] == 2
+
+
+def killed_after(calls: int, command: list[str]) -> None:
+    """Run a command in a process that ends without a word instead of renaming a file once more."""
+    left = iter(range(calls))
+
+    def counted(rename: Callable[..., None]) -> Callable[..., None]:
+        def renamed(*paths: Any) -> None:
+            if next(left, None) is None:
+                os._exit(9)
+            rename(*paths)
+
+        return renamed
+
+    os.rename, os.replace = counted(os.rename), counted(os.replace)
+    os._exit(main(command))
 
 
 def test_damaged_scans_are_told_before_the_first_row(

@@ -210,6 +210,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], Any], list[str], str]] = {
     "no images": (lambda _, images: shutil.rmtree(images), [], "-i needs a folder of images CASE_0000.nii.gz"),
     "no such fold": (lambda *_: None, ["-f", "3"], "-f needs exported folds, 3 is none: choose among 0 1"),
     "step of nothing": (lambda *_: None, ["-step_size", "0"], "-step_size must be from 0.01 to 1"),
+    "fewer threads than none": (lambda *_: None, ["--threads", "-1"], "--threads must be 0, all processors, or more"),
     "no such device": (lambda *_: None, ["-device", "cuda"], "-device cuda needs an ONNX Runtime that has it"),
 }
 

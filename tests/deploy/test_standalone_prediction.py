@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,12 +258,38 @@ def test_the_first_of_logits_that_are_equal_when_rounded_wins(dtype: str) -> Non
     assert (predict.first_of_largest(turned, dtype) == expected).all()
 
 
+def test_a_region_begins_where_nnunets_sigmoid_does() -> None:
+    logits = np.array([-1, 0, 2**-24, 2**-23, 1], np.float16).reshape(1, 1, 1, 5)
+    box, one = (slice(0, 1), slice(0, 1), slice(0, 5)), (1.0, 1.0, 1.0)
+    case = predict.Prepared(data=logits, spacing=one, original_spacing=one, shape=(1, 1, 5), box=box)
+    how = {"function": TORCH[0], "order": 1, "order_z": 0, "dtype": "float16", "force_separate_z": False}
+    resampling = {"probabilities": {**how, "separate_z_anisotropy_threshold": 3}}
+    model = {"resampling": resampling, "regions_class_order": [1], "transpose_backward": [0, 1, 2]}
+    expected = torch.sigmoid(torch.from_numpy(logits[0]).float()) > 0.5
+    assert (predict.segment(logits, case, model) == expected.numpy()).all()
+
+
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha", ".gipl"])
 def test_images_that_were_cut_off_are_refused(ending: str, tmp_path: Path) -> None:
     write_image(tmp_path, 0, (22, 30, 26), spacing=(1.0, 1.0, 1.0), ending=ending)
     path = tmp_path / f"case_a_0000{ending}"
     assert predict.read_image([path], ["MRI"], "SimpleITKIO").data.shape == (1, 22, 30, 26)
     path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(predict.PredictionError, match="must be a complete image"):
+        predict.read_image([path], ["MRI"], "SimpleITKIO")
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_header_that_promises_too_much_is_refused_before_itk_makes_room_for_it(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(tmp_path, 0, (8, 9, 10), spacing=(1.0, 1.0, 1.0), ending=".nii")
+    plain = tmp_path / "case_a_0000.nii"
+    content = bytearray(plain.read_bytes())
+    content[42:48] = struct.pack("<3h", 900, 900, 900)
+    path = tmp_path / f"case_b_0000{ending}"
+    path.write_bytes(gzip.compress(content) if ending == ".nii.gz" else content)
+    monkeypatch.setattr(sitk, "ReadImage", lambda *_: pytest.fail("ITK reads it"))
     with pytest.raises(predict.PredictionError, match="must be a complete image"):
         predict.read_image([path], ["MRI"], "SimpleITKIO")
 
