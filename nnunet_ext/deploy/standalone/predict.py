@@ -807,9 +807,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"-o needs a folder that can be made, got {arguments.output} ({error}): choose another."
         ) from error
     engine = arguments.engine or model["engines"][0]
-    networks = [
-        load_network(arguments.model / files[fold], engine, arguments.threads, arguments.device) for fold in chosen
-    ]
+
+    def load(fold: str) -> Network:
+        return load_network(arguments.model / files[fold], engine, arguments.threads, arguments.device)
+
+    with ThreadPoolExecutor(processors(arguments.threads)) as pool:
+        networks = list(pool.map(load, chosen))
     bar = not arguments.disable_progress_bar and sys.stderr.isatty()
     failed = 0
     for i, (case, images) in enumerate(cases.items(), 1):
