@@ -2,8 +2,8 @@
 
 python benchmarks/large_phantom.py --output FOLDER
 
-writes FOLDER/Dataset991_CTPhantomFine (1.6 mm, nnU-Net's raw format), FOLDER/images and FOLDER/labels (one scan, 0.36 to
-0.52 mm). Takes 2 minutes and 12 GB.
+writes FOLDER/Dataset991_CTPhantomFine (1.6 mm, nnU-Net's raw format), FOLDER/images and FOLDER/labels (one scan, 0.36
+to 0.52 mm). Takes some minutes and many GB of memory.
 """
 
 from __future__ import annotations
