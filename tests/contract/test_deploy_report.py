@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -137,13 +139,27 @@ def test_a_report_that_ended_early_goes_on(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_at_any_write_loses_no_row(
-    dataset: Callable[[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Files appear by renaming: a run is killed before the first such call, or the second, ..., and goes on."""
+def test_a_kill_at_any_write_loses_no_row(dataset: Callable[[str], int], tmp_path: Path) -> None:
+    """In a process that has started no threads, since it forks."""
     model = trained("nnUNetTrainer", dataset("labels"), tmp_path / "model")
-    images, output, measured = write_images(model, tmp_path), tmp_path / "out", tmp_path / "measured"
-    measured.write_text("")
+    images = write_images(model, tmp_path)
+    code = f"from {__name__} import kill_at_every_write as run; run({str(model)!r}, {str(images)!r}, {str(tmp_path)!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def kill_at_every_write(model: str, images: str, folder: str) -> None:
+    """Files appear by renaming: a run is killed before the first such call, or the second, ..., and goes on."""
+    output, measured, names = Path(folder, "out"), Path(folder, "measured"), ["one", "two"]
 
     def predict(command: Sequence[str], what: str) -> Usage:
         with measured.open("a") as stream:
@@ -153,10 +169,9 @@ def test_a_kill_at_any_write_loses_no_row(
         sitk.WriteImage(sitk.Image(24, 40, 20, sitk.sitkUInt8), str(predicted / "patient_7.nii.gz"))
         return Usage(seconds=1.0, cpu_seconds=1.0, peak_bytes=1)
 
-    names = ["one", "two"]
-    monkeypatch.setattr(report, "run", predict)
-    monkeypatch.setattr(report, "_steps", lambda *_: [report.Step(name=name, command=()) for name in names])
-    command = ["deploy", "--report", "-m", str(model), "-o", str(output), "-i", str(images), "--engines", "onnxruntime"]
+    report.run = predict
+    report._steps = lambda *_: [report.Step(name=name, command=()) for name in names]
+    command = ["deploy", "--report", "-m", model, "-o", str(output), "-i", images, "--engines", "onnxruntime"]
     for calls in range(60):
         shutil.rmtree(output, ignore_errors=True)
         measured.write_text("")
@@ -168,13 +183,14 @@ def test_a_kill_at_any_write_loses_no_row(
         assert first[:-1] == kept[: len(first) - 1]  # of what was measured, all but the last is stored
         ended = (output / "speed.json").exists() and not (output / "unfinished").exists()
         assert status(1000, command) == (2 if ended else 0)
-        assert measured.read_text().split() == first + (["one", "two"][len(kept) :] if not ended else [])
+        assert measured.read_text().split() == first + (names[len(kept) :] if not ended else [])
         assert [row["name"] for row in json.loads((output / "speed.json").read_text())["rows"]] == names
         assert {"speed.json", "speed.md", "speed.svg"} <= {path.name for path in output.iterdir()}
     assert 8 < calls < 60
 
 
 def status(calls: int, command: list[str]) -> int | None:
+    """How a run ends that may rename files so many times."""
     process = get_context("fork").Process(target=killed_after, args=(calls, command))
     process.start()
     process.join()
