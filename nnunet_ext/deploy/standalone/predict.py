@@ -609,7 +609,7 @@ class Options:
     Args:
         step_size: Distance of windows, in patches.
         mirroring: Average over the flips that the model allows.
-        threads: That resample; 0: one for each processor.
+        threads: That resample and add up logits; 0: one for each processor.
         progress: Called with windows done and all of them.
     """
 
