@@ -11,6 +11,7 @@ MODULES = {
     "report": ("matplotlib", "jinja2", "surface_distance"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
+    "cluster": ("submitit",),
 }
 
 

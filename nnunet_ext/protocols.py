@@ -102,6 +102,7 @@ class HostTrainer:
     initial_lr: float
     weight_decay: float
     num_epochs: int
+    save_every: int
     network: nn.Module
     loss: Any
     optimizer: Any
@@ -115,6 +116,10 @@ class HostTrainer:
 
     def run_training(self) -> None:
         """Train."""
+        raise NotImplementedError
+
+    def on_epoch_end(self) -> None:
+        """Log the epoch, save checkpoints."""
         raise NotImplementedError
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:

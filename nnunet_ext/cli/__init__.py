@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "run a command of nnU-Net with the hook installed explicitly",
     "demo": "train, predict and compare on a small phantom or on your data",
     "compare": "accuracy and cost of trained models next to default nnU-Net, as a report",
+    "cv": "cross-validate trainers and data sets, on a cluster or this machine's GPUs",
     "deploy": "a trained model fused, small and fast, for prediction elsewhere",
     "cascade-predict": "both predictions of a trained cascade, the first one kept",
     "advise": "which trainer and planner to take for a data set and a GPU, with the commands",

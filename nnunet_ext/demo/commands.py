@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from nnunet_ext import console
 from nnunet_ext.demo.settings import FULL_SCHEDULE, Demo
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import writing
@@ -63,9 +63,6 @@ def run(command: list[str], log: Path, demo: Demo, on_text: Callable[[str], None
         UsageError: the command or its log can't be opened.
     """
     variables, text, status = environment(demo), "", None
-    # The hook that finds our names is off: `nnunet-ext run` does without.
-    by = ["nnunet-ext", "run"] if variables.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0" else []
-    name, *arguments = [*by, *command]
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
@@ -74,7 +71,7 @@ def run(command: list[str], log: Path, demo: Demo, on_text: Callable[[str], None
     with output, log.open(encoding="utf-8", errors="replace") as written:
         written.seek(output.tell())
         process = subprocess.Popen(
-            [_find(name), *arguments],
+            console.arguments(command, variables),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -94,15 +91,6 @@ def run(command: list[str], log: Path, demo: Demo, on_text: Callable[[str], None
                     process.wait(timeout=_GRACE)
     if status:
         raise CommandError(_failure(command, status, log, text))
-
-
-def _find(name: str) -> str:
-    """Path of a console command beside the running Python, else on PATH."""
-    beside = os.path.dirname(sys.executable)
-    found = shutil.which(name, path=beside) or shutil.which(name)
-    if found is None:
-        raise UsageError(f"{name} is neither in {beside} nor on PATH: install nnunetv2 and nnunet-ext there.")
-    return found
 
 
 def _end_all(root: Path) -> None:

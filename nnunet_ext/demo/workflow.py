@@ -23,12 +23,12 @@ from nnunet_ext.demo import commands, dataset, phantom, report
 from nnunet_ext.demo.settings import AGAIN, PLANS, Demo
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import PARTIAL, locked, read_json, write_text, writing
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT, whole_checkpoints
 from nnunet_ext.nnunet.datasets import number_of
 from nnunet_ext.nnunet.plans import configuration, read_plans
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.whole import is_whole
 
-_CHECKPOINT = "checkpoint_final.pth"
 Status = Callable[[str], None]
 Say = Callable[[str, bool], None]  # takes a line, and whether it stays or the next one replaces it
 
@@ -99,13 +99,13 @@ def make_steps(demo: Demo, raw: dataset.RawDataset | None) -> list[DemoStep]:
         name, title, fold = demo.scheduled(trainer), f"train {trainer}", demo.model(trainer) / "fold_0"
         removed = (fold / "validation", demo.predictions(trainer), report.path(demo))
         command = f"nnUNetv2_train {number} {demo.configuration} 0 -tr {name} {device}".split()
-        is_done = partial(_are_whole, [fold / _CHECKPOINT, fold / "validation" / "summary.json"])
+        is_done = partial(_are_whole, [fold / FINAL_CHECKPOINT, fold / "validation" / "summary.json"])
         trainings += [
             DemoStep(name=f"train_{name}", title=title, removed=removed, is_done=is_done, make=command, fold=fold)
         ]
     for trainer in demo.trainers:
         name, title, output = demo.scheduled(trainer), f"predict with {trainer}", demo.predictions(trainer)
-        options = f"{which} -f 0 -tr {name} -chk {_CHECKPOINT} -npp 1 -nps 1 --disable_progress_bar {device}"
+        options = f"{which} -f 0 -tr {name} -chk {FINAL_CHECKPOINT} -npp 1 -nps 1 --disable_progress_bar {device}"
         command = ["nnUNetv2_predict", "-i", str(demo.data / "imagesTs"), "-o", str(output), *options.split()]
         is_done = partial(dataset.are_predicted, demo, output)
         predictions += [
@@ -220,12 +220,8 @@ def _are_whole(paths: Iterable[Path]) -> bool:
 
 
 def _continue_option(fold: Path | None) -> tuple[str, ...]:
-    """`--c` where a checkpoint lies; one that was cut off while it was written is deleted."""
-    checkpoints = list(fold.glob("checkpoint_*.pth")) if fold else []
-    whole = [path for path in checkpoints if is_whole(path)]
-    for path in {*checkpoints} - {*whole}:
-        _remove(path)
-    return ("--c",) if whole else ()
+    """`--c` where a checkpoint lies."""
+    return ("--c",) if fold and whole_checkpoints(fold) else ()
 
 
 def _remove(path: Path) -> None:

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext.errors import UsageError
-from nnunet_ext.files import check_regular
+from nnunet_ext.files import check_regular, writing
+from nnunet_ext.whole import is_whole
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"  # what nnU-Net writes at the end of a training
+LATEST_CHECKPOINT = "checkpoint_latest.pth"
+# A file of this name in a fold's folder asks trainers of this package for a checkpoint where the epoch ends.
+SAVE_REQUEST = "save_checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,22 @@ class Trained:
     configuration: str
     weights: Mapping[str, Any]
     mirroring_axes: tuple[int, ...] | None
+
+
+def whole_checkpoints(fold: Path) -> list[str]:
+    """Names of a fold's checkpoints that can be read to their end; those that were cut off are deleted.
+
+    Raises:
+        UsageError: one can't be deleted.
+    """
+    names = []
+    for path in sorted(fold.glob("checkpoint_*.pth")):
+        if is_whole(path):
+            names.append(path.name)
+            continue
+        with writing(path):
+            path.unlink(missing_ok=True)
+    return names
 
 
 def read_trained(path: Path, cure: str) -> Trained:

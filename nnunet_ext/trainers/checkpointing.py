@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ext.files import remove_partials, whole_file
+from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
 from nnunet_ext.trainers.fold_lock import only_training
 
 if TYPE_CHECKING:
@@ -48,10 +49,26 @@ class AtomicCheckpointMixin(HostTrainer):
                     f"The file system of {folder} has no locks: see to it that no second training uses this folder."
                 )
             remove_partials(folder, of_living=is_alone)
+            (folder / SAVE_REQUEST).unlink(missing_ok=True)
             if self._best_so_far is not None:
                 with whole_file(folder / "checkpoint_best.pth") as part:
                     shutil.copyfile(self._best_so_far, part)
             super().run_training()
+
+    def on_epoch_end(self) -> None:
+        """Log and save as nnU-Net does, the latest checkpoint also where a file in the fold's folder asks for it.
+
+        nnU-Net saves it every `save_every` epochs, 50 by default: what a cluster ends before would be lost.
+        """
+        request, usual = Path(self.output_folder) / SAVE_REQUEST, self.save_every
+        is_asked = request.exists()
+        self.save_every = 1 if is_asked else usual
+        try:
+            super().on_epoch_end()
+        finally:
+            self.save_every = usual
+        if is_asked and self.local_rank == 0:
+            request.unlink(missing_ok=True)
 
     def save_checkpoint(self, filename: str) -> None:
         """Save as nnU-Net does, atomically.

@@ -1,0 +1,170 @@
+"""Slurm: submits the steps of a cross-validation through submitit, and asks what became of their jobs."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_ext.cluster.job import StepJob
+from nnunet_ext.cluster.steps import Step
+from nnunet_ext.errors import UsageError
+
+_ENDLESS = 10**6  # time limits that a job may reach: a training goes on as long as each brings it further
+_PATIENCE = 60  # seconds for an answer of Slurm's commands
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """What every job asks for.
+
+    Args:
+        partition: Name; None: the cluster's default.
+        minutes: Time limit of a job; it may be shorter than a training.
+        notice: Seconds before the limit at which a training is asked to save.
+        memory: GiB.
+        cpus: Cores.
+        setup: Shell commands before it, such as "module load cuda".
+        more: Further options of sbatch, by their long names.
+    """
+
+    partition: str | None
+    minutes: int
+    notice: int
+    memory: float
+    cpus: int
+    setup: tuple[str, ...]
+    more: Mapping[str, str]
+
+    def check(self) -> None:
+        """See that Slurm is here and knows the partition.
+
+        Raises:
+            UsageError: it is not, or it does not.
+        """
+        if shutil.which("sbatch") is None or shutil.which("squeue") is None:
+            raise UsageError(
+                "--executor slurm needs Slurm's commands, sbatch is not on PATH: call this on a login node of the "
+                "cluster, or take --executor local."
+            )
+        partitions = [name.rstrip("*") for name in _ask(["sinfo", "--noheader", "--format=%P"]).split()]
+        for name in (self.partition or "").split(","):
+            if name and name not in partitions:
+                raise UsageError(
+                    f"--partition must be one of this cluster, got {name}: choose among {', '.join(partitions)}."
+                )
+
+    def submit(self, output: Path, step: Step, after: Sequence[str]) -> str:
+        """Submit a step and return the number of its job.
+
+        Args:
+            output: Folder of the cross-validation.
+            step: Step to do.
+            after: Numbers of the jobs that must have ended before, well or not: the step looks itself.
+
+        Raises:
+            UsageError: Slurm refuses it.
+        """
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        executor = submitit.AutoExecutor(output / "submitit", cluster="slurm", slurm_max_num_timeout=_ENDLESS)
+        gpus = {"gpus_per_node": step.gpus} if step.gpus else {}
+        dependency = {"slurm_dependency": "afterany:" + ":".join(after)} if after else {}
+        executor.update_parameters(
+            name=f"cv {step.title}"[:80],
+            timeout_min=self.minutes,
+            mem_gb=self.memory,
+            cpus_per_task=self.cpus,
+            slurm_partition=self.partition,
+            slurm_signal_delay_s=self.notice,
+            slurm_setup=list(self.setup) or None,
+            # From 22.05 on srun does not take the cores from sbatch.
+            slurm_srun_args=[f"--cpus-per-task={self.cpus}"],
+            slurm_additional_parameters={"requeue": True, **self.more},
+            stderr_to_stdout=True,
+            **gpus,
+            **dependency,
+        )
+        job = StepJob(output, step.name, self.cpus, limit=60.0 * self.minutes, notice=self.notice)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what submitit calls deprecated itself
+                return str(executor.submit(job).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+            raise UsageError(f"Slurm refuses {step.title} ({lines[-1].strip()}): correct the options.") from error
+
+
+def minutes_of(text: str) -> int:
+    """Minutes of a time as Slurm writes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS...
+
+    Raises:
+        UsageError: it is no time, or less than a minute.
+    """
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--time must be a time as Slurm writes it, got {text}: give minutes, or 1-12:00:00.")
+    parts = [int(match[name] or 0) for name in ("first", "second", "third")]
+    if match["days"] is not None:
+        minutes = int(match["days"]) * 1440 + parts[0] * 60 + parts[1]
+    else:
+        minutes = parts[0] * 60 + parts[1] if match["third"] is not None else parts[0]
+    if minutes < 1:
+        raise UsageError(f"--time must be at least a minute, got {text}: give minutes, or 1-12:00:00.")
+    return minutes
+
+
+def notice_of(minutes: int) -> int:
+    """Seconds before a limit at which a training is asked to save: an epoch may be long, a short limit is not."""
+    return min(600, minutes * 60 // 4)
+
+
+def gibibytes_of(text: str) -> float:
+    """GiB of a size as Slurm writes it, a number without a unit meaning GiB.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT]?)B?", text, flags=re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UsageError(f"--mem must be a size, got {text}: give GiB, such as 32 or 32G.")
+    return float(match[1]) * {"M": 1 / 1024, "": 1, "G": 1, "T": 1024}[match[2].upper()]
+
+
+def queue() -> dict[str, tuple[str, str]] | None:
+    """State and reason of each of the user's jobs, by number; None where Slurm can't be asked."""
+    if shutil.which("squeue") is None:
+        return None
+    try:
+        lines = _ask(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%T|%r"]).splitlines()
+    except UsageError:
+        return None
+    return {job: (state, reason) for job, state, reason in (line.split("|", 2) for line in lines)}
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs.
+
+    Raises:
+        UsageError: Slurm can't.
+    """
+    _ask(["scancel", *jobs])
+
+
+def _ask(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)
+    except subprocess.CalledProcessError as error:
+        reason: Any = error.stderr.strip() or error
+        raise UsageError(f"Slurm does not answer {command[0]} ({reason}): is the cluster up?") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"Slurm does not answer {command[0]} ({error}): is the cluster up?") from error
+    return done.stdout

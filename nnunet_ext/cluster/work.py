@@ -1,0 +1,192 @@
+"""Does the work of a step: runs commands, watches them, and says in one line why one failed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from errno import EACCES, EAGAIN, EWOULDBLOCK
+from pathlib import Path
+
+import psutil
+
+from nnunet_ext import console
+from nnunet_ext.files import writing
+from nnunet_ext.printable import printable
+
+_LOOK = 1.0  # seconds between two looks at a running command
+_GRACE = 10.0  # seconds that processes have to end before they are killed
+_LOW_DISK = 100 * 2**20  # bytes
+_KEPT = 20_000  # bytes at the end of a log in which the error is looked for
+_ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*|^nnunet-ext \S+: .*", re.MULTILINE)
+# What nnU-Net says last where a process that it started has failed: the reason stands above.
+_FOLLOWS = ("background workers", "workers died", "ProcessRaisedException", "ProcessExitedException")
+
+
+class StepError(Exception):
+    """A step failed; the message is one line."""
+
+
+class CommandKilledError(StepError):
+    """A command was ended by a signal.
+
+    Args:
+        number: The signal.
+        message: One line.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Commands:
+    """Runs the commands of one step.
+
+    Args:
+        log: File that their output is appended to.
+        variables: Environment in addition to this process's own.
+        lock: Descriptor of the step's lock, which the commands inherit.
+        is_stopped: Whether the user has asked to stop.
+    """
+
+    def __init__(self, log: Path, variables: Mapping[str, str], lock: int, is_stopped: Callable[[], bool]) -> None:
+        self.log, self.variables, self.lock, self.is_stopped = log, variables, lock, is_stopped
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, command: Sequence[str], watch: Callable[[], None] = lambda: None) -> None:
+        """Run a console command to its end; all that it has started ends where this is interrupted.
+
+        Args:
+            command: Name and arguments.
+            watch: Called about once a second; what it raises ends the command.
+
+        Raises:
+            CommandKilledError: a signal ended it.
+            StepError: it failed, or the user has stopped the step.
+        """
+        environment = {**os.environ, **self.variables, "PYTHONUNBUFFERED": "1"}
+        with writing(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            output = self.log.open("ab")
+            output.write(f"$ {shlex.join(command)}\n".encode())
+            output.flush()
+        with output:
+            self._process = subprocess.Popen(
+                console.arguments(command, environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(self.lock,),
+                preexec_fn=_ignore_notice,
+            )
+            try:
+                self._wait(watch)
+            finally:
+                self.end()
+        status = self._process.returncode
+        if status < 0:
+            reason = " (out of memory?)" if -status == signal.SIGKILL else ""
+            raise CommandKilledError(-status, f"{command[0]} was ended by {signal.Signals(-status).name}{reason}")
+        if status:
+            raise StepError(f"{last_error(self.log) or f'{command[0]} ended with exit code {status}'}{self._disk()}")
+
+    def end(self) -> None:
+        """End the running command and all that it has started."""
+        process = self._process
+        if process is None:
+            return
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            tree = [parent, *parent.children(recursive=True)] if process.poll() is None else []
+            for end in (psutil.Process.terminate, psutil.Process.kill):
+                for one in tree:
+                    with suppress(psutil.Error):
+                        end(one)
+                _, tree = psutil.wait_procs(tree, timeout=_GRACE)
+        process.wait()
+
+    def _wait(self, watch: Callable[[], None]) -> None:
+        assert self._process is not None
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_LOOK)
+                return
+            if self.is_stopped():
+                raise StepError("stopped by `nnunet-ext cv stop`")
+            watch()
+
+    def _disk(self) -> str:
+        roots = {Path(path) for path in self.variables.values() if os.path.isabs(path)} | {self.log.parent}
+        low = sorted(str(r) for r in roots if r.is_dir() and shutil.disk_usage(r).free < _LOW_DISK)
+        return f" (the disk of {low[0]} is full)" if low else ""
+
+
+def _ignore_notice() -> None:
+    """Slurm sends the notice of a time limit to all processes of a job; it is for the one that runs the step."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that says what went wrong: the last error, or the last line; empty where there is none."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - _KEPT))
+            text = stream.read().decode(errors="replace").rpartition("\n$ ")[2]
+    except OSError:
+        return ""
+    errors = _ERROR.findall(text)
+    reasons = [error for error in errors if not any(word in error for word in _FOLLOWS)]
+    lines = [line for line in text.splitlines()[1:] if line.strip()]
+    return printable(next(iter([*reasons[-1:], *errors[-1:], *lines[-1:]]), "").strip())[:300]
+
+
+@contextmanager
+def held(path: Path, wait: float = 0.0) -> Iterator[int | None]:
+    """Hold a lock that the commands which inherit it keep until the last of them has ended.
+
+    Not `files.locked`: what a killed job leaves running, such as a training, must keep others from the same. Where the
+    file system has no locks nothing is held.
+
+    Args:
+        path: File of the lock; it stays.
+        wait: Seconds to wait for whoever holds it.
+
+    Yields:
+        Its descriptor; None where somebody else holds it.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        end = time.monotonic() + wait
+        while not (is_mine := _take(descriptor)) and time.monotonic() < end:
+            time.sleep(_LOOK)
+        yield descriptor if is_mine else None
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (EAGAIN, EWOULDBLOCK, EACCES)
+    return True
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock."""
+    if not path.exists():
+        return False
+    with held(path) as found:
+        return found is None
