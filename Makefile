@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-install check bench clean
+.PHONY: demo test test-slow test-install test-cluster check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnunet-ext demo
@@ -16,6 +16,9 @@ test-slow: $(VENV)/.installed
 
 test-install: $(VENV)/.installed
 	$(BIN)/python -m pytest -m install
+
+test-cluster: $(VENV)/.installed
+	$(BIN)/python -m pytest -m cluster
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
