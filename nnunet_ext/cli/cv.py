@@ -214,7 +214,7 @@ def _print_dataset(dataset: str, found: Sequence[Row]) -> None:
 def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    lines = [row.what]
+    lines: list[str] = [row.what]
     lines += [] if row.epoch is None else [f"{row.epoch}/{row.epochs or '?'}"]
     lines += [] if row.seconds_left is None else [_duration(row.seconds_left)]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from nnunet_ext.cluster.states import STOP, State, forget, log_of, read_state, w
 from nnunet_ext.cluster.steps import Planning, Step, Training, make_steps
 from nnunet_ext.cluster.work import Commands, StepError, held, is_held
 from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet.progress import has_advanced
 from nnunet_ext.printable import printable
 
 _REQUEUED = 120.0  # seconds that the processes of an earlier run of a job may still need to end
@@ -47,7 +48,6 @@ class StepJob:
         self._step: Step | None = None
         self._commands: Commands | None = None
         self._began = 0.0
-        self._before: dict[str, int] = {}
 
     def __call__(self) -> None:
         """Do the step, unless it is done.
@@ -89,8 +89,6 @@ class StepJob:
             raise StepError(f"it needs {steps[missing[0]].title}{more}, which is not done")
         if step.is_done():
             return
-        if isinstance(step, Training):
-            self._before = step.marks()
         variables = {**step.asked.variables, **self._workers(step), **(self.variables or {})}
         log = log_of(self.output, self.name)
         self._commands = Commands(log, variables, lock, lambda: (self.output / STOP).exists())
@@ -116,7 +114,7 @@ class StepJob:
         if isinstance(step, Training) and self._commands is not None:
             step.save(self._time_to_save())  # what runs meanwhile Slurm ends
         is_late = self.limit is not None and time.monotonic() - self._began > 0.5 * (self.limit - self.notice)
-        if is_late and not (isinstance(step, Training) and step.marks() != self._before):
+        if is_late and not (isinstance(step, Training) and has_advanced(step.folder)):
             raise StepError(
                 f"it reached its limit of {(self.limit or 0) / 60:.0f} min with nothing to go on from: give more --time"
             )

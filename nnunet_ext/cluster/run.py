@@ -127,6 +127,8 @@ class _Look:
         if is_done(self.output, step):
             return Row(step=step, what="done")
         state, job = read_state(self.output, step.name), read_job(self.output, step.name)
+        if self._says(state, "failed") and not is_held(step.lock):
+            return Row(step=step, what="failed", text=state.message if state else "")
         queued = (self.queue or {}).get(job or "")
         if queued is not None and queued[0] != "RUNNING":
             again = "again, " if state is not None and state.what in ("requeued", "running") else ""
@@ -135,8 +137,6 @@ class _Look:
             return _running(step, state)
         if queued is not None:
             return Row(step=step, what="running", text=f"job {job} begins")
-        if state is not None and state.what == "failed":
-            return Row(step=step, what="failed", text=state.message)
         if self._was_lost(state, job):
             return Row(step=step, what="failed", text=self._loss(step, state, job))
         return Row(step=step, what="queued" if self.has_workers else "not started")

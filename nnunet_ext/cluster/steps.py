@@ -21,7 +21,7 @@ from nnunet_ext.files import write_text
 from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT, LATEST_CHECKPOINT, SAVE_REQUEST, whole_checkpoints
 from nnunet_ext.nnunet.datasets import number_of, read_dataset
 from nnunet_ext.nnunet.plans import configuration as configuration_of
-from nnunet_ext.nnunet.progress import Progress, read_progress
+from nnunet_ext.nnunet.progress import Progress, has_advanced, read_progress
 from nnunet_ext.nnunet.splits import validation_cases
 from nnunet_ext.whole import is_whole
 
@@ -223,7 +223,6 @@ class Training(Step):
             StepError: it failed, or its loss is lost.
         """
         while True:
-            before = self.marks()
             try:
                 commands.run(self._command(), self._watcher())
                 self.see_loss()
@@ -231,7 +230,7 @@ class Training(Step):
             except CommandKilledError as error:
                 if error.number == signal.SIGTERM:  # Slurm says so to all processes before it kills them
                     time.sleep(_ENDING)
-                if self.marks() == before:
+                if not has_advanced(self.folder):
                     raise
 
     def _command(self) -> list[str]:
@@ -242,10 +241,6 @@ class Training(Step):
         if there:
             options.append("--val" if FINAL_CHECKPOINT in there else "--c")
         return ["nnUNetv2_train", self.dataset, self.configuration, str(self.fold), *options]
-
-    def marks(self) -> dict[str, int]:
-        """Checkpoints and when they were written: a training that gets further changes them."""
-        return {path.name: path.stat().st_mtime_ns for path in self.folder.glob("checkpoint_*.pth")}
 
     def see_loss(self) -> None:
         """See that the training has not diverged.

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nnunet_ext.cluster import job as jobs
+from nnunet_ext.cluster.job import StepJob, Worker, living_workers, without_needs
+from nnunet_ext.cluster.request import CrossValidation, Method
+from nnunet_ext.cluster.run import rows
+from nnunet_ext.cluster.states import STOP, read_state
+from nnunet_ext.cluster.steps import make_steps
+from nnunet_ext.cluster.work import StepError, held
+from tests.cluster.conftest import DATASET, Asked
+from tests.cluster.test_steps import Fake, calls, training
+
+PLAN = f"{DATASET}__plan__nnUNetPlans"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_PAUSE", 0.1)
+    monkeypatch.setattr(jobs, "_REQUEUED", 0.1)
+
+
+def states(asked: CrossValidation) -> dict[str, str]:
+    return {row.step.name: row.what for row in rows(asked.output)}
+
+
+def test_a_job_does_its_step_and_says_so(asked: Asked, fake: Fake) -> None:
+    made = asked(folds=(0,))
+    for name in make_steps(made):
+        StepJob(made.output, name, cores=2)()
+    assert set(states(made).values()) == {"done"}
+    assert (made.output / DATASET / "comparison" / "report.json").is_file()
+
+
+def test_a_job_without_what_it_needs_fails_and_names_it(asked: Asked, fake: Fake) -> None:
+    made = asked(folds=(0,))
+    with pytest.raises(StepError, match="it needs plan nnUNetPlans, which is not done"):
+        StepJob(made.output, training(), cores=2)()
+    assert states(made)[training()] == "failed"
+
+
+def test_a_failure_is_kept_in_one_line(asked: Asked, fake: Fake) -> None:
+    made = asked(folds=(0,))
+    fake({"fold_0": "full"})
+    StepJob(made.output, PLAN, cores=2)()
+    with pytest.raises(StepError, match="No space left"):
+        StepJob(made.output, training(), cores=2)()
+    state = read_state(made.output, training())
+    assert state is not None
+    assert state.message == "OSError: [Errno 28] No space left on device: 'x'"
+
+
+def test_a_step_that_somebody_else_does_is_left_to_it(asked: Asked, fake: Fake, quick: None) -> None:
+    made = asked(folds=(0,))
+    StepJob(made.output, PLAN, cores=2)()
+    with held(make_steps(made)[training()].lock):
+        assert not StepJob(made.output, training(), cores=2).run(wait=0)
+        assert states(made)[training()] == "running"
+        with pytest.raises(StepError, match="another process is at work on it"):
+            StepJob(made.output, training(), cores=2)()
+
+
+def test_a_worker_goes_on_after_failures_and_blocks_only_what_needs_them(asked: Asked, fake: Fake, quick: None) -> None:
+    trainers = ("nnUNetTrainer_3epochs", "nnUNetTrainerHalfWidth_3epochs")
+    made = asked(methods=tuple(Method(trainer=name, plans="nnUNetPlans") for name in trainers), folds=(0, 1))
+    fake({"fold_1": "crash"})
+    Worker(made.output, 0, 2, ())()
+    found = states(made)
+    assert found[f"{DATASET}__compare"] == "blocked"
+    assert [found[f"{DATASET}__{name}__nnUNetPlans__3d_fullres__fold_{i}"] for name in trainers for i in (0, 1)] == [
+        *("done", "failed"),
+        *("done", "failed"),
+    ]
+
+
+def test_workers_share_the_steps(asked: Asked, fake: Fake, quick: None) -> None:
+    made = asked()
+    workers = [threading.Thread(target=Worker(made.output, number, 1, ())) for number in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert set(states(made).values()) == {"done"}
+    steps = make_steps(made)
+    assert [len(calls(steps[training(fold)])) for fold in range(5)] == [1] * 5
+    assert living_workers(made.output) == []
+
+
+def test_workers_see_the_gpus_that_are_theirs(asked: Asked, fake: Fake, quick: None, tmp_path: Path) -> None:
+    made, seen = asked(folds=(0,)), []
+
+    class Noted(StepJob):
+        def run(self, wait: float) -> bool:
+            seen.append(self.variables)
+            return super().run(wait)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "StepJob", Noted)
+        Worker(made.output, 0, 1, ("GPU-5", "3"))()
+    assert seen
+    assert all(variables == {"CUDA_VISIBLE_DEVICES": "GPU-5,3"} for variables in seen)
+
+
+def test_a_cascade_is_done_by_workers(asked: Asked, fake: Fake, quick: None) -> None:
+    made = asked(configurations=("3d_cascade_fullres",), folds=(0,))
+    Worker(made.output, 0, 1, ())()
+    found = states(made)
+    assert set(found.values()) == {"done"}
+    assert len(found) == 1 + 5 + 1 + 1
+
+
+def test_a_stopped_worker_ends(asked: Asked, fake: Fake, quick: None) -> None:
+    made = asked(folds=(0,))
+    fake({"fold_0": "slow"})
+    worker = threading.Thread(target=Worker(made.output, 0, 1, ()))
+    worker.start()
+    while states(made)[training()] != "running":
+        time.sleep(0.05)
+    (made.output / STOP).touch()
+    worker.join()
+    found = {row.step.name: row for row in rows(made.output)}
+    assert found[training()].text == "stopped by `nnunet-ext cv stop`"
+
+
+def test_two_planners_at_once_work_one_after_the_other(asked: Asked, fake: Fake) -> None:
+    methods = tuple(Method(trainer="nnUNetTrainer", plans=plans) for plans in ("nnUNetPlans", "nnUNetHalfWidthPlans"))
+    each = [asked(methods=(method,)) for method in methods]  # two cross-validations of one data set
+    failures = []
+
+    def plan(made: CrossValidation) -> None:
+        try:
+            StepJob(made.output, next(iter(make_steps(made))), cores=1)()
+        except StepError as error:
+            failures.append(error)
+
+    planners = [threading.Thread(target=plan, args=(made,)) for made in each]
+    for planner in planners:
+        planner.start()
+    for planner in planners:
+        planner.join()
+    assert failures == []
+    folder = each[0].preprocessed / DATASET
+    assert {path.stem for path in folder.glob("*Plans.json")} == {"nnUNetPlans", "nnUNetHalfWidthPlans"}
+    assert (folder / "data" / "made.txt").read_text().count("preprocessed") == 1
+
+
+def running(made: CrossValidation, limit: float, then: Callable[[StepJob], None]) -> None:
+    """Ask a job for its checkpoint while its training runs."""
+    job = StepJob(made.output, training(), cores=1, limit=limit, notice=0.3)
+
+    def stopped() -> None:
+        with pytest.raises(StepError, match="stopped by"):
+            job()
+
+    work = threading.Thread(target=stopped)
+    work.start()
+    try:
+        while states(made)[training()] != "running" or not list(make_steps(made)[training()].folder.glob("train*")):
+            time.sleep(0.05)
+        then(job)
+    finally:
+        (made.output / STOP).touch()
+        work.join()
+        (made.output / STOP).unlink()
+
+
+def test_a_preempted_job_saves_and_is_submitted_again_as_it_was(asked: Asked, fake: Fake) -> None:
+    pytest.importorskip("submitit")
+    made = asked(folds=(0,))
+    StepJob(made.output, PLAN, cores=1)()
+    fake({"fold_0": "slow"})
+    step = make_steps(made)[training()]
+
+    def preempt(job: StepJob) -> None:
+        again = job.checkpoint()
+        assert (step.folder / "checkpoint_latest.pth").is_file()
+        assert not (step.folder / "save_checkpoint").exists()
+        assert read_state(made.output, training()).what == "requeued"
+        copied = pickle.loads(pickle.dumps(again.function))
+        assert copied._arguments == job._arguments
+
+    running(made, 1000.0, preempt)
+    fake({})
+    StepJob(made.output, training(), cores=1)()
+    assert calls(step)[-1].endswith("--c")
+
+
+def test_a_job_that_reaches_its_limit_twice_at_the_same_epoch_fails(asked: Asked, fake: Fake) -> None:
+    pytest.importorskip("submitit")
+    made = asked(folds=(0,))
+    StepJob(made.output, PLAN, cores=1)()
+    fake({"fold_0": "slow"})
+    running(made, 0.1, lambda job: job.checkpoint())  # the first time it may
+    for path in make_steps(made)[training()].folder.glob("checkpoint*"):
+        path.unlink()
+
+    def fail(job: StepJob) -> None:
+        with pytest.raises(StepError, match="reached its limit of 0 min with nothing to go on from"):
+            job.checkpoint()
+
+    running(made, 0.1, fail)
+
+
+def test_planning_that_does_not_fit_the_limit_is_not_repeated_for_ever(asked: Asked) -> None:
+    pytest.importorskip("submitit")
+    made = asked()
+    job = StepJob(made.output, PLAN, cores=1, limit=0.0)
+    job._step = make_steps(made)[PLAN]
+    with pytest.raises(StepError, match="give more --time"):
+        job.checkpoint()
+
+
+def test_what_waits_in_vain_is_found_through_several_steps(asked: Asked) -> None:
+    steps = make_steps(asked(configurations=("3d_cascade_fullres",), folds=(0,)))
+    found = without_needs(steps.values(), {training(3, "3d_lowres")})
+    assert found == {training(3, "3d_lowres"), training(0, "3d_cascade_fullres"), f"{DATASET}__compare"}
+
+
+@pytest.mark.parametrize(("device", "cores", "expected"), [("cuda", 9, "8"), ("cuda", 64, "12"), ("cpu", 64, "2")])
+def test_workers_of_nnunet_follow_the_cores(
+    device: str, cores: int, expected: str, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = asked(device=device, gpus=int(device == "cuda"))
+    step = make_steps(made)[training()]
+    monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
+    assert StepJob(made.output, step.name, cores)._workers(step)["nnUNet_n_proc_DA"] == expected
+    monkeypatch.setenv("nnUNet_n_proc_DA", "5")
+    assert StepJob(made.output, step.name, cores)._workers(step)["nnUNet_n_proc_DA"] == "5"
