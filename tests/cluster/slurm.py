@@ -12,12 +12,14 @@ import getpass
 import ipaddress
 import os
 import secrets
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ PACKAGES = {
     "slurmd": "slurmd",
     **dict.fromkeys(("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun"), "slurm-client"),
 }
-_DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd")
+_DAEMONS = ("munged", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd")
 _START, _END = 60, 20  # seconds that the node may take until it is idle, and jobs to end when they are cancelled
 _LONGEST = 70  # characters of a folder's path: the sockets below it may have 107
 
@@ -73,7 +75,7 @@ JobRequeue=1
 KillWait=5
 OverTimeLimit=0
 NodeName={host} NodeAddr={address} CPUs={cpus} State=UNKNOWN
-PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime=2 MaxTime=INFINITE State=UP
+PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace} MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP
 """
 
@@ -101,8 +103,8 @@ class Cluster:
         Raises:
             subprocess.CalledProcessError: it failed.
         """
-        done = subprocess.run(command, env=_environment(self.folder), check=True, capture_output=True, text=True)
-        return done.stdout
+        environment = _environment(self.folder)
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
     def processes(self) -> list[psutil.Process]:
         """Daemons and processes of jobs that live."""
@@ -111,7 +113,7 @@ class Cluster:
             try:
                 if _belongs(process, self.environment["SLURM_CONF"]):
                     found |= {process, *process.children(recursive=True)}
-            except psutil.Error:  # it has ended, or is another user's
+            except (OSError, psutil.Error):  # it has ended, or is another user's
                 continue
         return [process for process in found if _lives(process)]
 
@@ -133,23 +135,22 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def one_node(folder: Path) -> Iterator[Cluster]:
-    """Cluster that lives as long as the context; its jobs and daemons end with it.
-
-    Args:
-        folder: Empty or not there yet.
-    """
+def one_node(folder: Path, *, grace: int = 0) -> Iterator[Cluster]:
+    """Cluster that lives as long as the context; its jobs and daemons end with it. Arguments and errors: start()."""
+    cluster = start(folder, grace=grace)
     try:
-        yield start(folder)
+        yield cluster
     finally:
         stop(folder)
 
 
-def start(folder: Path) -> Cluster:
+def start(folder: Path, *, grace: int = 0) -> Cluster:
     """Start the daemons and wait until the node is idle.
 
     Args:
         folder: Empty or not there yet. Its path has at most 70 characters.
+        grace: Seconds, and up to 30 more, that a preempted job goes on. They begin with the signal that it asked for by
+            ``--signal``, or else with SIGTERM. With 0 it gets SIGTERM and, five seconds later, SIGKILL.
 
     Raises:
         RuntimeError: why_not(), or the node has not become idle; the message holds the ends of the logs.
@@ -163,37 +164,36 @@ def start(folder: Path) -> Cluster:
     if len(str(folder)) > _LONGEST:
         raise ValueError(f"The folder of a cluster may have {_LONGEST} characters, got {len(str(folder))}: {folder}")
     cluster = Cluster(folder, _free_ports())
-    _write(cluster)
-    munge = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "../log/munged"}
-    _launch(folder, "munged", *(f"--{option}={folder / 'munge' / name}" for option, name in munge.items()))
-    _launch(folder, "slurmctld", "-c")
-    _launch(folder, "slurmd")
-    if not _until(lambda: _state(cluster) == "idle", _START):
-        raise RuntimeError(f"The node is {_state(cluster)!r}, not idle, after {_START} s.\n{_logs(folder)}")
+    _write(cluster, grace)
+    try:
+        _launch(cluster)
+    except BaseException:
+        stop(folder)
+        raise
     return cluster
 
 
 def stop(folder: Path) -> None:
-    """Cancel all jobs, end all daemons, and leave no process behind; files stay where they are."""
-    folder = folder.resolve()
-    cluster = Cluster(folder, (0, 0))
-    if _state(cluster):
-        cluster.run("scancel", "--user", getpass.getuser())
-        _until(lambda: not cluster.run("squeue", "--noheader"), _END)
-    left = cluster.processes()
-    for process in left:
-        if process.name() in _DAEMONS[:3]:
-            process.terminate()
-    _, left = psutil.wait_procs(left, timeout=5)
-    for process in {*left, *cluster.processes()}:
-        process.kill()
+    """Cancel all jobs, end all daemons, and leave no process behind; files stay where they are.
+
+    Raises:
+        RuntimeError: a process does not end.
+    """
+    cluster = Cluster(folder.resolve(), (0, 0))
+    if any(process.name() == "slurmctld" for process in cluster.processes()):  # else the clients try for long
+        with suppress(subprocess.CalledProcessError):
+            cluster.run("scancel", "--user", getpass.getuser())
+            _until(lambda: not cluster.run("squeue", "--noheader"), _END)
+    _signal(cluster, signal.SIGTERM)
+    _until(lambda: not cluster.processes(), 5)
+    _signal(cluster, signal.SIGKILL)
     if not _until(lambda: not cluster.processes(), 5):
-        raise RuntimeError(f"Still alive: {cluster.processes()}.")
+        raise RuntimeError(f"Processes of {folder} do not end: {cluster.processes()}")
 
 
-def _write(cluster: Cluster) -> None:
+def _write(cluster: Cluster, grace: int) -> None:
     folder = cluster.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"The folder of a cluster must be empty: {folder}")
     for name in ("munge", "state", "spool", "log"):
@@ -210,7 +210,10 @@ def _write(cluster: Cluster) -> None:
         user=getpass.getuser(),
         folder=folder,
         cpus=CPUS,
+        grace=grace,
     )
+    if grace:
+        text += "SlurmctldParameters=preempt_send_user_signal\n"
     (folder / "slurm.conf").write_text(text, encoding="utf-8")
 
 
@@ -221,24 +224,42 @@ def _free_ports() -> tuple[int, int]:
         return first.getsockname()[1], second.getsockname()[1]
 
 
-def _launch(folder: Path, daemon: str, *options: str) -> None:
+def _launch(cluster: Cluster) -> None:
+    munge = cluster.folder / "munge"
+    files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "../log/munged"}
+    # --force: parents of the folder may be closed to other users
+    _run_daemon(cluster, "munged", "--force", *(f"--{option}={munge / name}" for option, name in files.items()))
+    _run_daemon(cluster, "slurmctld", "-c")
+    _run_daemon(cluster, "slurmd")
+    if not _until(lambda: _state(cluster) == "idle", _START):
+        message = f"The node is {_state(cluster) or 'unknown'}, not idle, after {_START} s."
+        raise RuntimeError(f"{message}\n{_logs(cluster)}")
+
+
+def _run_daemon(cluster: Cluster, daemon: str, *options: str) -> None:
     done = subprocess.run(
         [_which(daemon) or daemon, *options],
-        cwd=folder,
-        env=_environment(folder),
+        cwd=cluster.folder,
+        env=_environment(cluster.folder),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=_START,
     )
     if done.returncode:
-        raise RuntimeError(f"{daemon} ended with {done.returncode}: {done.stderr}\n{_logs(folder)}")
+        raise RuntimeError(f"{daemon} has ended with {done.returncode}: {done.stderr}\n{_logs(cluster)}")
+
+
+def _signal(cluster: Cluster, number: signal.Signals) -> None:
+    for process in cluster.processes():
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            process.send_signal(number)
 
 
 def _environment(folder: Path) -> dict[str, str]:
     """Ours, without what a job that this process may run in has set."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    return ours | {"SLURM_CONF": str(folder / "slurm.conf")}
+    return ours | {"SLURM_CONF": str(folder / "slurm.conf")}  # the last one: the daemons write over the first ones
 
 
 def _which(program: str) -> str | None:
@@ -247,18 +268,17 @@ def _which(program: str) -> str | None:
 
 def _state(cluster: Cluster) -> str:
     """State of the node; empty if the controller does not answer."""
-    command = ["sinfo", "--noheader", "--partition=normal", "--format=%T"]
     try:
-        done = subprocess.run(command, env=_environment(cluster.folder), capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        return cluster.run("sinfo", "--noheader", "--partition=normal", "--format=%T").strip()
+    except subprocess.CalledProcessError:
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _belongs(process: psutil.Process, config: str) -> bool:
-    environment = process.environ()
-    ours = environment.get("SLURM_CONF") == config
-    return ours and ("SLURM_JOB_ID" in environment or process.name() in _DAEMONS)
+    # psutil finds nothing in a daemon that has written its title over the first variables
+    variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    ours = f"SLURM_CONF={config}".encode() in variables
+    return ours and (process.name() in _DAEMONS or any(one.startswith(b"SLURM_JOB_ID=") for one in variables))
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -275,26 +295,23 @@ def _until(holds: Callable[[], bool], seconds: float) -> bool:
     return done
 
 
-def _logs(folder: Path) -> str:
+def _logs(cluster: Cluster) -> str:
     """The last lines of each log."""
-    logs = [(path, path.read_text(encoding="utf-8", errors="replace")) for path in sorted(folder.glob("log/*"))]
-    return "\n".join(f"{path}:\n" + "\n".join(text.splitlines()[-15:]) for path, text in logs)
+    logs = {path: path.read_text(encoding="utf-8", errors="replace") for path in cluster.folder.glob("log/*")}
+    return "\n".join(f"{path}:\n" + "\n".join(text.splitlines()[-15:]) for path, text in logs.items())
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Slurm on this machine, all of it below one folder.")
     parser.add_argument("action", choices=["start", "stop"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--grace", type=int, default=0, help="seconds that a preempted job goes on")
     arguments = parser.parse_args()
     if arguments.action == "stop":
         stop(arguments.folder)
         return
-    try:
-        cluster = start(arguments.folder)
-    except RuntimeError:
-        stop(arguments.folder)
-        raise
-    print(*(f"export {name}={value}" for name, value in cluster.environment.items()), sep="\n")
+    cluster = start(arguments.folder, grace=arguments.grace)
+    print(*(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()), sep="\n")
 
 
 if __name__ == "__main__":
