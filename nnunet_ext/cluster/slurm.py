@@ -147,7 +147,8 @@ def queue() -> dict[str, tuple[str, str]] | None:
         lines = _ask(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%T|%r"]).splitlines()
     except UsageError:
         return None
-    return {job: (state, reason) for job, state, reason in (line.split("|", 2) for line in lines)}
+    parts = (line.split("|", 2) for line in lines if line.count("|") >= 2)
+    return {job: (state, reason) for job, state, reason in parts}
 
 
 def cancel(jobs: Sequence[str]) -> None:

@@ -74,7 +74,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=5
 OverTimeLimit=0
-NodeName={host} NodeAddr={address} CPUs={cpus} State=UNKNOWN
+NodeName={host} NodeAddr={address} CPUs={cpus} RealMemory={memory} State=UNKNOWN
 PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace} MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP
 """
@@ -210,6 +210,7 @@ def _write(cluster: Cluster, grace: int) -> None:
         user=getpass.getuser(),
         folder=folder,
         cpus=CPUS,
+        memory=psutil.virtual_memory().total >> 20,
         grace=grace,
     )
     if grace:

@@ -13,6 +13,7 @@ import pytest
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import partial
+from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
 from nnunet_ext.trainers.fold_lock import only_training
 from tests.conftest import KilledPartial
@@ -32,6 +33,7 @@ class Host:
     """What the mixin needs of nnU-Net's trainer."""
 
     disable_checkpointing = False
+    save_every, current_epoch = 50, 3
     _best_ema: float | None = None
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
@@ -55,6 +57,11 @@ class Host:
     def run_training(self) -> None:
         self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
 
+    def on_epoch_end(self) -> None:
+        if (self.current_epoch + 1) % self.save_every == 0:
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+        self.current_epoch += 1
+
 
 class Trainer(AtomicCheckpointMixin, Host):
     """As our trainers are made."""
@@ -72,6 +79,29 @@ def test_other_ranks_touch_no_file(rank: int, tmp_path: Path) -> None:
     trainer.save_checkpoint(str(good))
     trainer.run_training()
     assert {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_in_the_folder_asks_for_a_checkpoint_where_the_epoch_ends(tmp_path: Path) -> None:
+    first, second = Trainer(tmp_path), Trainer(tmp_path, rank=1)
+    latest, request = tmp_path / "checkpoint_latest.pth", tmp_path / SAVE_REQUEST
+    first.on_epoch_end()
+    assert not latest.exists()
+    request.touch()
+    second.on_epoch_end()
+    assert request.exists()
+    first.on_epoch_end()
+    assert latest.read_bytes() == b"whole"
+    assert not request.exists()
+    assert first.save_every == 50
+    latest.unlink()
+    first.on_epoch_end()
+    assert not latest.exists()
+
+
+def test_what_an_earlier_training_was_asked_for_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / SAVE_REQUEST).touch()
+    Trainer(tmp_path).run_training()
+    assert not (tmp_path / SAVE_REQUEST).exists()
 
 
 def test_other_ranks_train_while_the_first_holds_the_folder(tmp_path: Path) -> None:

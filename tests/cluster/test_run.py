@@ -1,0 +1,294 @@
+"""What is started, and what is told of it, with Slurm's commands replaced by stand-ins."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nnunet_ext.cluster import local, slurm
+from nnunet_ext.cluster.job import StepJob, living_workers
+from nnunet_ext.cluster.request import CrossValidation
+from nnunet_ext.cluster.run import Row, rows, start_here, start_on_slurm, stop, wait
+from nnunet_ext.cluster.states import State, read_job, write_job, write_state
+from nnunet_ext.cluster.steps import make_steps
+from nnunet_ext.errors import UsageError
+from tests.cluster.conftest import DATASET, Asked
+from tests.cluster.test_steps import Fake, training
+
+PLAN = f"{DATASET}__plan__nnUNetPlans"
+_CLIENT = """\
+import os, pathlib, sys
+folder, name = pathlib.Path({folder!r}), os.path.basename(sys.argv[0])
+with (folder / "calls.txt").open("a") as stream:
+    stream.write(" ".join([name, *sys.argv[1:]]) + "\\n")
+if name == "sbatch":
+    if (folder / "refuse").exists():
+        sys.exit("sbatch: error: Batch job submission failed: Invalid account")
+    number = len(list(folder.glob("*.sh"))) + 1
+    (folder / f"{{number}}.sh").write_text(pathlib.Path(sys.argv[-1]).read_text())
+    print(f"Submitted batch job {{number}}")
+elif (folder / name).exists():
+    print((folder / name).read_text())
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder with what Slurm's commands answer, files of their names, and the scripts that were submitted."""
+    pytest.importorskip("submitit")
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name in ("sbatch", "squeue", "scancel", "sinfo", "srun"):
+        command = tmp_path / "clients" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(f"#!{sys.executable}\n{_CLIENT.format(folder=str(folder))}")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "clients"))
+    (folder / "sinfo").write_text("gpu*\nlong")
+    return folder
+
+
+def wish(**options: object) -> slurm.Slurm:
+    defaults = {"partition": "long", "minutes": 90, "notice": 300, "memory": 2.5, "cpus": 3}
+    return slurm.Slurm(**(defaults | {"setup": ("module load cuda",), "more": {"account": "lab"}} | options))
+
+
+def submitted(folder: Path, number: int) -> str:
+    return (folder / f"{number}.sh").read_text()
+
+
+def found(made: CrossValidation) -> dict[str, Row]:
+    return {row.step.name: row for row in rows(made.output)}
+
+
+def test_each_step_is_a_job_after_those_that_it_needs(asked: Asked, cluster: Path) -> None:
+    made, said = asked(folds=(0, 1), device="cuda", gpus=2), []
+    assert start_on_slurm(made, wish(), said.append) == 4
+    assert len(said) == 4
+    plan, first, second, last = (submitted(cluster, number) for number in range(1, 5))
+    assert "--dependency" not in plan
+    assert "--gpus-per-node" not in plan
+    assert all("--dependency=afterany:1\n" in text for text in (first, second))
+    assert "--gpus-per-node=2\n" in first
+    assert "--dependency=afterany:2:3\n" in last
+    for line in ("--partition=long", "--time=90", "--mem=2560MB", "--signal=USR2@300", "--requeue", "--account=lab"):
+        assert f"#SBATCH {line}\n" in first
+    assert "\nmodule load cuda\n" in first
+    assert "--cpus-per-task=3" in re.findall("srun .*", first)[0]
+
+
+def test_the_same_call_submits_only_what_is_missing(asked: Asked, cluster: Path, fake: Fake) -> None:
+    made = asked(folds=(0, 1))
+    StepJob(made.output, PLAN, cores=1)()
+    write_job(made.output, training(1), "77")
+    (cluster / "squeue").write_text("77|RUNNING|None\n78|PENDING|Priority")
+    write_state(made.output, training(0), State(what="failed", message="it was so"))
+    assert found(made)[training(0)].what == "failed"
+    assert start_on_slurm(made, wish(), lambda _: None) == 3
+    assert sorted(path.name for path in cluster.glob("*.sh")) == ["1.sh", "2.sh"]
+    assert "--dependency=afterany:1:77\n" in submitted(cluster, 2)
+    assert read_job(made.output, training(0)) == "1"
+    (cluster / "squeue").write_text("77|RUNNING|None\n1|PENDING|Resources\n2|PENDING|Dependency")
+    assert found(made)[training(0)].what == "queued"
+
+
+@pytest.mark.parametrize(
+    ("queue", "state", "what", "text"),
+    [
+        ("5|PENDING|Priority", None, "queued", r"^pending \(Priority\)$"),
+        ("5|PENDING|BeginTime", State(what="requeued"), "queued", r"^again, pending"),
+        ("5|RUNNING|None", None, "running", "job 5 begins"),
+        ("5|RUNNING|None", State(what="running", host="node7"), "running", "node7"),
+        ("", State(what="running", host="node7"), "failed", r"job 5 on node7 ended without a word .*log: "),
+        ("", None, "failed", "job 5 ended without a word"),
+        ("", State(what="failed", message="the reason"), "failed", "the reason"),
+        ("5|COMPLETING|None", State(what="failed", message="the reason"), "failed", "the reason"),
+    ],
+)
+def test_the_state_of_a_job_is_what_slurm_and_the_job_say(
+    queue: str, state: State | None, what: str, text: str, asked: Asked, cluster: Path
+) -> None:
+    made = asked(folds=(0,))
+    (cluster / "squeue").write_text(queue)
+    write_job(made.output, training(0), "5")
+    if state:
+        write_state(made.output, training(0), state)
+    row = found(made)[training(0)]
+    assert row.what == what
+    assert re.search(text, row.text)
+    assert found(made)[f"{DATASET}__compare"].what == ("blocked" if what == "failed" else "not started")
+
+
+def test_a_machine_without_slurm_does_not_call_jobs_lost(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = asked(folds=(0,))
+    monkeypatch.setenv("PATH", "")
+    write_job(made.output, training(0), "5")
+    assert found(made)[training(0)].what == "not started"
+
+
+def test_a_training_that_runs_tells_its_epochs(asked: Asked, cluster: Path) -> None:
+    made = asked(folds=(0,))
+    (cluster / "squeue").write_text("5|RUNNING|None")
+    write_job(made.output, training(0), "5")
+    write_state(made.output, training(0), State(what="running"))
+    folder = make_steps(made)[training(0)].folder
+    folder.mkdir(parents=True)
+    (folder / "debug.json").write_text('{"num_epochs": "10"}')
+    (folder / "training_log_1.txt").write_text("now: Epoch 3 \nnow: Epoch time: 90.0 s \n")
+    row = found(made)[training(0)]
+    assert (row.epoch, row.epochs, row.seconds_left) == (4, 10, 540.0)
+
+
+def test_an_unknown_partition_is_refused_before_anything_is_submitted(asked: Asked, cluster: Path) -> None:
+    with pytest.raises(UsageError, match="got nope: choose among gpu, long"):
+        start_on_slurm(asked(), wish(partition="nope"), lambda _: None)
+    assert not list(cluster.glob("*.sh"))
+    start_on_slurm(asked(), wish(partition="gpu,long"), lambda _: None)
+
+
+def test_what_slurm_refuses_is_told_in_its_words(asked: Asked, cluster: Path) -> None:
+    (cluster / "refuse").touch()
+    with pytest.raises(UsageError, match=r"Slurm refuses plan nnUNetPlans .*Invalid account"):
+        start_on_slurm(asked(), wish(), lambda _: None)
+
+
+def test_without_slurm_the_cure_is_named(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match="sbatch is not on PATH: call this on a login node"):
+        start_on_slurm(asked(), wish(), lambda _: None)
+
+
+def test_jobs_are_cancelled(asked: Asked, cluster: Path) -> None:
+    made = asked(folds=(0,))
+    write_job(made.output, training(0), "5")
+    write_job(made.output, PLAN, "4")
+    (cluster / "squeue").write_text("5|RUNNING|None")
+    assert stop(made.output) == 1
+    assert "scancel 5" in (cluster / "calls.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("90:30", 90), ("24:00:00", 1440), ("1-12", 2160), ("1-12:30", 2190), ("2-00:00:00", 2880)],
+)
+def test_times_are_those_of_slurm(text: str, minutes: int) -> None:
+    assert slurm.minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "00:00:30", "-5", "1h"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--time must"):
+        slurm.minutes_of(text)
+
+
+@pytest.mark.parametrize(("text", "size"), [("32", 32), ("32G", 32), ("512M", 0.5), ("0.5GB", 0.5), ("1t", 1024)])
+def test_sizes_are_gibibytes_unless_they_say_otherwise(text: str, size: float) -> None:
+    assert slurm.gibibytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "-3", "3K"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--mem must"):
+        slurm.gibibytes_of(text)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "each", "jobs", "groups"),
+    [
+        (["0", "1", "2"], 1, None, [["0"], ["1"], ["2"]]),
+        (["0", "1", "2"], 1, 2, [["0"], ["1"]]),
+        (["a", "b", "c"], 2, None, [["a", "b"]]),
+        (["0"], 0, None, [[]]),
+        ([], 0, 3, [[], [], []]),
+    ],
+)
+def test_gpus_are_shared_out(gpus: list[str], each: int, jobs: int | None, groups: list[list[str]]) -> None:
+    assert local.shared_out(gpus, each, jobs) == groups
+
+
+@pytest.mark.parametrize(("each", "jobs"), [(1, None), (2, None), (1, 2)])
+def test_more_gpus_than_there_are_are_refused(each: int, jobs: int | None) -> None:
+    gpus = ["0"] * (each * (jobs or 1) - 1)
+    with pytest.raises(UsageError, match=f"needs {each * (jobs or 1)} GPUs, this machine shows {len(gpus)}"):
+        local.shared_out(gpus, each, jobs)
+
+
+def test_gpus_are_those_that_the_user_lets_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8")
+    assert local.visible_gpus() == ["3", "GPU-8"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.visible_gpus() == []
+
+
+@pytest.fixture
+def ended(asked: Asked) -> Callable[[CrossValidation], None]:
+    def until(made: CrossValidation) -> None:
+        end = time.monotonic() + 60
+        while living_workers(made.output):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    return until
+
+
+def test_workers_of_this_machine_outlive_the_call_and_finish(
+    asked: Asked, fake: Fake, ended: Callable[[CrossValidation], None]
+) -> None:
+    pytest.importorskip("submitit")
+    made, seen = asked(folds=(0, 1)), []
+    assert start_here(made, [[], []]) == [0, 1]
+    assert start_here(made, [[], []]) == []  # they live
+    assert {row.what for row in wait(made.output, seen.append)} == {"done"}
+    assert seen
+    ended(made)
+    assert start_here(made, [[]]) == []  # nothing is left to do
+
+
+def test_failed_steps_are_done_again_by_the_same_call(
+    asked: Asked, fake: Fake, ended: Callable[[CrossValidation], None]
+) -> None:
+    pytest.importorskip("submitit")
+    made = asked(folds=(0, 1))
+    fake({"fold_1": "crash"})
+    start_here(made, [[]])
+    assert [row.what for row in wait(made.output, lambda _: None)] == ["done", "done", "failed", "blocked"]
+    ended(made)
+    fake({})
+    start_here(made, [[]])
+    assert {row.what for row in wait(made.output, lambda _: None)} == {"done"}
+    ended(made)
+
+
+def test_a_killed_worker_is_named_and_replaced(
+    asked: Asked, fake: Fake, ended: Callable[[CrossValidation], None]
+) -> None:
+    pytest.importorskip("submitit")
+    import psutil
+
+    made = asked(folds=(0,))
+    fake({"fold_0": "slow"})
+    start_here(made, [[]])
+    while found(made)[training()].epoch is None:
+        time.sleep(0.1)
+    for process in psutil.process_iter(["cmdline"]):
+        if str(made.output) in " ".join(process.info["cmdline"] or ()):
+            process.kill()
+    # The training that the worker has left alone goes on, and is told.
+    assert found(made)[training()].what == "running"
+    for process in psutil.process_iter(["cmdline"]):
+        if f"{DATASET} 3d_fullres 0" in " ".join(process.info["cmdline"] or ()):
+            process.kill()
+    while (row := found(made)[training()]).what == "running":
+        time.sleep(0.1)
+    assert row.what == "failed"
+    assert "its worker on" in row.text
+    fake({})
+    ended(made)
+    start_here(made, [[]])
+    assert {row.what for row in wait(made.output, lambda _: None)} == {"done"}
+    ended(made)
