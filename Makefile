@@ -18,7 +18,7 @@ test-install: $(VENV)/.installed
 	$(BIN)/python -m pytest -m install
 
 test-cluster: $(VENV)/.installed
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m cluster --log-cli-level=INFO --log-cli-format='%(asctime)s %(message)s' --log-cli-date-format=%H:%M:%S
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +23,11 @@ from nnunet_ext.files import writing
 from nnunet_ext.printable import printable
 
 _LOOK = 1.0  # seconds between two looks at a running command
+_TREE = 10.0  # seconds between two looks at what it has started
 _GRACE = 10.0  # seconds that processes have to end before they are killed
+_PROCESS, _COMMAND = 0, 1  # bytes of a lock's file, locked by the process that does a step and by its command
+_held_here: set[str] = set()
+_one_at_a_time = threading.Lock()
 _LOW_DISK = 100 * 2**20  # bytes
 _KEPT = 20_000  # bytes at the end of a log in which the error is looked for
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*|^nnunet-ext \S+: .*", re.MULTILINE)
@@ -60,6 +65,7 @@ class Commands:
     def __init__(self, log: Path, variables: Mapping[str, str], lock: int, is_stopped: Callable[[], bool]) -> None:
         self.log, self.variables, self.lock, self.is_stopped = log, variables, lock, is_stopped
         self._process: subprocess.Popen[bytes] | None = None
+        self._tree: list[psutil.Process] = []  # what it had started when it was last looked at
 
     def run(self, command: Sequence[str], watch: Callable[[], None] = lambda: None) -> None:
         """Run a console command to its end; all that it has started ends where this is interrupted.
@@ -86,7 +92,7 @@ class Commands:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=(self.lock,),
-                preexec_fn=_ignore_notice,
+                preexec_fn=self._prepare,
             )
             try:
                 self._wait(watch)
@@ -99,23 +105,38 @@ class Commands:
         if status:
             raise StepError(f"{last_error(self.log) or f'{command[0]} ended with exit code {status}'}{self._disk()}")
 
+    def _prepare(self) -> None:
+        """In the new process: hold the lock, and don't end by the notice of a time limit.
+
+        Slurm may send it to all processes of a job; it is for the one that does the step.
+        """
+        _lock(self.lock, _COMMAND)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
     def end(self) -> None:
-        """End the running command and all that it has started."""
-        process = self._process
-        if process is None:
+        """End the running command and all that it has started, data loaders that have outlived it too."""
+        if self._process is None:
             return
-        with suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(process.pid)
-            tree = [parent, *parent.children(recursive=True)] if process.poll() is None else []
-            for end in (psutil.Process.terminate, psutil.Process.kill):
-                for one in tree:
-                    with suppress(psutil.Error):
-                        end(one)
-                _, tree = psutil.wait_procs(tree, timeout=_GRACE)
-        process.wait()
+        self._look_at_tree()
+        left = self._tree
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for one in left:
+                with suppress(psutil.Error):
+                    end(one)
+            _, left = psutil.wait_procs(left, timeout=_GRACE)
+        self._process.wait()
+
+    def _look_at_tree(self) -> None:
+        assert self._process is not None
+        with suppress(psutil.Error):
+            if self._process.poll() is None:
+                parent = psutil.Process(self._process.pid)
+                self._tree = [parent, *parent.children(recursive=True)]
 
     def _wait(self, watch: Callable[[], None]) -> None:
         assert self._process is not None
+        next_look = 0.0
         while True:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=_LOOK)
@@ -123,17 +144,14 @@ class Commands:
             if self.is_stopped():
                 raise StepError("stopped by `nnunet-ext cv stop`")
             watch()
+            if time.monotonic() > next_look:
+                self._look_at_tree()
+                next_look = time.monotonic() + _TREE
 
     def _disk(self) -> str:
         roots = {Path(path) for path in self.variables.values() if os.path.isabs(path)} | {self.log.parent}
         low = sorted(str(r) for r in roots if r.is_dir() and shutil.disk_usage(r).free < _LOW_DISK)
         return f" (the disk of {low[0]} is full)" if low else ""
-
-
-def _ignore_notice() -> None:
-    """Slurm sends the notice of a time limit to all processes of a job; it is for the one that runs the step."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def last_error(log: Path) -> str:
@@ -152,10 +170,11 @@ def last_error(log: Path) -> str:
 
 @contextmanager
 def held(path: Path, wait: float = 0.0) -> Iterator[int | None]:
-    """Hold a lock that the commands which inherit it keep until the last of them has ended.
+    """Hold a lock, of which the commands that inherit it hold a part of their own, as long as they live.
 
-    Not `files.locked`: what a killed job leaves running, such as a training, must keep others from the same. Where the
-    file system has no locks nothing is held.
+    What a killed job leaves running, such as a training, so keeps others from the same; data loaders that outlive a
+    killed training don't: the parts are the operating system's record locks, which no fork inherits. Not
+    `files.locked`: it ends with its process. Where the file system has no locks nothing is held.
 
     Args:
         path: File of the lock; it stays.
@@ -164,21 +183,38 @@ def held(path: Path, wait: float = 0.0) -> Iterator[int | None]:
     Yields:
         Its descriptor; None where somebody else holds it.
     """
-    with writing(path):
+    end, descriptor = time.monotonic() + wait, _take(path)
+    while descriptor is None and time.monotonic() < end:
+        time.sleep(_LOOK)
+        descriptor = _take(path)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            _held_here.discard(str(path.resolve()))
+            os.close(descriptor)
+
+
+def _take(path: Path) -> int | None:
+    """Open and lock a file; None where it is held, by a process or by a command that one has left."""
+    key = str(path.resolve())
+    with _one_at_a_time, writing(path):
+        if key in _held_here:  # the system would grant it, and let it go where this process closes the file once more
+            return None
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        end = time.monotonic() + wait
-        while not (is_mine := _take(descriptor)) and time.monotonic() < end:
-            time.sleep(_LOOK)
-        yield descriptor if is_mine else None
-    finally:
-        os.close(descriptor)
+        if not (_lock(descriptor, _PROCESS) and _lock(descriptor, _COMMAND)):
+            os.close(descriptor)
+            return None
+        with suppress(OSError):
+            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _COMMAND)
+        _held_here.add(key)
+        return descriptor
 
 
-def _take(descriptor: int) -> bool:
+def _lock(descriptor: int, part: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
     except OSError as error:
         return error.errno not in (EAGAIN, EWOULDBLOCK, EACCES)
     return True

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nnunet_ext.cluster.work import CommandKilledError, Commands, StepError, held, is_held, last_error
+from nnunet_ext.cluster.work import CommandKilledError, Commands, StepError, held, last_error
 
 Script = Callable[[str], str]
 
@@ -94,16 +95,68 @@ def test_the_line_that_says_what_went_wrong_is_found(text: str, reason: str, tmp
     assert bool(last_error(log)) == bool(reason)
 
 
-def test_a_lock_outlives_the_process_that_took_it_as_long_as_a_command_does(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    with held(lock) as descriptor:
-        assert descriptor is not None
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], pass_fds=(descriptor,))
-        assert is_held(lock)
-    assert is_held(lock)
-    process.kill()
-    process.wait()
-    assert not is_held(lock)
+_LOCKED = """
+import sys
+from pathlib import Path
+from nnunet_ext.cluster.work import held, is_held
+with held(Path(sys.argv[1])) as mine:
+    print(mine is not None, is_held(Path(sys.argv[1])), flush=True)
+"""
+
+
+def tried(lock: Path) -> str:
+    """What another process finds."""
+    command = [sys.executable, "-c", _LOCKED, str(lock)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=_ENVIRONMENT).stdout.strip()
+
+
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+_STARTS = """
+import os, sys
+from pathlib import Path
+import nnunet_ext.console as console
+from nnunet_ext.cluster.work import Commands, held
+console._find = lambda name: name
+with held(Path(sys.argv[1])) as lock:
+    Commands(Path(sys.argv[2]), {}, lock, lambda: False).run(sys.argv[3:])
+"""
+
+
+def test_a_lock_outlives_its_process_with_its_command_but_not_with_what_that_has_started(tmp_path: Path) -> None:
+    lock, log = tmp_path / "lock", tmp_path / "log"
+    loader = "import os, time; pid = os.fork(); print(pid, flush=True) if pid else None; time.sleep(60)"
+    words = [sys.executable, "-c", _STARTS, str(lock), str(log), sys.executable, "-c", loader]
+    job = subprocess.Popen(words, env=_ENVIRONMENT)
+    while not (log.exists() and len(log.read_text().splitlines()) == 2):
+        time.sleep(0.05)
+    loader_process = psutil.Process(int(log.read_text().splitlines()[1]))
+    command = loader_process.parent()
+    assert command is not None
+    assert tried(lock) == "False True"
+    job.kill()
+    job.wait()
+    assert tried(lock) == "False True"
+    command.kill()
+    psutil.wait_procs([command], timeout=10)
+    try:
+        assert loader_process.is_running()
+        assert tried(lock) == "True True"
+    finally:
+        loader_process.kill()
+
+
+def test_data_loaders_that_outlive_a_killed_command_are_ended(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnunet_ext.cluster.work._TREE", 0.0)
+    source = (
+        "import os, time\npid = os.fork()\nif pid: print(pid, flush=True); time.sleep(0.5); os.kill(os.getpid(), 9)"
+    )
+    name = script(f"{source}\ntime.sleep(60)")
+    with pytest.raises(CommandKilledError):
+        commands(tmp_path).run([name])
+    loader = int((tmp_path / "logs" / "step.log").read_text().splitlines()[1])
+    assert not psutil.pid_exists(loader) or psutil.Process(loader).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_lock_is_waited_for(tmp_path: Path) -> None:
