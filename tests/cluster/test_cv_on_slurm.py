@@ -37,16 +37,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
+def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make a phantom of six small scans; return nnU-Net's variables as a shell sets them."""
+    variables = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
+    for name, value in {**variables, "OMP_NUM_THREADS": "1", "nnUNet_compile": "f"}.items():
+        monkeypatch.setenv(name, value)
+    small = PhantomSpec(n_training=6, n_test=1, field_of_view=(120.0, 100.0, 90.0), spacing=(6.0, 6.0, 6.0))
+    (folder / "raw").mkdir()
+    write_dataset(folder / "raw" / DATASET, small, lambda *_: None)
+    return " ".join(f"{name}={value}" for name, value in variables.items())
+
+
 @pytest.fixture
 def call(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`nnunet-ext cv` with a phantom of six small scans."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("nnUNet_compile", "f")
-    small = PhantomSpec(n_training=6, n_test=1, field_of_view=(120.0, 100.0, 90.0), spacing=(6.0, 6.0, 6.0))
-    (tmp_path / "raw").mkdir()
-    write_dataset(tmp_path / "raw" / DATASET, small, lambda *_: None)
+    """`nnunet-ext cv` with the phantom."""
+    prepare(tmp_path, monkeypatch)
 
     def run(*words: str) -> str:
         command = [console_script("nnunet-ext"), "cv", *words, "-o", str(tmp_path / "cv")]
@@ -71,20 +76,20 @@ def test_killed_preempted_and_limited_jobs_go_on_and_the_report_is_complete(
     (victim,) = training_processes(fold=0)
     log.info("killed: the training of fold 0, process %d, by SIGKILL", victim.pid)
     victim.send_signal(signal.SIGKILL)
-    at("fold 0 goes on in its job", lambda own: len(begun(own[0])) == 2)
+    at("fold 0 goes on in its job", lambda own: len(begun(folder_of(own[0]))) == 2)
 
     log.info("preempted: a job of a partition with a higher priority takes the whole node")
     cluster.run("sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=sleep 5")
     at("both are queued again", lambda own: all(row.what == "queued" and "again" in row.text for row in own))
-    at("both run again", lambda own: [len(begun(row)) for row in own] == [3, 2])
+    at("both run again", lambda own: [len(begun(folder_of(row))) for row in own] == [3, 2])
     at("all is done", lambda own: all(row.what == "done" for row in rows(output)))
     log.info(call("status").strip())
 
     for row in (row for row in rows(output) if isinstance(row.step, Training)):
-        first = begun(row)
+        first = begun(row.step.folder)
         log.info("%s began at the epochs %s", row.step.title, ", ".join(map(str, first)))
         assert first == sorted(set(first))
-        assert trained(row) == [*range(EPOCHS)]
+        assert trained(row.step.folder) == [*range(EPOCHS)]
     notices = [text.read_text().count("Caught signal SIGUSR2") for text in (output / "submitit").glob("*.out")]
     log.info("notices of a time limit: %s", sum(notices) // 2)  # the logger writes each line twice
     assert sum(notices) > 0
@@ -120,19 +125,63 @@ def training_processes(fold: int) -> list[psutil.Process]:
     return [process for process in found if process.parent() not in found]
 
 
-def logs(row: Row) -> list[str]:
+def folder_of(row: Row) -> Path:
     assert isinstance(row.step, Training)
-    paths = sorted(row.step.folder.glob("training_log_*.txt"), key=os.path.getmtime)
+    return row.step.folder
+
+
+def logs(folder: Path) -> list[str]:
+    paths = sorted(folder.glob("training_log_*.txt"), key=os.path.getmtime)
     return [path.read_text(encoding="utf-8") for path in paths]
 
 
-def begun(row: Row) -> list[int]:
+def begun(folder: Path) -> list[int]:
     """Epochs that the runs of a training began at."""
-    found = [re.search(r"Epoch (\d+) *$", text, flags=re.MULTILINE) for text in logs(row)]
+    found = [re.search(r"Epoch (\d+) *$", text, flags=re.MULTILINE) for text in logs(folder)]
     return [int(match[1]) for match in found if match]
 
 
-def trained(row: Row) -> list[int]:
+def trained(folder: Path) -> list[int]:
     """Epochs that ended, each once however often it was begun."""
-    ends = r"Epoch (\d+) \n(?:(?!Epoch \d).*\n)*?.*Epoch time"
-    return sorted({int(number) for text in logs(row) for number in re.findall(ends, text)})
+    ends = r"Epoch (\d+) \n(?:(?!.*Epoch \d).*\n)*?.*Epoch time"
+    return sorted({int(number) for text in logs(folder) for number in re.findall(ends, text)})
+
+
+def test_the_script_of_the_page_goes_on_after_its_time_limit(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = prepare(tmp_path, monkeypatch)
+    plan = [console_script("nnUNetv2_plan_and_preprocess"), "-d", "801", "-c", "3d_fullres", "-npfp", "1", "-np", "1"]
+    subprocess.run(plan, check=True, capture_output=True, timeout=PATIENCE)
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "cluster.md"
+    (script,) = re.findall(
+        r"<!-- script:begin -->\n```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    for old, new in {
+        "#SBATCH --gpus-per-node=1\n": "",
+        "--cpus-per-task=8": "--cpus-per-task=1",
+        "--mem=32G": "--mem=2G",
+        "--time=24:00:00": "--time=2",
+        "USR2@600": "USR2@30",
+        ". /shared/nnunet/bin/activate": f"export PATH={Path(console_script('nnunet-ext')).parent}:$PATH",
+        "nnUNet_raw=/shared/raw nnUNet_preprocessed=/shared/preprocessed nnUNet_results=/shared/results": variables,
+        "nnUNet_n_proc_DA=7": "nnUNet_n_proc_DA=1",
+        "Dataset004_Hippocampus": DATASET,
+        "nnUNetTrainerHalfWidth": TRAINER,
+        "-p $plans --c &": "-p $plans --c -device cpu &",
+    }.items():
+        assert old in script
+        script = script.replace(old, new)
+    (tmp_path / "fold.sh").write_text(script)
+    cluster.run("sbatch", "--parsable", "--array=0", f"--chdir={tmp_path}", tmp_path / "fold.sh")
+
+    folder = tmp_path / "results" / DATASET / f"{TRAINER}__nnUNetPlans__3d_fullres" / "fold_0"
+    deadline = time.monotonic() + PATIENCE
+    while not (folder / "validation" / "summary.json").exists():
+        assert time.monotonic() < deadline, (tmp_path / "fold_0.log").read_text()
+        time.sleep(1)
+    first = begun(folder)
+    log.info("the script's training began at the epochs %s", ", ".join(map(str, first)))
+    assert len(first) > 1
+    assert first == sorted(set(first))
+    assert trained(folder) == [*range(EPOCHS)]
