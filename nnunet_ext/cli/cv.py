@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
     slurm.add_argument("--time", help="limit of a job, as Slurm writes it (24:00:00); may be less than a training")
     slurm.add_argument("--mem", metavar="GIB", help="memory of a job (32)")
-    slurm.add_argument("--cpus", type=int, metavar="N", help="cores of a job (8)")
+    slurm.add_argument("--cpus", type=int, metavar="N", help="cores of a job (12)")
     slurm.add_argument("--setup", nargs="+", metavar="COMMAND", help='before a job, such as "module load cuda"')
     slurm.add_argument("--slurm", nargs="+", metavar="OPTION=VALUE", help="further options of sbatch (account=lab)")
     parser.add_argument("--json", action="store_true", help="status: print the rows as JSON")
@@ -124,7 +124,7 @@ def _on_slurm(args: argparse.Namespace) -> None:
         minutes=minutes,
         notice=slurm.notice_of(minutes),
         memory=slurm.gibibytes_of(args.mem or "32"),
-        cpus=args.cpus or 8,
+        cpus=args.cpus or 12,
         setup=tuple(args.setup or ()),
         more=_options(args.slurm or ()),
     )

@@ -13,12 +13,12 @@ from nnunet_ext.cluster.states import STOP, State, forget, log_of, read_state, w
 from nnunet_ext.cluster.steps import Planning, Step, Training, make_steps
 from nnunet_ext.cluster.work import Commands, StepError, held, is_held
 from nnunet_ext.errors import UsageError
-from nnunet_ext.nnunet.progress import has_advanced
 from nnunet_ext.printable import printable
 
 _REQUEUED = 120.0  # seconds that the processes of an earlier run of a job may still need to end
 _PLANNED = 7 * 86400.0  # seconds to wait for another planner of the same data set
 _PAUSE = 5.0  # seconds between two looks for a step that can be done
+DATA = "nnUNet_preprocessed"
 _MOST_WORKERS = 12  # that nnU-Net takes by default
 
 
@@ -48,6 +48,7 @@ class StepJob:
         self._step: Step | None = None
         self._commands: Commands | None = None
         self._began = 0.0
+        self._before: tuple[str, int] | None = None  # mark of the training when the job began
 
     def __call__(self) -> None:
         """Do the step, unless it is done.
@@ -90,6 +91,10 @@ class StepJob:
         if step.is_done():
             return
         variables = {**step.asked.variables, **self._workers(step), **(self.variables or {})}
+        if isinstance(step, Training):
+            self._before = step.mark()
+            # A command of --setup may have copied the data to a disk of the node.
+            variables[DATA] = os.environ.get(DATA) or variables[DATA]
         log = log_of(self.output, self.name)
         self._commands = Commands(log, variables, lock, lambda: (self.output / STOP).exists())
         step.work(self._commands)
@@ -114,7 +119,7 @@ class StepJob:
         if isinstance(step, Training) and self._commands is not None:
             step.save(self._time_to_save())  # what runs meanwhile Slurm ends
         is_late = self.limit is not None and time.monotonic() - self._began > 0.5 * (self.limit - self.notice)
-        if is_late and not (isinstance(step, Training) and has_advanced(step.folder)):
+        if is_late and not (isinstance(step, Training) and step.mark() != self._before):
             raise StepError(
                 f"it reached its limit of {(self.limit or 0) / 60:.0f} min with nothing to go on from: give more --time"
             )

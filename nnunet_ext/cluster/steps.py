@@ -18,10 +18,16 @@ from nnunet_ext.cluster.request import CrossValidation, Method, planner_of
 from nnunet_ext.cluster.work import CommandKilledError, Commands, StepError
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import write_text
-from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT, LATEST_CHECKPOINT, SAVE_REQUEST, whole_checkpoints
+from nnunet_ext.nnunet.checkpoints import (
+    BEST_CHECKPOINT,
+    FINAL_CHECKPOINT,
+    LATEST_CHECKPOINT,
+    SAVE_REQUEST,
+    whole_checkpoints,
+)
 from nnunet_ext.nnunet.datasets import number_of, read_dataset
 from nnunet_ext.nnunet.plans import configuration as configuration_of
-from nnunet_ext.nnunet.progress import Progress, has_advanced, read_progress
+from nnunet_ext.nnunet.progress import Progress, read_progress
 from nnunet_ext.nnunet.splits import validation_cases
 from nnunet_ext.whole import is_whole
 
@@ -217,12 +223,14 @@ class Training(Step):
         return all(any((folder / f"{case}{end}").is_file() for end in (".b2nd", ".npz")) for case in cases)
 
     def work(self, commands: Commands) -> None:
-        """Train, or go on where a checkpoint lies; again after a kill, as long as each try gets further.
+        """Train, or go on where a checkpoint lies; again after a kill, unless the second try gets no further.
 
         Raises:
             StepError: it failed, or its loss is lost.
         """
+        tries = 0  # that have got no further
         while True:
+            before = self.mark()
             try:
                 commands.run(self._command(), self._watcher())
                 self.see_loss()
@@ -230,7 +238,8 @@ class Training(Step):
             except CommandKilledError as error:
                 if error.number == signal.SIGTERM:  # Slurm says so to all processes before it kills them
                     time.sleep(_ENDING)
-                if not has_advanced(self.folder):
+                tries = 0 if self.mark() != before else tries + 1
+                if tries == 2:
                     raise
 
     def _command(self) -> list[str]:
@@ -241,6 +250,11 @@ class Training(Step):
         if there:
             options.append("--val" if FINAL_CHECKPOINT in there else "--c")
         return ["nnUNetv2_train", self.dataset, self.configuration, str(self.fold), *options]
+
+    def mark(self) -> tuple[str, int] | None:
+        """The checkpoint that nnU-Net would go on from, and when it was written: a run that gets further changes it."""
+        paths = (self.folder / name for name in (FINAL_CHECKPOINT, LATEST_CHECKPOINT, BEST_CHECKPOINT))
+        return next(((path.name, path.stat().st_mtime_ns) for path in paths if path.is_file()), None)
 
     def see_loss(self) -> None:
         """See that the training has not diverged.

@@ -12,7 +12,7 @@ from nnunet_ext.files import check_regular, writing
 from nnunet_ext.whole import is_whole
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"  # what nnU-Net writes at the end of a training
-LATEST_CHECKPOINT = "checkpoint_latest.pth"
+LATEST_CHECKPOINT, BEST_CHECKPOINT = "checkpoint_latest.pth", "checkpoint_best.pth"
 # A file of this name in a fold's folder asks trainers of this package for a checkpoint where the epoch ends.
 SAVE_REQUEST = "save_checkpoint"
 

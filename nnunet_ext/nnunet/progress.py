@@ -15,7 +15,6 @@ _READ = 200_000  # bytes at the end of a log; an epoch writes some 500
 _RUNS = 3  # logs that are read: each start of a training begins a new one
 _RECENT = 5  # epochs that tell how long one takes, and whether the loss is lost
 _ENDED = "Training done."
-_EPOCH = re.compile(r"Epoch (\d+) *$", flags=re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +54,11 @@ class Progress:
 
 def read_progress(fold: Path) -> Progress | None:
     """Read the newest logs in the folder of a fold; None where no training has begun there."""
-    logs = _logs(fold)
+    logs = sorted(fold.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if not logs:
         return None
     text = "".join(map(_end_of, logs[-_RUNS:]))
-    *_, last = (None, *_EPOCH.finditer(text))
+    *_, last = (None, *re.finditer(r"Epoch (\d+) *$", text, flags=re.MULTILINE))
     since = text[last.end() :] if last else text
     times = [float(number) for number in re.findall(r"Epoch time: ([\d.]+) s", text)]
     losses = [float(number) for number in re.findall(r"train_loss (-?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))", text)]
@@ -70,20 +69,6 @@ def read_progress(fold: Path) -> Progress | None:
         losses=tuple(losses[-_RECENT:]),
         is_validating=_ENDED in since,
     )
-
-
-def has_advanced(fold: Path) -> bool:
-    """Whether the newest run of a training began at a later epoch than the run before it, or is the first.
-
-    If not, the run before has saved nothing: another one like it would not either.
-    """
-    begun = [_EPOCH.search(log.read_text(encoding="utf-8", errors="replace")) for log in _logs(fold)[-2:]]
-    before, last = [-1, -1, *(int(match[1]) if match else -1 for match in begun)][-2:]
-    return last > before
-
-
-def _logs(fold: Path) -> list[Path]:
-    return sorted(fold.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def _end_of(log: Path) -> str:

@@ -1,7 +1,12 @@
 """A stand-in for nnU-Net's commands and `nnunet-ext compare`: leaves at once the files that they would leave.
 
-Called by scripts of their names. ``FAKE`` holds what trainings do besides, as JSON: name of a folder TRAINER or fold_N
--> "crash", "nan", "kill" (once), "kill always", "full" (the disk) or "slow" (does not end, and saves when asked).
+Called by scripts of their names. ``FAKE`` holds what trainings do besides, as JSON: name of a trainer or fold_N ->
+
+    "crash"                         fail with an error
+    "full"                          fail for want of disk
+    "nan"                           have no number as loss
+    "kill", "kill always"           are killed after the first checkpoint, or before it each time
+    "slow", "deaf"                  do not end; save when asked, or do not
 """
 
 from __future__ import annotations
@@ -100,17 +105,21 @@ def _train(folder: Path, does: str) -> None:
     (folder / "debug.json").write_text(json.dumps({"num_epochs": "3"}))
     log = folder / f"training_log_{time.time_ns()}.txt"
     loss = "nan" if does == "nan" else "-0.25"
-    for epoch in range(int("--c" in sys.argv and does != "kill always"), 3):
+    for epoch in range(int("--c" in sys.argv), 3):
         with log.open("a") as stream:
             stream.write(f"now: \nnow: Epoch {epoch} \nnow: train_loss {loss} \nnow: Epoch time: 60.0 s \n")
-        if does == "slow" and epoch == 0:
+        if does == "slow":
             while not (folder / "save_checkpoint").exists():
                 time.sleep(0.05)
+        if does == "kill always":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while does == "deaf":
+            time.sleep(0.05)
         _save(folder / "checkpoint_latest.pth")
         (folder / "save_checkpoint").unlink(missing_ok=True)
-        while does == "slow" and epoch == 0:
+        while does == "slow":
             time.sleep(0.05)
-        if (does == "kill" and "--c" not in sys.argv) or does == "kill always":
+        if does == "kill" and "--c" not in sys.argv:
             os.kill(os.getpid(), signal.SIGKILL)
     with log.open("a") as stream:
         stream.write("now: Training done. \n")

@@ -192,20 +192,39 @@ def test_a_preempted_job_saves_and_is_submitted_again_as_it_was(asked: Asked, fa
     assert calls(step)[-1].endswith("--c")
 
 
-def test_a_job_that_reaches_its_limit_twice_at_the_same_epoch_fails(asked: Asked, fake: Fake) -> None:
+def test_a_job_that_saves_nothing_until_its_limit_fails(asked: Asked, fake: Fake) -> None:
     pytest.importorskip("submitit")
     made = asked(folds=(0,))
     StepJob(made.output, PLAN, cores=1)()
-    fake({"fold_0": "slow"})
-    running(made, 0.1, lambda job: job.checkpoint())  # the first time it may
-    for path in make_steps(made)[training()].folder.glob("checkpoint*"):
-        path.unlink()
+    fake({"fold_0": "deaf"})
 
     def fail(job: StepJob) -> None:
         with pytest.raises(StepError, match="reached its limit of 0 min with nothing to go on from"):
             job.checkpoint()
 
     running(made, 0.1, fail)
+
+
+def test_a_job_that_was_preempted_before_may_reach_its_limit_at_the_same_epoch(asked: Asked, fake: Fake) -> None:
+    pytest.importorskip("submitit")
+    made = asked(folds=(0,))
+    StepJob(made.output, PLAN, cores=1)()
+    fake({"fold_0": "deaf"})
+    running(made, 1000.0, lambda job: job.checkpoint())  # preempted
+    fake({"fold_0": "slow"})
+    running(made, 0.1, lambda job: job.checkpoint())
+
+
+def test_data_that_setup_has_copied_are_used_by_trainings_alone(
+    asked: Asked, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = asked(folds=(0,))
+    monkeypatch.setenv("nnUNet_preprocessed", "/local/disk")
+    for name, expected in ((PLAN, str(made.preprocessed)), (training(), "/local/disk")):
+        job = StepJob(made.output, name, cores=1)
+        job()
+        assert job._commands is not None
+        assert job._commands.variables["nnUNet_preprocessed"] == expected
 
 
 def test_planning_that_does_not_fit_the_limit_is_not_repeated_for_ever(asked: Asked) -> None:

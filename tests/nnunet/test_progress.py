@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_ext.nnunet.progress import has_advanced, read_progress
+from nnunet_ext.nnunet.progress import read_progress
 
 LINE = "2026-11-28 09:42:19.667816: "
 
@@ -77,15 +77,3 @@ def test_a_loss_that_is_lost_is_told_from_one_bad_epoch(
     found = read_progress(tmp_path)
     assert found is not None
     assert found.is_diverged == diverged
-
-
-def test_a_run_advances_when_it_begins_later_than_the_one_before(tmp_path: Path) -> None:
-    assert not has_advanced(tmp_path)
-    write(tmp_path, "a", epoch(0) + epoch(1))
-    assert has_advanced(tmp_path)
-    write(tmp_path, "b", epoch(2))
-    assert has_advanced(tmp_path)
-    write(tmp_path, "c", epoch(2) + epoch(3))
-    assert not has_advanced(tmp_path)
-    write(tmp_path, "d", "killed before its first epoch")
-    assert not has_advanced(tmp_path)
