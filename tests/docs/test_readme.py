@@ -66,7 +66,7 @@ def test_readme_names_one_page_for_each_job(readme: str) -> None:
     jobs = jobs.partition("\n## ")[0]
     found = re.findall(r"^\*\*.+\*\* \(\[(.+?)\]\((.+?)\)\)", jobs, flags=re.MULTILINE)
     assert [text for text, target in found if text != target] == []
-    pages = ("advise", "deploy", "compare", "install", "add-a-method")
+    pages = ("advise", "deploy", "compare", "cluster", "install", "add-a-method")
     assert [target for _, target in found] == [f"docs/how-to/{page}.md" for page in pages]
 
 
@@ -78,10 +78,10 @@ def test_half_width_stands_beside_faster_fusion() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/how-to/install.md", "docs/how-to/deploy.md", "docs/how-to/demo.md"]
+    "page", ["README.md", *(f"docs/how-to/{page}.md" for page in ("install", "deploy", "demo", "cluster", "scale"))]
 )
 def test_commands_are_those_that_exist(page: str) -> None:
-    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    text = (REPOSITORY / page).read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL))
     for command, rest in re.findall(r"^(?:\S*/)?nnunet-ext ([\w-]+)(.*)$", blocks, flags=re.MULTILINE):
         module = importlib.import_module(f"nnunet_ext.cli.{command.replace('-', '_')}")
