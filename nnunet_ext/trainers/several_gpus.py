@@ -16,8 +16,8 @@ else:
 class SeveralGPUsMixin(HostTrainer):
     """For ``nnUNetv2_train -num_gpus``; stands before ``nnUNetTrainer`` in the bases of a trainer."""
 
-    def initialize(self) -> None:
-        """Initialise as nnU-Net does.
+    def run_training(self) -> None:
+        """Train as nnU-Net does.
 
         Raises:
             ValueError: GPUs would have different numbers of samples where nnU-Net's Dice loss gathers them as one.
@@ -29,7 +29,7 @@ class SeveralGPUsMixin(HostTrainer):
                 f"{configuration.batch_size} and {size} GPUs: give another -num_gpus, or change batch_size or "
                 "batch_dice of this configuration in the plans."
             )
-        super().initialize()
+        super().run_training()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does.
