@@ -20,9 +20,14 @@ _LIMIT = 300  # seconds of a job
 
 
 class Ranks:
-    """The processes; they are started by the first job, and again after a job that failed."""
+    """The processes; they are started by the first job, and again after a job that failed.
 
-    def __init__(self) -> None:
+    Args:
+        joined: Whether they are one group; otherwise each job makes its own.
+    """
+
+    def __init__(self, joined: bool = True) -> None:
+        self.joined = joined
         self._processes: list[Any] = []
 
     def run(self, job: Callable[..., None], *arguments: Any) -> None:
@@ -59,18 +64,19 @@ class Ranks:
         context = mp.get_context("spawn")
         self._results = context.Queue()
         self._jobs = [context.Queue() for _ in range(SIZE)]
-        store = Path(tempfile.mkdtemp()) / "store"
+        store = Path(tempfile.mkdtemp()) / "store" if self.joined else None
         for rank, jobs in enumerate(self._jobs):
             process = context.Process(target=_serve, args=(rank, store, jobs, self._results), daemon=True)
             process.start()
             self._processes.append(process)
 
 
-def _serve(rank: int, store: Path, jobs: Any, results: Any) -> None:
+def _serve(rank: int, store: Path | None, jobs: Any, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    wait = timedelta(seconds=_LIMIT)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=SIZE, timeout=wait)
+    if store is not None:
+        wait = timedelta(seconds=_LIMIT)
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=SIZE, timeout=wait)
     while True:
         job, arguments = jobs.get()
         torch._dynamo.reset()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 
 
-class CoreTrainer(AtomicCheckpointMixin, nnUNetTrainer):
+class CoreTrainer(AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer):
     """Default nnU-Net."""

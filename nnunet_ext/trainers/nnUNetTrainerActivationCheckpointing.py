@@ -11,11 +11,14 @@ from nnunet_ext.architectures.checkpointed.levels import Recompute
 from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet, CheckpointedResidualEncoderUNet
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
 from nnunet_ext.trainers.compiled_ddp import CompiledCheckpointsMixin
+from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 
 _NETWORKS = {"PlainConvUNet": CheckpointedPlainConvUNet, "ResidualEncoderUNet": CheckpointedResidualEncoderUNet}
 
 
-class nnUNetTrainerActivationCheckpointing(CompiledCheckpointsMixin, AtomicCheckpointMixin, nnUNetTrainer):
+class nnUNetTrainerActivationCheckpointing(
+    CompiledCheckpointsMixin, AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer
+):
     """nnU-Net's network of the plans, default or ResEnc, whose stages the backward pass computes once more.
 
     Parameters, checkpoints and results are those of nnU-Net's default trainer; memory is less, time more.

@@ -7,6 +7,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
 from nnunet_ext.trainers.from_plans import builds
+from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 
 
 def half_features(configuration_manager: ConfigurationManager) -> list[int]:
@@ -24,7 +25,7 @@ def half_features(configuration_manager: ConfigurationManager) -> list[int]:
     return [n // 2 for n in features]
 
 
-class nnUNetTrainerHalfWidth(AtomicCheckpointMixin, nnUNetTrainer):
+class nnUNetTrainerHalfWidth(AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer):
     """nnU-Net's network of the plans with half of the features: a quarter of parameters and operations.
 
     What a method saves beyond this is its own merit.

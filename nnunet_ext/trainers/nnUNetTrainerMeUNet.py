@@ -6,9 +6,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
 from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin
+from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 
 
-class nnUNetTrainerMeUNet(MeUNetTrainerMixin, AtomicCheckpointMixin, nnUNetTrainer):
+class nnUNetTrainerMeUNet(MeUNetTrainerMixin, AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer):
     """meU-net (Wang et al. 2022): trains the network of the plans with a large patch at the memory of a small one.
 
     The patch of the plans is the large one. Network and checkpoints are those of nnU-Net's default trainer. What only

@@ -8,10 +8,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from itertools import count
-from multiprocessing import dummy, get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +20,7 @@ import SimpleITK as sitk
 import torch
 
 from tests.conftest import console_script
+from tests.contract.threads import threads_for_processes
 
 WORKSPACE = Path(tempfile.mkdtemp(prefix="nnunet_ext-tests-"))
 
@@ -50,23 +49,6 @@ _unused = count(max(IDS.values()) + 1)
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(WORKSPACE, ignore_errors=True)
-
-
-@contextmanager
-def threads_for_processes() -> Iterator[None]:
-    """nnU-Net's pools are of threads in here: each of its processes would import PyTorch again."""
-
-    class Threads:
-        Pool = staticmethod(dummy.Pool)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(get_context("spawn"), name)
-
-    with (
-        patch("multiprocessing.get_context", lambda _=None: Threads()),
-        patch("nnunetv2.utilities.utils.Pool", lambda processes: dummy.Pool(1)),
-    ):
-        yield
 
 
 @pytest.fixture(autouse=True)
