@@ -197,7 +197,7 @@ def _print(found: Sequence[Row], output: Path) -> None:
 
 def _print_dataset(dataset: str, found: Sequence[Row]) -> None:
     """A line for each training with its folds side by side, then one for each step of the whole data set."""
-    from nnunet_ext.cluster.steps import Training
+    from nnunet_ext.cluster.training import Training
 
     folds: dict[str, dict[int, Row]] = {}
     for row in found:

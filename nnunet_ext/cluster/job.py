@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_ext.cluster.planning import Planning
 from nnunet_ext.cluster.request import CrossValidation
 from nnunet_ext.cluster.states import STOP, State, forget, log_of, read_state, write_state
-from nnunet_ext.cluster.steps import Planning, Step, Training, make_steps
+from nnunet_ext.cluster.step import Step
+from nnunet_ext.cluster.steps import make_steps
+from nnunet_ext.cluster.training import Training
 from nnunet_ext.cluster.work import Commands, StepError, held, is_held
 from nnunet_ext.errors import UsageError
 from nnunet_ext.printable import printable

@@ -13,7 +13,9 @@ from nnunet_ext.cluster import local, slurm
 from nnunet_ext.cluster.job import forget_failures, is_done, living_workers, without_needs
 from nnunet_ext.cluster.request import CrossValidation
 from nnunet_ext.cluster.states import STOP, State, log_of, read_job, read_state, write_job
-from nnunet_ext.cluster.steps import Step, Training, make_steps
+from nnunet_ext.cluster.step import Step
+from nnunet_ext.cluster.steps import make_steps
+from nnunet_ext.cluster.training import Training
 from nnunet_ext.cluster.work import is_held
 from nnunet_ext.files import locked, write_text, writing
 

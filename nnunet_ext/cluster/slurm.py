@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ext.cluster.job import StepJob
-from nnunet_ext.cluster.steps import Step
+from nnunet_ext.cluster.step import Step
 from nnunet_ext.errors import UsageError
 
 _ENDLESS = 10**6  # time limits that a job may reach: a training goes on as long as each brings it further

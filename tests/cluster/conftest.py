@@ -38,7 +38,7 @@ def fake(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         f"import nnunet_ext.console as console\nconsole._find = lambda name: {str(folder)!r} + '/' + name\n"
     )
     monkeypatch.setattr("nnunet_ext.console._find", lambda name: str(folder / name))
-    monkeypatch.setattr("nnunet_ext.cluster.steps._ENDING", 0.1)
+    monkeypatch.setattr("nnunet_ext.cluster.training._ENDING", 0.1)
     monkeypatch.setattr("nnunet_ext.cluster.work._LOOK", 0.05)
     return lambda does: monkeypatch.setenv("FAKE", json.dumps(does))
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from nnunet_ext.cluster.run import Row, rows
-from nnunet_ext.cluster.steps import Training
+from nnunet_ext.cluster.training import Training
 from nnunet_ext.demo.phantom import PhantomSpec, write_dataset
 from tests.cluster import slurm
 from tests.cluster.slurm import Cluster, one_node

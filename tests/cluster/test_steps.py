@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nnunet_ext.cluster.request import Method
-from nnunet_ext.cluster.steps import Training, make_steps
+from nnunet_ext.cluster.steps import make_steps
+from nnunet_ext.cluster.training import Training
 from nnunet_ext.cluster.work import Commands, StepError
 from nnunet_ext.errors import UsageError
 from tests.cluster.conftest import DATASET, Asked
