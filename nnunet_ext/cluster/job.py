@@ -87,7 +87,7 @@ class StepJob:
         return True
 
     def _do(self, step: Step, steps: dict[str, Step], lock: int) -> None:
-        missing = [name for name in step.needs if not steps[name].is_done()]
+        missing = [name for name in step.needs if not is_done(self.output, steps[name])]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise StepError(f"it needs {steps[missing[0]].title}{more}, which is not done")

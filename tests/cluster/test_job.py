@@ -17,6 +17,7 @@ from nnunet_ext.cluster.steps import make_steps
 from nnunet_ext.cluster.work import StepError, held
 from tests.cluster.conftest import DATASET, Asked
 from tests.cluster.test_steps import Fake, calls, training
+from tests.conftest import RunPython
 
 PLAN = f"{DATASET}__plan__nnUNetPlans"
 
@@ -252,3 +253,13 @@ def test_workers_of_nnunet_follow_the_cores(
     assert StepJob(made.output, step.name, cores)._workers(step)["nnUNet_n_proc_DA"] == expected
     monkeypatch.setenv("nnUNet_n_proc_DA", "5")
     assert StepJob(made.output, step.name, cores)._workers(step)["nnUNet_n_proc_DA"] == "5"
+
+
+def test_the_job_of_a_training_takes_no_memory_for_pytorch(asked: Asked, fake: Fake, run_python: RunPython) -> None:
+    made = asked(folds=(0,))
+    StepJob(made.output, PLAN, cores=1)()
+    found = run_python(
+        f"import sys\nfrom pathlib import Path\nfrom nnunet_ext.cluster.job import StepJob\n"
+        f"StepJob(Path({str(made.output)!r}), {training()!r}, cores=1)()\nprint('torch' in sys.modules)"
+    )
+    assert found.stdout.strip() == "False"
