@@ -7,5 +7,4 @@ from pathlib import Path
 
 from nnunet_ext.cluster.local import submit
 
-output, number, cores, *gpus = sys.argv[1:]
-submit(Path(output), int(number), int(cores), gpus)
+submit(Path(sys.argv[1]), sys.argv[2:])

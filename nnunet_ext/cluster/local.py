@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_ext.cluster.job import Worker, living_workers, lock_of
-from nnunet_ext.cluster.work import is_held
+from nnunet_ext.cluster.job import Means
+from nnunet_ext.cluster.request import CrossValidation
+from nnunet_ext.cluster.work import has_locks, is_held
+from nnunet_ext.cluster.worker import Worker, living_workers, lock_of
 from nnunet_ext.errors import UsageError
-from nnunet_ext.files import write_text, writing
+from nnunet_ext.files import read_json, write_text, writing
 
 _FOR_EVER = 60 * 24 * 365 * 10  # minutes: submitit ends local jobs after two, or what it is told
 _STARTED = 60.0  # seconds for a worker to show that it lives
@@ -55,30 +58,64 @@ def shared_out(gpus: Sequence[str], each: int, jobs: int | None) -> list[list[st
     return groups[:jobs]
 
 
-def start(output: Path, groups: Sequence[Sequence[str]]) -> list[int]:
+def check(asked: CrossValidation, groups: Sequence[Sequence[str]]) -> None:
+    """See that workers can be started beside those that live.
+
+    Args:
+        asked: What they will work on.
+        groups: GPUs of each.
+
+    Raises:
+        UsageError: those that live have other GPUs, or the file system has no locks.
+    """
+    for folder in (asked.output, asked.results):
+        if not has_locks(folder):
+            raise UsageError(
+                f"workers need a file system with locks, {folder} has none: choose another by -o and nnUNet_results."
+            )
+    for number in living_workers(asked.output):
+        theirs = read_json(_note(asked.output, number), "call `nnunet-ext cv stop`").get("arguments")
+        if number < len(groups) and theirs != _arguments(asked, number, groups):
+            raise UsageError(
+                f"worker {number} lives with other GPUs, cores or device ({' '.join(theirs[1:] or '')}): call "
+                "`nnunet-ext cv stop` first, or start with what it has."
+            )
+
+
+def start(asked: CrossValidation, groups: Sequence[Sequence[str]]) -> list[int]:
     """Start the workers that do not live yet, so that they outlive this terminal, and return their numbers.
 
     Args:
-        output: Folder of the cross-validation.
+        asked: What they work on.
         groups: GPUs of each.
 
     Raises:
         UsageError: one did not start.
     """
-    living = living_workers(output)
+    living = living_workers(asked.output)
     numbers = [number for number in range(len(groups)) if number not in living]
     for number in numbers:
-        _start(output, number, groups)
+        _start(asked.output, _arguments(asked, number, groups))
     return numbers
 
 
-def _start(output: Path, number: int, groups: Sequence[Sequence[str]]) -> None:
-    log, each = output / "workers" / f"{number}.log", max(1, cores() // len(groups))
+def _arguments(asked: CrossValidation, number: int, groups: Sequence[Sequence[str]]) -> list[str]:
+    """Number, cores, device and GPUs of a worker."""
+    return [str(number), str(max(1, cores() // len(groups))), asked.device, *groups[number]]
+
+
+def _note(output: Path, number: int) -> Path:
+    return output / "workers" / f"{number}.json"
+
+
+def _start(output: Path, arguments: Sequence[str]) -> None:
+    number = int(arguments[0])
+    log = output / "workers" / f"{number}.log"
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("ab")
     with stream:  # no pipe: what submitit starts keeps it
-        command = [sys.executable, "-m", "nnunet_ext.cluster", str(output), str(number), str(each), *groups[number]]
+        command = [sys.executable, "-m", "nnunet_ext.cluster", str(output), *arguments]
         started = subprocess.run(
             command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, check=False
         )
@@ -92,22 +129,22 @@ def _start(output: Path, number: int, groups: Sequence[Sequence[str]]) -> None:
 
 def _has_ended(output: Path, number: int) -> bool:
     """Whether a worker has left its result already."""
-    job = (output / "workers" / f"{number}.job").read_text(encoding="utf-8").strip()
+    job = read_json(_note(output, number), "call again")["job"]
     return (output / "submitit" / f"{job}_0_result.pkl").exists()
 
 
-def submit(output: Path, number: int, each: int, gpus: Sequence[str]) -> None:
+def submit(output: Path, arguments: Sequence[str]) -> None:
     """Start a worker through submitit; it ends with its work, not with this process.
 
     Args:
         output: Folder of the cross-validation.
-        number: Number of the worker.
-        each: CPU cores that it has.
-        gpus: GPUs that it sees.
+        arguments: Its number, cores, device and GPUs.
     """
     import submitit
 
+    number, each, device, *gpus = arguments
+    means = Means(device=device, gpus=len(gpus), cores=int(each), variables={"CUDA_VISIBLE_DEVICES": ",".join(gpus)})
     executor = submitit.AutoExecutor(output / "submitit", cluster="local")
     executor.update_parameters(timeout_min=_FOR_EVER, stderr_to_stdout=True)
-    job = executor.submit(Worker(output, number, each, tuple(gpus)))
-    write_text(output / "workers" / f"{number}.job", f"{job.job_id}\n")
+    job = executor.submit(Worker(output, int(number), means))
+    write_text(_note(output, int(number)), json.dumps({"job": job.job_id, "arguments": [*arguments]}) + "\n")

@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_ext.cluster.request import planner_of
 from nnunet_ext.cluster.step import Step
 from nnunet_ext.cluster.work import Commands, StepError
+from nnunet_ext.errors import UsageError
 from nnunet_ext.files import write_text
 from nnunet_ext.nnunet.datasets import number_of, read_dataset
 from nnunet_ext.nnunet.plans import configuration as configuration_of
@@ -37,7 +38,7 @@ class Planning(Step):
         """Whether every training case is preprocessed for every configuration, and split."""
         try:
             return (self._folder / "splits_final.json").is_file() and self._unprepared() == []
-        except StepError:  # `work` says what is wrong
+        except (StepError, UsageError):  # `work` says what is wrong
             return False
 
     def work(self, commands: Commands) -> None:
@@ -61,7 +62,7 @@ class Planning(Step):
         if missing:
             raise StepError(
                 f"{self.plans} of {self.dataset} have no {missing[0]}, but {', '.join(planned['configurations'])}: "
-                "nnU-Net plans some for large images only; leave it out"
+                "nnU-Net plans some for large images only; leave it out, in another folder by -o"
             )
         return planned
 

@@ -194,6 +194,8 @@ def _content(asked: CrossValidation) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "all"
     if isinstance(value, list):
         return " ".join(_shown(item) for item in value)
     return f"{value['trainer']}:{value['plans']}" if isinstance(value, dict) else str(value)
@@ -251,6 +253,12 @@ def find_datasets(asked: Sequence[str], raw: Path, preprocessed: Path) -> tuple[
                 f"{', '.join(names or sorted(there)) or 'none'}: give its number or full name."
             )
         found += names
+    for name in found:
+        of_number = {path.name for root in (raw, preprocessed) for path in dataset_folders(root, str(number_of(name)))}
+        if len(of_number) > 1:
+            raise UsageError(
+                f"-d must have a number of its own, there is {' and '.join(sorted(of_number))}: rename one of them."
+            )
     if len(set(found)) < len(found):
         raise UsageError(f"-d must name each data set once, got {' '.join(found)}: leave one out.")
     return tuple(found)

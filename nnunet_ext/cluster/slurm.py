@@ -9,10 +9,10 @@ import subprocess
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from nnunet_ext.cluster.job import StepJob
+from nnunet_ext.cluster.job import Means, StepJob
+from nnunet_ext.cluster.request import CrossValidation
+from nnunet_ext.cluster.states import State
 from nnunet_ext.cluster.step import Step
 from nnunet_ext.errors import UsageError
 
@@ -21,21 +21,44 @@ _PATIENCE = 60  # seconds for an answer of Slurm's commands
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
+# States of jobs that have ended, or are ending.
+_ENDING = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("REVOKED", "TIMEOUT"),
+)
+_OWN = {
+    **{name: f"use --{name}" for name in ("partition", "time", "mem")},
+    "cpus-per-task": "use --cpus",
+    **dict.fromkeys(("mem-per-cpu", "mem-per-gpu"), "use --mem"),
+    **dict.fromkeys(
+        ("array", "dependency", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"),
+        "leave it out",
+    ),
+    **dict.fromkeys(("requeue", "signal"), "leave it out"),
+}
+
+
+class NoAnswerError(UsageError):
+    """Slurm does not answer just now."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
     """What every job asks for.
 
     Args:
         partition: Name; None: the cluster's default.
+        cpu_partition: That of steps without GPUs; None: the same.
         minutes: Time limit of a job; it may be shorter than a training.
         notice: Seconds before the limit at which a training is asked to save.
         memory: GiB.
         cpus: Cores.
         setup: Shell commands before it, such as "module load cuda".
-        more: Further options of sbatch, by their long names.
+        more: Further options of sbatch, by their long names; "" as value: it takes none.
     """
 
     partition: str | None
+    cpu_partition: str | None
     minutes: int
     notice: int
     memory: float
@@ -54,18 +77,20 @@ class Slurm:
                 "--executor slurm needs Slurm's commands, sbatch is not on PATH: call this on a login node of the "
                 "cluster, or take --executor local."
             )
-        partitions = [name.rstrip("*") for name in _ask(["sinfo", "--noheader", "--format=%P"]).split()]
-        for name in (self.partition or "").split(","):
+        partitions = [name.rstrip("*") for name in _ask(["sinfo", "--all", "--noheader", "--format=%P"]).split()]
+        for name in ",".join(filter(None, (self.partition, self.cpu_partition))).split(","):
             if name and name not in partitions:
                 raise UsageError(
                     f"--partition must be one of this cluster, got {name}: choose among {', '.join(partitions)}."
                 )
+        if taken := [name for name in self.more if name in _OWN]:
+            raise UsageError(f"--slurm can't set {taken[0]}, which cv does: {_OWN[taken[0]]}.")
 
-    def submit(self, output: Path, step: Step, after: Sequence[str]) -> str:
+    def submit(self, asked: CrossValidation, step: Step, after: Sequence[str]) -> str:
         """Submit a step and return the number of its job.
 
         Args:
-            output: Folder of the cross-validation.
+            asked: What it is part of.
             step: Step to do.
             after: Numbers of the jobs that must have ended before, well or not: the step looks itself.
 
@@ -75,32 +100,41 @@ class Slurm:
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        executor = submitit.AutoExecutor(output / "submitit", cluster="slurm", slurm_max_num_timeout=_ENDLESS)
-        gpus = {"gpus_per_node": step.gpus} if step.gpus else {}
+        executor = submitit.AutoExecutor(asked.output / "submitit", cluster="slurm", slurm_max_num_timeout=_ENDLESS)
+        more = {name: value or True for name, value in self.more.items() if step.gpus or not _is_of_gpus(name)}
+        gpus = {"gpus_per_node": step.gpus} if step.gpus and not any(map(_is_of_gpus, more)) else {}
         dependency = {"slurm_dependency": "afterany:" + ":".join(after)} if after else {}
         executor.update_parameters(
             name=f"cv {step.title}"[:80],
             timeout_min=self.minutes,
             mem_gb=self.memory,
             cpus_per_task=self.cpus,
-            slurm_partition=self.partition,
+            slurm_partition=self.partition if step.gpus else self.cpu_partition or self.partition,
             slurm_signal_delay_s=self.notice,
             slurm_setup=list(self.setup) or None,
             # From 22.05 on srun does not take the cores from sbatch.
             slurm_srun_args=[f"--cpus-per-task={self.cpus}"],
-            slurm_additional_parameters={"requeue": True, **self.more},
+            slurm_additional_parameters={"requeue": True, **more},
             stderr_to_stdout=True,
             **gpus,
             **dependency,
         )
-        job = StepJob(output, step.name, self.cpus, limit=60.0 * self.minutes, notice=self.notice)
+        means = Means(
+            device=asked.device, gpus=asked.gpus, cores=self.cpus, limit=60.0 * self.minutes, notice=self.notice
+        )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what submitit calls deprecated itself
-                return str(executor.submit(job).job_id)
+                return str(executor.submit(StepJob(asked.output, step.name, means)).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
-            raise UsageError(f"Slurm refuses {step.title} ({lines[-1].strip()}): correct the options.") from error
+            raise UsageError(
+                f"Slurm refuses {step.title} ({lines[-1].strip()}): correct the options, or call again later."
+            ) from error
+
+
+def _is_of_gpus(option: str) -> bool:
+    return option.startswith(("gpu", "gres"))
 
 
 def minutes_of(text: str) -> int:
@@ -140,15 +174,28 @@ def gibibytes_of(text: str) -> float:
 
 
 def queue() -> dict[str, tuple[str, str]] | None:
-    """State and reason of each of the user's jobs, by number; None where Slurm can't be asked."""
+    """State and reason of each of the user's jobs, by number; None on a machine without Slurm's commands.
+
+    Raises:
+        NoAnswerError: it does not answer.
+    """
     if shutil.which("squeue") is None:
         return None
-    try:
-        lines = _ask(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%T|%r"]).splitlines()
-    except UsageError:
-        return None
+    lines = _ask(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A|%T|%r"]).splitlines()
     parts = (line.split("|", 2) for line in lines if line.count("|") >= 2)
     return {job: (state, reason) for job, state, reason in parts}
+
+
+def is_alive(queued: tuple[str, str] | None, said: State | None) -> bool:
+    """Whether a job that stands in the queue will do its step, or does.
+
+    Args:
+        queued: Its state there and the reason; None: it does not stand there.
+        said: What it said itself: a job that ends to begin again said so.
+    """
+    if queued is None:
+        return False
+    return queued[0] not in _ENDING or (said is not None and said.what == "requeued")
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -161,11 +208,16 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def _ask(command: Sequence[str]) -> str:
+    """Output of one of Slurm's commands.
+
+    Raises:
+        NoAnswerError: it failed.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)
     except subprocess.CalledProcessError as error:
-        reason: Any = error.stderr.strip() or error
-        raise UsageError(f"Slurm does not answer {command[0]} ({reason}): is the cluster up?") from error
+        reason = error.stderr.strip() or str(error)
+        raise NoAnswerError(f"Slurm does not answer {command[0]} ({reason}): is the cluster up?") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"Slurm does not answer {command[0]} ({error}): is the cluster up?") from error
+        raise NoAnswerError(f"Slurm does not answer {command[0]} ({error}): is the cluster up?") from error
     return done.stdout

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +11,7 @@ from typing import Literal
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json, write_text
 
-What = Literal["running", "requeued", "failed", "done"]
+What = Literal["running", "requeued", "stopped", "failed", "done"]
 STOP = "stop"  # file in the output folder that asks all running steps to end
 
 
@@ -25,15 +23,11 @@ class State:
         what: What became of the step.
         message: Why it failed, in one line.
         host: Machine that it ran on.
-        job: Number of the job; "" of a local one.
-        since: Seconds since 1970.
     """
 
     what: What
     message: str = ""
     host: str = field(default_factory=socket.gethostname)
-    job: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
-    since: float = field(default_factory=time.time)
 
 
 def write_state(output: Path, step: str, state: State) -> None:
@@ -68,10 +62,21 @@ def write_job(output: Path, step: str, job: str) -> None:
 
 def read_job(output: Path, step: str) -> str | None:
     """Number of the Slurm job that does a step; None where none was submitted."""
+    return _number(output / "jobs" / f"{step}.txt")
+
+
+def all_jobs(output: Path) -> list[str]:
+    """Numbers of all Slurm jobs that were submitted, also of steps that the plans have no more."""
+    numbers = map(_number, (output / "jobs").glob("*.txt"))
+    return sorted({number for number in numbers if number is not None})
+
+
+def _number(path: Path) -> str | None:
     try:
-        return (output / "jobs" / f"{step}.txt").read_text(encoding="utf-8").strip() or None
-    except OSError:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
         return None
+    return text if text.isdecimal() else None
 
 
 def _file(output: Path, step: str) -> Path:

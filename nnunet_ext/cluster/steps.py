@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from nnunet_ext.cluster.gathering import BestConfiguration, Comparing, Gathering
@@ -10,18 +11,34 @@ from nnunet_ext.cluster.planning import Planning
 from nnunet_ext.cluster.request import CrossValidation, Method
 from nnunet_ext.cluster.step import Step
 from nnunet_ext.cluster.training import Training
+from nnunet_ext.cluster.work import Commands, StepError
 from nnunet_ext.errors import UsageError
 
 
-def make_steps(asked: CrossValidation) -> dict[str, Step]:
-    """All steps by name, each after those that it needs.
+@dataclass(frozen=True, kw_only=True)
+class Reading(Step):
+    """What stands for all steps of a data set whose plans or split can't be read."""
 
-    Raises:
-        UsageError: a plans file or a split can't be read.
-    """
+    reason: str
+
+    def is_done(self) -> bool:
+        """Never: once they can be read there is no such step."""
+        return False
+
+    def work(self, commands: Commands) -> None:
+        """Say why not."""
+        raise StepError(self.reason)
+
+
+def make_steps(asked: CrossValidation) -> dict[str, Step]:
+    """All steps by name, each after those that it needs."""
     steps: dict[str, Step] = {}
     for dataset in asked.datasets:
-        for step in _of_dataset(asked, dataset):
+        try:
+            own: list[Step] = [*_of_dataset(asked, dataset)]
+        except UsageError as error:
+            own = [Reading(asked=asked, name=f"{dataset}__read", dataset=dataset, title="read", reason=str(error))]
+        for step in own:
             steps.setdefault(step.name, step)
     return steps
 

@@ -64,8 +64,8 @@ class Training(Step):
 
     def is_done(self) -> bool:
         """Whether it is trained and validated, has not diverged, and the next stage has all that it needs."""
-        files = (self.folder / FINAL_CHECKPOINT, self.folder / "validation" / "summary.json")
-        if not (files[0].is_file() and is_whole(files[1])):
+        trained, validated = _written(self.folder / FINAL_CHECKPOINT), self.folder / "validation" / "summary.json"
+        if not trained or _written(validated) < trained or not is_whole(validated):
             return False
         progress = self.progress
         return not (progress and progress.is_diverged) and self._has_told_next_stage()
@@ -109,7 +109,7 @@ class Training(Step):
     def mark(self) -> tuple[str, int] | None:
         """The checkpoint that nnU-Net would go on from, and when it was written: a run that gets further changes it."""
         paths = (self.folder / name for name in (FINAL_CHECKPOINT, LATEST_CHECKPOINT, BEST_CHECKPOINT))
-        return next(((path.name, path.stat().st_mtime_ns) for path in paths if path.is_file()), None)
+        return next(((path.name, written) for path in paths if (written := _written(path))), None)
 
     def see_loss(self) -> None:
         """See that the training has not diverged.
@@ -145,7 +145,7 @@ class Training(Step):
         if name not in registry.names("trainers") and not (schedule and name == registry.CORE_TRAINER):
             return
         request, latest = self.folder / SAVE_REQUEST, self.folder / LATEST_CHECKPOINT
-        before = latest.stat().st_mtime_ns if latest.exists() else 0
+        before = _written(latest)
         try:
             request.touch()
         except OSError:  # a full disk, on which no checkpoint could be written either
@@ -153,6 +153,14 @@ class Training(Step):
         end = time.monotonic() + seconds
         while time.monotonic() < end and request.exists():
             time.sleep(0.2)
-            if latest.exists() and latest.stat().st_mtime_ns != before:
+            if _written(latest) != before:
                 break
         request.unlink(missing_ok=True)
+
+
+def _written(path: Path) -> int:
+    """When a file was written, in ns since 1970; 0 where there is none, or none any more."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -19,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from nnunet_ext import console
-from nnunet_ext.files import writing
+from nnunet_ext.files import partial, writing
 from nnunet_ext.printable import printable
 
 _LOOK = 1.0  # seconds between two looks at a running command
@@ -37,6 +39,10 @@ _FOLLOWS = ("background workers", "workers died", "ProcessRaisedException", "Pro
 
 class StepError(Exception):
     """A step failed; the message is one line."""
+
+
+class StoppedError(StepError):
+    """The user has stopped the step."""
 
 
 class CommandKilledError(StepError):
@@ -76,7 +82,8 @@ class Commands:
 
         Raises:
             CommandKilledError: a signal ended it.
-            StepError: it failed, or the user has stopped the step.
+            StoppedError: the user has stopped the step.
+            StepError: it failed.
         """
         environment = {**os.environ, **self.variables, "PYTHONUNBUFFERED": "1"}
         with writing(self.log):
@@ -94,6 +101,7 @@ class Commands:
                 pass_fds=(self.lock,),
                 preexec_fn=self._prepare,
             )
+            self._sign()
             try:
                 self._wait(watch)
             finally:
@@ -114,25 +122,26 @@ class Commands:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
+    def _sign(self) -> None:
+        """Say in the lock's file who holds it, for `end_command`."""
+        assert self._process is not None
+        note = {"host": socket.gethostname(), "log": str(self.log), "process": self._process.pid}
+        with suppress(OSError):
+            os.ftruncate(self.lock, 0)
+            os.pwrite(self.lock, json.dumps(note).encode(), 0)
+
     def end(self) -> None:
         """End the running command and all that it has started, data loaders that have outlived it too."""
         if self._process is None:
             return
         self._look_at_tree()
-        left = self._tree
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            for one in left:
-                with suppress(psutil.Error):
-                    end(one)
-            _, left = psutil.wait_procs(left, timeout=_GRACE)
+        _end(self._tree)
         self._process.wait()
 
     def _look_at_tree(self) -> None:
         assert self._process is not None
-        with suppress(psutil.Error):
-            if self._process.poll() is None:
-                parent = psutil.Process(self._process.pid)
-                self._tree = [parent, *parent.children(recursive=True)]
+        if self._process.poll() is None:
+            self._tree = _tree(self._process.pid) or self._tree
 
     def _wait(self, watch: Callable[[], None]) -> None:
         assert self._process is not None
@@ -142,7 +151,7 @@ class Commands:
                 self._process.wait(timeout=_LOOK)
                 return
             if self.is_stopped():
-                raise StepError("stopped by `nnunet-ext cv stop`")
+                raise StoppedError("stopped by `nnunet-ext cv stop`")
             watch()
             if time.monotonic() > next_look:
                 self._look_at_tree()
@@ -212,17 +221,80 @@ def _take(path: Path) -> int | None:
         return descriptor
 
 
-def _lock(descriptor: int, part: int) -> bool:
+def _lock(descriptor: int, part: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
+        fcntl.lockf(descriptor, kind | fcntl.LOCK_NB, 1, part)
     except OSError as error:
         return error.errno not in (EAGAIN, EWOULDBLOCK, EACCES)
     return True
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds the lock."""
-    if not path.exists():
+    """Whether somebody holds the lock; looking takes none of it from others who look."""
+    if str(path.resolve()) in _held_here:
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
         return False
-    with held(path) as found:
-        return found is None
+    try:
+        return not all(_lock(descriptor, part, fcntl.LOCK_SH) for part in (_PROCESS, _COMMAND))
+    finally:
+        os.close(descriptor)
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of a folder has locks at all; the folder is made.
+
+    Raises:
+        UsageError: it can't be written.
+    """
+    probe = partial(folder / "lock")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as stream:
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            finally:
+                probe.unlink()
+    return True
+
+
+def end_command(lock: Path, log: Path) -> bool:
+    """End the command of a step that holds its lock on this machine, though what has started it is gone.
+
+    Args:
+        lock: Lock of the step.
+        log: Log of the step; another one's command is left alone.
+
+    Returns:
+        Whether there was one.
+    """
+    try:
+        note = json.loads(lock.read_text(encoding="utf-8")) if is_held(lock) else {}
+    except (OSError, ValueError):
+        return False
+    if not isinstance(note, dict) or (note.get("host"), note.get("log")) != (socket.gethostname(), str(log)):
+        return False
+    tree = _tree(int(note["process"]))
+    _end(tree)
+    return bool(tree)
+
+
+def _tree(process: int) -> list[psutil.Process]:
+    """A process and all that it has started."""
+    try:
+        parent = psutil.Process(process)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for one in processes:
+            with suppress(psutil.Error):
+                end(one)
+        _, processes = psutil.wait_procs(processes, timeout=_GRACE)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import check_regular, writing
-from nnunet_ext.whole import is_whole
+from nnunet_ext.whole import check_whole
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"  # what nnU-Net writes at the end of a training
 LATEST_CHECKPOINT, BEST_CHECKPOINT = "checkpoint_latest.pth", "checkpoint_best.pth"
@@ -34,18 +34,19 @@ class Trained:
 
 
 def whole_checkpoints(fold: Path) -> list[str]:
-    """Names of a fold's checkpoints that can be read to their end; those that were cut off are deleted.
+    """Names of a fold's checkpoints that can be read to their end; those that were cut off are renamed to .damaged.
 
     Raises:
-        UsageError: one can't be deleted.
+        UsageError: one can't be read now, or not be renamed.
     """
     names = []
     for path in sorted(fold.glob("checkpoint_*.pth")):
-        if is_whole(path):
-            names.append(path.name)
-            continue
         with writing(path):
-            path.unlink(missing_ok=True)
+            try:
+                check_whole(path)
+                names.append(path.name)
+            except ValueError:
+                path.replace(path.with_name(f"{path.name}.damaged"))
     return names
 
 

@@ -12,7 +12,7 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
 
 _READ = 200_000  # bytes at the end of a log; an epoch writes some 500
-_RUNS = 3  # logs that are read: each start of a training begins a new one
+_RUNS = 50  # logs that are read at most
 _RECENT = 5  # epochs that tell how long one takes, and whether the loss is lost
 _ENDED = "Training done."
 
@@ -57,7 +57,11 @@ def read_progress(fold: Path) -> Progress | None:
     logs = sorted(fold.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if not logs:
         return None
-    text = "".join(map(_end_of, logs[-_RUNS:]))
+    text = ""
+    for log in reversed(logs[-_RUNS:]):  # each start of a training begins a new one
+        text = _end_of(log) + text
+        if text.count("train_loss") >= _RECENT:
+            break
     *_, last = (None, *re.finditer(r"Epoch (\d+) *$", text, flags=re.MULTILINE))
     since = text[last.end() :] if last else text
     times = [float(number) for number in re.findall(r"Epoch time: ([\d.]+) s", text)]
@@ -81,5 +85,5 @@ def _epochs(fold: Path) -> int | None:
     """Planned epochs, as nnU-Net notes them where the training begins."""
     try:
         return int(read_json(fold / "debug.json", "train again")["num_epochs"])
-    except (UsageError, KeyError, ValueError):
+    except (UsageError, KeyError, ValueError, TypeError):
         return None

@@ -40,11 +40,11 @@ def test_what_is_asked_for_is_kept_and_shown(call: Call, tmp_path: Path, capsys:
         Method(trainer="nnUNetTrainer", plans="nnUNetPlans"),
         Method(trainer="nnUNetTrainerReversible_9epochs", plans="nnUNetReversiblePlans"),
     )
-    assert (kept.datasets, kept.folds, kept.npz, kept.device) == (("Dataset801_Fake",), (1, 0), True, "cpu")
+    assert (kept.datasets, kept.folds, kept.npz, kept.device) == (("Dataset801_Fake",), (0, 1), True, "cpu")
     shown = capsys.readouterr().out
     assert "Workers started: 1." in shown
     assert "nnUNetTrainerReversible_9epochs" in shown
-    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert [line for line in shown.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_what_is_asked_for_is_kept_and_shown(call: Call, tmp_path: Path, capsys:
         ((*SMALL, "--partition", "gpu"), "--partition is for Slurm"),
         ((*SMALL, "--jobs", "0"), "--jobs must be at least 1"),
         (("-d", "801", "--gpus", "-1"), "--gpus must be 0 or more"),
-        (("-d", "801", "--gpus", "0", "-device", "cuda"), "-device cuda does not go with --gpus 0"),
+        (("-d", "801", "--gpus", "0", "-device", "cuda"), "-device cuda needs a GPU, --gpus is 0 or"),
         ((*SMALL, "--executor", "slurm", "--jobs", "2"), "--jobs is for this machine"),
         ((*SMALL, "--executor", "slurm", "--time", "soon"), "--time must be a time"),
-        ((*SMALL, "--executor", "slurm", "--slurm", "account"), "--slurm must be options of sbatch"),
+        ((*SMALL, "--executor", "slurm", "--slurm", "account="), "--slurm must be options of sbatch"),
         (("status",), "-o must be the folder of a cross-validation"),
         (("stop", "-o", "nowhere"), "-o must be the folder of a cross-validation"),
     ],
@@ -73,6 +73,32 @@ def test_a_mistake_is_one_sentence(
     said = capsys.readouterr().err
     assert reason in said
     assert said.count("\n") == 1
+
+
+def test_an_option_that_is_given_twice_is_taken_twice(call: Call, tmp_path: Path) -> None:
+    words = (
+        "-tr",
+        "nnUNetTrainer",
+        "-tr",
+        "nnUNetTrainerHalfWidth",
+        "-f",
+        "0",
+        "-f",
+        "3",
+        "-c",
+        "2d",
+        "-c",
+        "3d_fullres",
+    )
+    assert call(*SMALL, *words) == 0
+    kept = CrossValidation.read(tmp_path / "cross_validation")
+    assert [method.trainer for method in kept.methods] == ["nnUNetTrainer", "nnUNetTrainerHalfWidth"]
+    assert (kept.folds, kept.configurations) == ((0, 3), ("2d", "3d_fullres"))
+
+
+def test_json_is_all_that_start_prints_where_it_is_asked_for(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*SMALL, "-f", "0", "--json") == 0
+    assert [record["state"] for record in json.loads(capsys.readouterr().out)] == ["not started"] * 3
 
 
 def test_more_gpus_than_the_machine_has_are_refused(
@@ -111,7 +137,7 @@ def test_failures_are_named_and_make_the_status_fail(
     shown = capsys.readouterr().out
     assert "failed: Dataset801_Fake, nnUNetTrainer, nnUNetPlans, 3d_fullres, fold 0:" in shown
     assert "OSError: no space" in shown
-    assert "blocked: Dataset801_Fake, compare" in shown
+    assert "blocked: Dataset801_Fake, 1 step: needs nnUNetTrainer" in shown
     assert call("status", "--json") == 1
     records = {record["step"]: record for record in json.loads(capsys.readouterr().out)}
     assert records[step]["state"] == "failed"

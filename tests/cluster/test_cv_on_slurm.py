@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nnunet_ext.cluster.run import Row, rows
+from nnunet_ext.cluster.status import Row, rows
 from nnunet_ext.cluster.training import Training
 from nnunet_ext.demo.phantom import PhantomSpec, write_dataset
 from tests.cluster import slurm

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nnunet_ext.cluster import local, slurm
-from nnunet_ext.cluster.job import StepJob, living_workers
 from nnunet_ext.cluster.request import CrossValidation
-from nnunet_ext.cluster.run import Row, rows, start_here, start_on_slurm, stop, wait
-from nnunet_ext.cluster.states import State, read_job, write_job, write_state
+from nnunet_ext.cluster.start import start_here, start_on_slurm, stop
+from nnunet_ext.cluster.states import STOP, State, read_job, write_job, write_state
+from nnunet_ext.cluster.status import Row, rows, wait
 from nnunet_ext.cluster.steps import make_steps
+from nnunet_ext.cluster.work import held
+from nnunet_ext.cluster.worker import living_workers
 from nnunet_ext.errors import UsageError
 from tests.cluster.conftest import DATASET, Asked
+from tests.cluster.test_job import job
 from tests.cluster.test_steps import Fake, training
 
 PLAN = f"{DATASET}__plan__nnUNetPlans"
@@ -54,7 +60,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def wish(**options: object) -> slurm.Slurm:
-    defaults = {"partition": "long", "minutes": 90, "notice": 300, "memory": 2.5, "cpus": 3}
+    defaults = {"partition": "long", "cpu_partition": None, "minutes": 90, "notice": 300, "memory": 2.5, "cpus": 3}
     return slurm.Slurm(**(defaults | {"setup": ("module load cuda",), "more": {"account": "lab"}} | options))
 
 
@@ -84,7 +90,7 @@ def test_each_step_is_a_job_after_those_that_it_needs(asked: Asked, cluster: Pat
 
 def test_the_same_call_submits_only_what_is_missing(asked: Asked, cluster: Path, fake: Fake) -> None:
     made = asked(folds=(0, 1))
-    StepJob(made.output, PLAN, cores=1)()
+    job(made, PLAN)()
     write_job(made.output, training(1), "77")
     (cluster / "squeue").write_text("77|RUNNING|None\n78|PENDING|Priority")
     write_state(made.output, training(0), State(what="failed", message="it was so"))
@@ -163,12 +169,123 @@ def test_without_slurm_the_cure_is_named(asked: Asked, monkeypatch: pytest.Monke
         start_on_slurm(asked(), wish(), lambda _: None)
 
 
+def test_gpus_that_are_asked_for_otherwise_are_asked_for_once(asked: Asked, cluster: Path) -> None:
+    made = asked(folds=(0,), device="cuda", gpus=1)
+    more = {"gres": "gpu:a100:1", "exclusive": ""}
+    start_on_slurm(made, wish(more=more, cpu_partition="gpu"), lambda _: None)
+    plan, train, compare = (submitted(cluster, number) for number in (1, 2, 3))
+    assert "#SBATCH --gres=gpu:a100:1\n" in train
+    assert "gpus-per-node" not in train
+    assert "gres" not in plan + compare
+    assert "#SBATCH --exclusive\n" in train
+    assert [re.findall("--partition=(.*)", text) for text in (plan, train, compare)] == [["gpu"], ["long"], ["gpu"]]
+
+
+@pytest.mark.parametrize("option", ["time", "dependency", "mem-per-cpu", "cpus-per-task"])
+def test_options_that_cv_sets_can_not_be_set_otherwise(option: str, asked: Asked, cluster: Path) -> None:
+    with pytest.raises(UsageError, match=f"--slurm can't set {option}, which cv does"):
+        start_on_slurm(asked(), wish(more={option: "1"}), lambda _: None)
+
+
+@pytest.fixture
+def silent(cluster: Path, tmp_path: Path) -> None:
+    """Slurm does not answer what stands in the queue."""
+    squeue = tmp_path / "clients" / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
+
+
+def test_a_slurm_that_does_not_answer_is_not_one_without_jobs(asked: Asked, cluster: Path, silent: None) -> None:
+    made = asked(folds=(0,))
+    write_job(made.output, PLAN, "4")
+    acts = (lambda: start_on_slurm(made, wish(), lambda _: None), lambda: stop(made.output), lambda: rows(made.output))
+    for act in acts:
+        with pytest.raises(UsageError, match=r"Slurm does not answer squeue .*Unable to contact"):
+            act()
+    assert not list(cluster.glob("*.sh"))
+
+
+def test_waiting_goes_on_where_slurm_does_not_answer_for_a_moment(
+    asked: Asked, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, answers = asked(folds=(0,)), iter([slurm.NoAnswerError("not now"), {"4": ("RUNNING", "")}, {}])
+    write_job(made.output, PLAN, "4")
+
+    def queue() -> dict[str, tuple[str, str]]:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("nnunet_ext.cluster.status._PAUSE", 0.0)
+    monkeypatch.setattr(slurm, "queue", queue)
+    seen: list[list[str]] = []
+    wait(made.output, lambda found: seen.append([row.what for row in found]))
+    assert [whats[0] for whats in seen] == ["running", "failed"]
+
+
+def test_jobs_that_are_ending_are_submitted_again_unless_they_said_so(asked: Asked, cluster: Path) -> None:
+    made = asked(folds=(0, 1))
+    for name, job_number in ((PLAN, "4"), (training(0), "5"), (training(1), "6")):
+        write_job(made.output, name, job_number)
+    (cluster / "squeue").write_text("4|RUNNING|None\n5|COMPLETING|None\n6|COMPLETING|None")
+    write_state(made.output, training(1), State(what="requeued"))
+    start_on_slurm(made, wish(), lambda _: None)
+    assert [read_job(made.output, name) for name in (PLAN, training(0), training(1))] == ["4", "1", "6"]
+
+
+def test_what_was_stopped_is_told_as_stopped_until_it_is_started_again(asked: Asked, cluster: Path) -> None:
+    made = asked(folds=(0,))
+    start_on_slurm(made, wish(), lambda _: None)
+    (cluster / "squeue").write_text("1|RUNNING|None\n2|PENDING|Dependency\n3|PENDING|Dependency")
+    write_state(made.output, PLAN, State(what="running"))
+    assert stop(made.output) == "Stopped; jobs cancelled: 3."
+    (cluster / "squeue").write_text("1|COMPLETING|None")
+    assert {row.what for row in rows(made.output)} == {"stopped"}
+    start_on_slurm(made, wish(), lambda _: None)
+    (cluster / "squeue").write_text("4|PENDING|None\n5|PENDING|Dependency\n6|PENDING|Dependency")
+    assert {row.what for row in rows(made.output)} == {"queued"}
+
+
+def test_data_that_are_gone_are_made_again(asked: Asked, fake: Fake) -> None:
+    made = asked(folds=(0,))
+    job(made, PLAN)()
+    shutil.rmtree(made.preprocessed)
+    assert found(made)[PLAN].what == "done"  # by its word, until something is started
+    start_here(made, [[]])
+    assert {row.what for row in wait(made.output, lambda _: None)} == {"done"}
+    assert (made.preprocessed / DATASET / "splits_final.json").exists()
+
+
+def test_a_lock_that_others_hold_does_not_make_a_step_run(asked: Asked) -> None:
+    made = asked(folds=(0,))
+    with held(make_steps(made)[PLAN].lock):
+        assert found(made)[PLAN].what == "not started"
+        write_state(made.output, PLAN, State(what="running"))
+        assert found(made)[PLAN].what == "running"
+
+
+def test_a_folder_that_may_only_be_read_can_be_looked_at(asked: Asked) -> None:
+    made = asked(folds=(0,))
+    lock = make_steps(made)[PLAN].lock
+    with held(lock):
+        pass
+    opened = os.open
+
+    def read_only(path: str, flags: int, *rest: int) -> int:
+        assert not flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT), path
+        return opened(path, flags, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        assert found(made)[PLAN].what == "not started"
+
+
 def test_jobs_are_cancelled(asked: Asked, cluster: Path) -> None:
     made = asked(folds=(0,))
     write_job(made.output, training(0), "5")
     write_job(made.output, PLAN, "4")
     (cluster / "squeue").write_text("5|RUNNING|None")
-    assert stop(made.output) == 1
+    assert stop(made.output) == "Stopped; jobs cancelled: 1."
     assert "scancel 5" in (cluster / "calls.txt").read_text().splitlines()
 
 
@@ -249,6 +366,23 @@ def test_workers_of_this_machine_outlive_the_call_and_finish(
     assert start_here(made, [[]]) == []  # nothing is left to do
 
 
+def test_workers_that_live_keep_their_gpus(asked: Asked, fake: Fake, ended: Callable[[CrossValidation], None]) -> None:
+    pytest.importorskip("submitit")
+    made = asked(folds=(0,))
+    fake({"fold_0": "slow"})
+    start_here(made, [[]])
+    with pytest.raises(UsageError, match="worker 0 lives with other GPUs, cores or device"):
+        start_here(replace(made, device="cuda", gpus=1), [["0"]])
+    assert stop(made.output) == "Stopped; workers that end in a moment: 1."
+    ended(made)
+
+
+def test_workers_need_locks(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnunet_ext.cluster.local.has_locks", lambda folder: False)
+    with pytest.raises(UsageError, match="workers need a file system with locks"):
+        start_here(asked(), [[]])
+
+
 def test_failed_steps_are_done_again_by_the_same_call(
     asked: Asked, fake: Fake, ended: Callable[[CrossValidation], None]
 ) -> None:
@@ -280,15 +414,13 @@ def test_a_killed_worker_is_named_and_replaced(
             process.kill()
     # The training that the worker has left alone goes on, and is told.
     assert found(made)[training()].what == "running"
-    for process in psutil.process_iter(["cmdline"]):
-        if f"{DATASET} 3d_fullres 0" in " ".join(process.info["cmdline"] or ()):
-            process.kill()
-    while (row := found(made)[training()]).what == "running":
-        time.sleep(0.1)
+    ended(made)
+    assert stop(made.output) == "Stopped; commands ended that a killed worker had left: 1."
+    (made.output / STOP).unlink()
+    row = found(made)[training()]
     assert row.what == "failed"
     assert "its worker on" in row.text
     fake({})
-    ended(made)
     start_here(made, [[]])
     assert {row.what for row in wait(made.output, lambda _: None)} == {"done"}
     ended(made)

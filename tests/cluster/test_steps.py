@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_ext.cluster.request import Method
-from nnunet_ext.cluster.steps import make_steps
+from nnunet_ext.cluster.steps import Reading, make_steps
 from nnunet_ext.cluster.training import Training
 from nnunet_ext.cluster.work import Commands, StepError
 from nnunet_ext.errors import UsageError
@@ -72,8 +73,9 @@ def test_the_stage_before_is_read_from_plans_that_are_there(asked: Asked) -> Non
     assert steps[training(0, "mine")].needs == tuple(training(fold, "low") for fold in range(5))
     plans["configurations"]["low"]["previous_stage"] = "mine"
     (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
-    with pytest.raises(UsageError, match="form a circle"):
-        make_steps(made)
+    (broken,) = make_steps(made).values()
+    assert isinstance(broken, Reading)
+    assert "form a circle" in broken.reason
 
 
 def test_planning_makes_what_is_missing_and_nothing_twice(asked: Asked, fake: Fake, commands: Commands) -> None:
@@ -146,13 +148,34 @@ def test_a_validation_that_is_missing_or_cut_off_is_repeated_alone(fold: Trainin
     assert calls(fold)[-1].endswith("--val")
 
 
+def test_a_validation_of_an_earlier_training_does_not_count(fold: Training, commands: Commands) -> None:
+    fold.work(commands)
+    later = (fold.folder / "validation" / "summary.json").stat().st_mtime_ns + 1
+    os.utime(fold.folder / "checkpoint_final.pth", ns=(later, later))
+    assert not fold.is_done()
+
+
 def test_a_training_goes_on_from_a_checkpoint_that_is_whole(fold: Training, commands: Commands) -> None:
     fold.work(commands)
     (fold.folder / "checkpoint_final.pth").rename(fold.folder / "checkpoint_best.pth")
     (fold.folder / "checkpoint_latest.pth").write_bytes(b"cut off")
     fold.work(commands)
     assert calls(fold)[-1].endswith("--c")
-    assert not (fold.folder / "checkpoint_latest.pth").exists()
+    assert (fold.folder / "checkpoint_latest.pth.damaged").read_bytes() == b"cut off"
+
+
+def test_a_checkpoint_that_can_not_be_read_now_is_left_alone(
+    fold: Training, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold.work(commands)
+
+    def stale(path: Path) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("nnunet_ext.nnunet.checkpoints.check_whole", stale)
+    with pytest.raises(UsageError, match="Stale file handle"):
+        fold.work(commands)
+    assert (fold.folder / "checkpoint_final.pth").is_file()
 
 
 def test_a_killed_training_goes_on_at_once(fold: Training, commands: Commands, fake: Fake) -> None:

@@ -58,6 +58,24 @@ def test_validation_is_told(tmp_path: Path) -> None:
     assert found.epoch == 8
 
 
+def test_validations_do_not_hide_that_a_training_diverged(tmp_path: Path) -> None:
+    write(tmp_path, "a", "".join(epoch(number, loss="nan") for number in range(5)) + f"{LINE}Training done. \n")
+    for name in "bcdef":
+        write(tmp_path, name, f"{LINE}predicting case \n")
+    found = read_progress(tmp_path)
+    assert found is not None
+    assert found.is_diverged
+
+
+@pytest.mark.parametrize("content", ['{"num_epochs": null}', '{"num_epochs": []}', "{}", "{"])
+def test_what_nnunet_has_not_noted_is_not_known(content: str, tmp_path: Path) -> None:
+    write(tmp_path, "a", epoch(0))
+    (tmp_path / "debug.json").write_text(content)
+    found = read_progress(tmp_path)
+    assert found is not None
+    assert found.epochs is None
+
+
 @pytest.mark.parametrize(
     ("losses", "done", "diverged"),
     [
