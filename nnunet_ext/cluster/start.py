@@ -7,9 +7,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nnunet_ext.cluster import local, slurm
+from nnunet_ext.cluster.job import is_done
 from nnunet_ext.cluster.planning import Planning
 from nnunet_ext.cluster.request import CrossValidation
-from nnunet_ext.cluster.states import STOP, all_jobs, forget, log_of, read_job, read_state, write_job
+from nnunet_ext.cluster.states import (
+    STOP,
+    State,
+    all_jobs,
+    forget,
+    log_of,
+    read_job,
+    read_state,
+    write_job,
+    write_state,
+)
 from nnunet_ext.cluster.step import Step
 from nnunet_ext.cluster.steps import make_steps
 from nnunet_ext.cluster.work import end_command
@@ -30,7 +41,7 @@ def start_on_slurm(asked: CrossValidation, cluster: slurm.Slurm, say: Callable[[
     with _opened(asked) as steps:
         there, jobs = slurm.queue() or {}, {}
         for step in steps.values():
-            if step.is_done():
+            if is_done(asked.output, step):
                 continue
             job = read_job(asked.output, step.name)
             if job is not None and slurm.is_alive(there.get(job), read_state(asked.output, step.name)):
@@ -54,7 +65,7 @@ def start_here(asked: CrossValidation, groups: Sequence[Sequence[str]]) -> list[
         UsageError: one did not start, those that live have other GPUs, or the file system has no locks.
     """
     with _opened(asked, lambda: local.check(asked, groups)) as steps:
-        if all(step.is_done() for step in steps.values()):
+        if all(is_done(asked.output, step) for step in steps.values()):
             return []
         return local.start(asked, groups)
 
@@ -71,11 +82,17 @@ def _opened(asked: CrossValidation, check: Callable[[], None] = lambda: None) ->
         (asked.output / STOP).unlink(missing_ok=True)
         steps = make_steps(asked)
         for step in steps.values():
-            state = read_state(asked.output, step.name)
-            was_done = state is not None and state.what == "done" and isinstance(step, Planning)
-            if state is not None and (state.what in ("failed", "stopped") or (was_done and not step.is_done())):
-                forget(asked.output, step.name)
+            _refresh(asked.output, step)
         yield steps
+
+
+def _refresh(output: Path, step: Step) -> None:
+    """Let a step that failed be done again, and look once whether what is said of planning is so."""
+    state, is_planning = read_state(output, step.name), isinstance(step, Planning)
+    if is_planning and step.is_done():
+        write_state(output, step.name, State(what="done"))
+    elif state is not None and state.what in ("failed", "stopped", *["done"] * is_planning):
+        forget(output, step.name)
 
 
 def stop(output: Path) -> str:
@@ -89,7 +106,9 @@ def stop(output: Path) -> str:
     """
     asked = CrossValidation.read(output)
     write_text(output / STOP, "")
-    jobs = [job for job in all_jobs(output) if job in (slurm.queue() or {})]
+    submitted = all_jobs(output)
+    there = (slurm.queue() or {}) if submitted else {}
+    jobs = [job for job in submitted if job in there]
     if jobs:
         slurm.cancel(jobs)
     workers = living_workers(output)
