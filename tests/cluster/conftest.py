@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nnunet_ext.cluster.request import CrossValidation, Method
+from nnunet_ext.cluster.request import FOLDERS, CrossValidation, Method
 from tests.cluster import fake_nnunet
 
 DATASET = "Dataset801_Fake"
@@ -22,6 +22,8 @@ Asked = Callable[..., CrossValidation]
 @pytest.fixture
 def fake(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
     """Commands of this process, and of all that it starts, are the stand-ins; tells them what trainings do."""
+    for name in FOLDERS:  # tests of others set them
+        monkeypatch.delenv(name, raising=False)
     root = Path(__file__).parents[2]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(root)]))
     folder = tmp_path / "commands"
