@@ -95,8 +95,10 @@ class Planning(Step):
         ending, named = content["file_ending"], content.get("dataset")
         if is_raw and named:
             return {case: f"{case}{ending}" for case in named}
-        files = (raw / "labelsTr" if is_raw else self._folder / "gt_segmentations").glob(f"*{ending}")
-        return {path.name.removesuffix(ending): path.name for path in files}
+        # Of a raw data set nnU-Net takes what has an image.
+        folder, end = (raw / "imagesTr", f"_0000{ending}") if is_raw else (self._folder / "gt_segmentations", ending)
+        cases = (path.name.removesuffix(end) for path in folder.glob(f"*{end}"))
+        return {case: f"{case}{ending}" for case in cases}
 
     def _split(self) -> None:
         """Make nnU-Net's split by its own function: trainings that begin at once would each write it."""

@@ -49,9 +49,9 @@ def fake(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 def asked(tmp_path: Path) -> Asked:
     """What is asked for, of a raw data set that is there: ``asked(folds=(0,))``."""
     raw = tmp_path / "raw" / DATASET
-    (raw / "labelsTr").mkdir(parents=True)
+    (raw / "imagesTr").mkdir(parents=True)
     for case in fake_nnunet.CASES:
-        (raw / "labelsTr" / f"{case}.nii.gz").touch()
+        (raw / "imagesTr" / f"{case}_0000.nii.gz").touch()
     content = {"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz", "channel_names": {"0": "CT"}}
     (raw / "dataset.json").write_text(json.dumps(content))
 

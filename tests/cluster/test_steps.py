@@ -105,7 +105,7 @@ def test_the_split_is_the_one_that_nnunet_makes(asked: Asked, fake: Fake, comman
 
 def test_a_data_set_without_five_cases_is_named(asked: Asked, fake: Fake, commands: Commands) -> None:
     step = next(iter(make_steps(asked()).values()))
-    for path in sorted((step.asked.raw / DATASET / "labelsTr").iterdir())[:7]:
+    for path in sorted((step.asked.raw / DATASET / "imagesTr").iterdir())[:7]:
         path.unlink()
     with pytest.raises(StepError, match="can't be split into five folds"):
         step.work(commands)

@@ -149,13 +149,17 @@ def test_data_loaders_that_outlive_a_killed_command_are_ended(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nnunet_ext.cluster.work._TREE", 0.0)
-    source = (
-        "import os, time\npid = os.fork()\nif pid: print(pid, flush=True); time.sleep(0.5); os.kill(os.getpid(), 9)"
-    )
-    name = script(f"{source}\ntime.sleep(60)")
+    name = script("import os, time\npid = os.fork()\nif pid: print(pid, flush=True)\ntime.sleep(60)")
+    work, log, looks = commands(tmp_path), tmp_path / "logs" / "step.log", []
+
+    def watch() -> None:
+        looks.append(log.read_text().count("\n"))
+        if looks.count(2) == 2:  # after the loader was there at a look
+            psutil.Process(int(log.read_text().splitlines()[1])).parent().kill()
+
     with pytest.raises(CommandKilledError):
-        commands(tmp_path).run([name])
-    loader = int((tmp_path / "logs" / "step.log").read_text().splitlines()[1])
+        work.run([name], watch)
+    loader = int(log.read_text().splitlines()[1])
     assert not psutil.pid_exists(loader) or psutil.Process(loader).status() == psutil.STATUS_ZOMBIE
 
 
