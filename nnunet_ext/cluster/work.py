@@ -71,7 +71,7 @@ class Commands:
     def __init__(self, log: Path, variables: Mapping[str, str], lock: int, is_stopped: Callable[[], bool]) -> None:
         self.log, self.variables, self.lock, self.is_stopped = log, variables, lock, is_stopped
         self._process: subprocess.Popen[bytes] | None = None
-        self._tree: list[psutil.Process] = []  # what it had started when it was last looked at
+        self._tree: list[psutil.Process] = []  # it, and what it has started
 
     def run(self, command: Sequence[str], watch: Callable[[], None] = lambda: None) -> None:
         """Run a console command to its end; all that it has started ends where this is interrupted.
@@ -140,8 +140,8 @@ class Commands:
 
     def _look_at_tree(self) -> None:
         assert self._process is not None
-        if self._process.poll() is None:
-            self._tree = _tree(self._process.pid) or self._tree
+        if self._process.poll() is None:  # what its children are, nobody knows any more where it has just been killed
+            self._tree = [*{*filter(psutil.Process.is_running, self._tree), *_tree(self._process.pid)}]
 
     def _wait(self, watch: Callable[[], None]) -> None:
         assert self._process is not None
