@@ -47,7 +47,7 @@ def start_on_slurm(asked: CrossValidation, cluster: slurm.Slurm, say: Callable[[
             if job is not None and slurm.is_alive(there.get(job), read_state(asked.output, step.name)):
                 jobs[step.name] = job
                 continue
-            needed = [jobs[name] for name in step.needs if name in jobs]
+            needed = [jobs[name] for name in (*step.needs, *step.after) if name in jobs]
             jobs[step.name] = cluster.submit(asked, step, needed)
             write_job(asked.output, step.name, jobs[step.name])
             say(f"job {jobs[step.name]}: {step.dataset}, {step.title}")

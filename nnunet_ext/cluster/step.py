@@ -19,6 +19,7 @@ class Step:
         dataset: DatasetXXX_Name.
         title: What it does, for people.
         needs: Names of the steps that must be done before.
+        after: Names of the steps that must have ended before, well or not.
     """
 
     asked: CrossValidation
@@ -26,6 +27,7 @@ class Step:
     dataset: str
     title: str
     needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
     @property
     def gpus(self) -> int:

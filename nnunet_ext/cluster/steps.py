@@ -52,7 +52,7 @@ def _of_dataset(asked: CrossValidation, dataset: str) -> Iterator[Step]:
             name=_planning(dataset, plans),
             dataset=dataset,
             title=f"plan {plans}",
-            needs=before,
+            after=before,
             plans=plans,
             configurations=tuple(dict.fromkeys(stage for chain in chains for stage in chain)),
         )

@@ -70,7 +70,6 @@ class Commands:
 
     def __init__(self, log: Path, variables: Mapping[str, str], lock: int, is_stopped: Callable[[], bool]) -> None:
         self.log, self.variables, self.lock, self.is_stopped = log, variables, lock, is_stopped
-        self._process: subprocess.Popen[bytes] | None = None
         self._tree: list[psutil.Process] = []  # it, and what it has started
 
     def run(self, command: Sequence[str], watch: Callable[[], None] = lambda: None) -> None:
@@ -92,7 +91,7 @@ class Commands:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
         with output:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 console.arguments(command, environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -101,12 +100,14 @@ class Commands:
                 pass_fds=(self.lock,),
                 preexec_fn=self._prepare,
             )
-            self._sign()
+            self._sign(process)
             try:
-                self._wait(watch)
+                self._wait(process, watch)
             finally:
-                self.end()
-        status = self._process.returncode
+                self._look_at_tree(process)
+                _end(self._tree)
+                process.wait()
+        status = process.returncode
         if status < 0:
             reason = " (out of memory?)" if -status == signal.SIGKILL else ""
             raise CommandKilledError(-status, f"{command[0]} was ended by {signal.Signals(-status).name}{reason}")
@@ -122,39 +123,29 @@ class Commands:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
-    def _sign(self) -> None:
+    def _sign(self, process: subprocess.Popen[bytes]) -> None:
         """Say in the lock's file who holds it, for `end_command`."""
-        assert self._process is not None
-        note = {"host": socket.gethostname(), "log": str(self.log), "process": self._process.pid}
+        note = {"host": socket.gethostname(), "log": str(self.log), "process": process.pid}
         with suppress(OSError):
             os.ftruncate(self.lock, 0)
             os.pwrite(self.lock, json.dumps(note).encode(), 0)
 
-    def end(self) -> None:
-        """End the running command and all that it has started, data loaders that have outlived it too."""
-        if self._process is None:
-            return
-        self._look_at_tree()
-        _end(self._tree)
-        self._process.wait()
+    def _look_at_tree(self, process: subprocess.Popen[bytes]) -> None:
+        """Keep in mind what it has started: of a process that has just been killed nobody knows its children."""
+        if process.poll() is None:
+            self._tree = [*{*filter(psutil.Process.is_running, self._tree), *_tree(process.pid)}]
 
-    def _look_at_tree(self) -> None:
-        assert self._process is not None
-        if self._process.poll() is None:  # what its children are, nobody knows any more where it has just been killed
-            self._tree = [*{*filter(psutil.Process.is_running, self._tree), *_tree(self._process.pid)}]
-
-    def _wait(self, watch: Callable[[], None]) -> None:
-        assert self._process is not None
+    def _wait(self, process: subprocess.Popen[bytes], watch: Callable[[], None]) -> None:
         next_look = 0.0
         while True:
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=_LOOK)
+                process.wait(timeout=_LOOK)
                 return
             if self.is_stopped():
                 raise StoppedError("stopped by `nnunet-ext cv stop`")
             watch()
             if time.monotonic() > next_look:
-                self._look_at_tree()
+                self._look_at_tree(process)
                 next_look = time.monotonic() + _TREE
 
     def _disk(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from nnunet_ext.cluster.job import Means, StepJob, is_done
@@ -35,10 +36,8 @@ class Worker:
             if lock is None:
                 return
             while (step := self._next()) is not None:
-                try:
+                with suppress(StepError):
                     StepJob(self.output, step.name, self.means).run(wait=0)
-                except StepError as error:
-                    print(f"{step.title}: {error}", flush=True)
 
     def _next(self) -> Step | None:
         """The first step that can be done; waits while others do what it needs."""

@@ -251,6 +251,26 @@ def test_planning_that_does_not_fit_the_limit_is_not_repeated_for_ever(asked: As
         late.checkpoint()
 
 
+def test_a_planner_that_fails_does_not_stop_the_next_one(
+    asked: Asked, fake: Fake, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = ("nnUNetPlans", "nnUNetHalfWidthPlans")
+    methods = tuple(Method(trainer="nnUNetTrainer_3epochs", plans=plans) for plans in both)
+    made = asked(methods=methods, folds=(0,))
+    work = Planning.work
+
+    def fail(step: Planning, commands: Any) -> None:
+        if step.plans == "nnUNetPlans":
+            raise StepError("refused")
+        work(step, commands)
+
+    monkeypatch.setattr(Planning, "work", fail)
+    Worker(made.output, 0, means())()
+    found = states(made)
+    assert (found[PLAN], found[training()]) == ("failed", "blocked")
+    assert found[f"{DATASET}__nnUNetTrainer_3epochs__nnUNetHalfWidthPlans__3d_fullres__fold_0"] == "done"
+
+
 def test_what_waits_in_vain_is_found_through_several_steps(asked: Asked) -> None:
     steps = make_steps(asked(configurations=("3d_cascade_fullres",), folds=(0,)))
     found = without_needs(steps.values(), {training(3, "3d_lowres")})

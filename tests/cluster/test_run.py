@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_ext.cluster import local, slurm
-from nnunet_ext.cluster.request import CrossValidation
+from nnunet_ext.cluster.request import CrossValidation, Method
 from nnunet_ext.cluster.start import start_here, start_on_slurm, stop
 from nnunet_ext.cluster.states import STOP, State, read_job, write_job, write_state
 from nnunet_ext.cluster.status import Row, rows, wait
@@ -86,6 +86,14 @@ def test_each_step_is_a_job_after_those_that_it_needs(asked: Asked, cluster: Pat
         assert f"#SBATCH {line}\n" in first
     assert "\nmodule load cuda\n" in first
     assert "--cpus-per-task=3" in re.findall("srun .*", first)[0]
+
+
+def test_planners_of_one_data_set_are_jobs_one_after_the_other(asked: Asked, cluster: Path) -> None:
+    plans = ("nnUNetPlans", "nnUNetHalfWidthPlans")
+    made = asked(methods=tuple(Method(trainer="nnUNetTrainer", plans=name) for name in plans), folds=(0,))
+    start_on_slurm(made, wish(), lambda _: None)
+    assert "--dependency=afterany:1\n" in submitted(cluster, 2)
+    assert "--dependency=afterany:2\n" in submitted(cluster, 4)
 
 
 def test_the_same_call_submits_only_what_is_missing(asked: Asked, cluster: Path, fake: Fake) -> None:

@@ -49,7 +49,8 @@ def test_some_folds_have_no_best_configuration(asked: Asked) -> None:
 def test_planners_of_one_data_set_work_one_after_the_other(asked: Asked) -> None:
     methods = tuple(Method(trainer=TRAINER, plans=plans) for plans in ("nnUNetPlans", "nnUNetHalfWidthPlans"))
     steps = make_steps(asked(methods=methods))
-    assert steps[f"{DATASET}__plan__nnUNetHalfWidthPlans"].needs == (f"{DATASET}__plan__nnUNetPlans",)
+    second = steps[f"{DATASET}__plan__nnUNetHalfWidthPlans"]
+    assert (second.needs, second.after) == ((), (f"{DATASET}__plan__nnUNetPlans",))
 
 
 def test_a_second_stage_waits_for_all_folds_of_the_first(asked: Asked) -> None:
