@@ -83,9 +83,14 @@ METHODS: tuple[Method, ...] = (
     Method(trainer="nnUNetTrainerPartiallyInvertible", aims=MEMORY),
     Method(trainer="nnUNetTrainerImplicit", aims=MEMORY),
     Method(trainer="nnUNetTrainerFasterFusionBN", aims=SMALL),
+    Method(trainer="nnUNetTrainerHalfWidthBNDistilled", aims=SMALL, plans_of="nnUNetTrainerHalfWidthBN"),
+    Method(trainer="nnUNetTrainerFasterFusionBNDistilled", aims=SMALL, plans_of="nnUNetTrainerFasterFusionBN"),
     Method(trainer="nnUNetTrainerFasterFusion", aims=SMALL, standing="research"),
     Method(trainer="nnUNetTrainerFasterFusionFast", aims=SMALL, standing="research"),
     Method(trainer="nnUNetTrainerImplicitLite", aims=MEMORY, standing="research", plans_of="nnUNetTrainerImplicit"),
+    Method(
+        trainer="nnUNetTrainerImplicitLiteDistilled", aims=MEMORY, standing="research", plans_of="nnUNetTrainerImplicit"
+    ),
     Method(
         trainer="nnUNetTrainerInvertibleNoVAE", aims=MEMORY, standing="research", plans_of="nnUNetTrainerInvertible"
     ),

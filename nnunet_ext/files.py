@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -65,6 +66,15 @@ def read_json(path: Path, cure: str, kind: type = dict) -> Any:
     if not isinstance(content, kind):
         raise UsageError(f"{path} must hold a JSON {kind.__name__}, got a {type(content).__name__}: {cure}.")
     return content
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, however large."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

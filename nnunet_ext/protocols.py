@@ -5,7 +5,7 @@ Networks and trainers of other packages offer the same by having these methods: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -66,6 +66,17 @@ class HasTrainingForm(Protocol):
 
 
 @runtime_checkable
+class HasTeacher(Protocol):
+    """A trainer whose step asks another network about the batch first; all are class or static methods."""
+
+    def teacher_builder(self, setting: Any) -> Callable[[], nn.Module]:
+        """Return a function that builds the teacher's network, untrained."""
+
+    def at_outputs(self, logits: Tensor, drawn: Mapping[str, Any]) -> Tensor:
+        """The teacher's logits, (B, C, *patch), at what the student puts out with what it is given beside the image."""
+
+
+@runtime_checkable
 class OnlyPredicts(Protocol):
     """A trainer that no training uses."""
 
@@ -89,6 +100,7 @@ class HostTrainer:
     dataset_json: dict[str, Any]
     device: Any
     fold: int | str
+    my_init_kwargs: dict[str, Any]
     local_rank: int
     is_ddp: bool
     inference_allowed_mirroring_axes: Any  # tuple of int, or None
@@ -116,6 +128,10 @@ class HostTrainer:
 
     def run_training(self) -> None:
         """Train."""
+        raise NotImplementedError
+
+    def on_train_start(self) -> None:
+        """Make data loaders and folders."""
         raise NotImplementedError
 
     def on_epoch_end(self) -> None:

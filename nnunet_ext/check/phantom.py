@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,13 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_ext.aims import DEFAULT
 from nnunet_ext.files import whole_folder
+from nnunet_ext.nnunet.checkpoints import FINAL_CHECKPOINT
 from nnunet_ext.nnunet.patch_plans import narrow, setting_of_patch
 from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.teacher import VARIABLE
 
 FEATURES = (4, 8, 8)
 BATCH_SIZE = 2
 PLANS = "nnUNetPlans"
+TEACHER = "untrained_teacher"  # folder of a model below nnUNet_results/DATASET
 _IGNORE = 3  # label of every third column
 
 
@@ -82,7 +86,7 @@ def workspace() -> Iterator[Path]:
     """A temporary folder as nnU-Net's three folders; before nnU-Net 2.8 entered before nnU-Net is imported."""
     folder = Path(tempfile.mkdtemp(prefix="nnunet_ext-check-"))
     own = {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}
-    own |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "false"}
+    own |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "false", VARIABLE: TEACHER}
     before = {name: os.environ.get(name) for name in own}
     try:
         os.environ.update(own)
@@ -119,6 +123,37 @@ def write(case: DataKind) -> str:
         for seed, sample in enumerate(("first", "second")):
             _write_case(folder / "data" / sample, case, setting.label_manager, np.random.default_rng(seed))
     return name
+
+
+def write_teacher(dataset: str, configuration: str, folds: Sequence[int]) -> None:
+    """Write what nnU-Net's own trainer leaves, but untrained: a teacher for trainers that need one.
+
+    Args:
+        dataset: Name of a data set that is planned and preprocessed.
+        configuration: Name in its plans.
+        folds: Folds to write.
+    """
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    for fold in folds:
+        trainer = get_trainer_from_args(dataset, configuration, fold, DEFAULT, PLANS, device=torch.device("cpu"))
+        trainer.initialize()
+        _, cases = trainer.do_split()
+        model = Path(trainer.output_folder_base).with_name(TEACHER)
+        validated = model / f"fold_{fold}" / "validation"
+        validated.mkdir(parents=True)
+        ending = trainer.dataset_json["file_ending"]
+        summary = {"metric_per_case": [{"prediction_file": str(validated / f"{case}{ending}")} for case in cases]}
+        contents = {
+            validated / "summary.json": summary,
+            model / "plans.json": trainer.plans_manager.plans,
+            model / "dataset.json": trainer.dataset_json,
+        }
+        for path, content in contents.items():
+            path.write_text(json.dumps(content), encoding="utf-8")
+        trainer.save_checkpoint(str(validated.with_name(FINAL_CHECKPOINT)))
+        shutil.rmtree(trainer.output_folder_base)
 
 
 def _write_case(path: Path, case: DataKind, labels: Any, random: np.random.Generator) -> None:

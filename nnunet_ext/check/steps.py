@@ -17,9 +17,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nnunet_ext.check.phantom import PLANS, DataKind, write
+from nnunet_ext.check.phantom import PLANS, DataKind, write, write_teacher
 from nnunet_ext.errors import UsageError
+from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.printable import counted
+from nnunet_ext.protocols import HasTeacher
 
 CPU = torch.device("cpu")
 CHECKPOINT = "checkpoint_final.pth"
@@ -83,6 +85,8 @@ def build(run: Trial) -> str:
         run.dataset = write(run.case)
     except UsageError as error:
         raise ContractError(str(error), "name a folder with free space by TMPDIR") from error
+    if isinstance(trainer_class(run.name), HasTeacher):
+        write_teacher(run.dataset, run.case.setting.configuration, [0])
     run.trainer = run.new_trainer()
     run.trainer.initialize()
     network = run.trainer.network

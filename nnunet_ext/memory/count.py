@@ -34,7 +34,7 @@ class TrainingMemory:
     """Bytes of a training.
 
     Args:
-        parameters: Weights and buffers of the network.
+        parameters: Weights and buffers of the network, and of one that teaches it.
         gradients: Gradients of the weights.
         optimizer: State of the optimiser.
         held: Images, labels, what is kept for backward and loss: alive after the forward pass in addition to weights

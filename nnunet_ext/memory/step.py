@@ -19,7 +19,7 @@ from nnunet_ext.memory.autocast import mixed_precision
 from nnunet_ext.memory.network import training_outputs
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
-from nnunet_ext.protocols import HasTrainingForm, SeveralPasses
+from nnunet_ext.protocols import SeveralPasses
 
 
 class _WithoutFolders(nnUNetTrainer):
@@ -83,12 +83,11 @@ class TrainerStep:
             dict(setting.plans), setting.configuration, 0, dict(setting.dataset), torch.device(device)
         )
         network = setting.builder(trainer, self._trainer.enable_deep_supervision)().train()
-        if device != "cpu":  # fake parameters can't be moved
-            network.to(device)
         self._trainer.network = network
         self.parameters = list(network.parameters())
-        is_form = isinstance(found, HasTrainingForm)
-        self._form = found.training_form(network, setting.configuration_manager) if is_form else network
+        self._form = setting.training_form(trainer)(network)
+        if device != "cpu":  # and what comes with the form
+            self._form.to(device)
         if compiler is not None:
             compiler(self._form)
         self._optimizer = self._trainer.configure_optimizers()[0]

@@ -22,13 +22,14 @@ class Trained:
     """What a checkpoint says of the model that it belongs to.
 
     Args:
-        trainer, configuration: Names.
+        trainer, configuration, fold: Names.
         weights: Weights of the network.
         mirroring_axes: Axes that prediction may mirror.
     """
 
     trainer: str
     configuration: str
+    fold: str
     weights: Mapping[str, Any]
     mirroring_axes: tuple[int, ...] | None
 
@@ -74,6 +75,7 @@ def read_trained(path: Path, cure: str) -> Trained:
     return Trained(
         trainer=checkpoint["trainer_name"],
         configuration=checkpoint["init_args"]["configuration"],
+        fold=str(checkpoint["init_args"].get("fold")),
         weights=checkpoint["network_weights"],
         mirroring_axes=None if axes is None else tuple(axes),
     )

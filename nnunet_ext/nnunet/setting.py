@@ -11,9 +11,10 @@ from torch import nn
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.plans import configuration
+from nnunet_ext.nnunet.taught import TaughtNetwork
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.nnunet.trust import check_host_names, check_network
-from nnunet_ext.protocols import HasTrainingForm
+from nnunet_ext.protocols import HasTeacher, HasTrainingForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +153,25 @@ class Setting:
     def training_builder(self, trainer: str) -> Callable[[], nn.Module]:
         """Return a function that builds what a training step of the trainer runs, as a module.
 
-        That is the network, or what the trainer's `training_form(network, configuration_manager)` makes of it.
+        Raises:
+            UsageError: no trainer has this name.
+        """
+        build, form = self.builder(trainer), self.training_form(trainer)
+        return lambda: form(build())
+
+    def training_form(self, trainer: str) -> Callable[[nn.Module], nn.Module]:
+        """Return a function that makes of a network what a training step of the trainer runs.
+
+        That is the network itself, the network with its teacher, or what the trainer's
+        `training_form(network, configuration_manager)` makes of it.
 
         Raises:
             UsageError: no trainer has this name.
         """
-        build = self.builder(trainer)
         found = trainer_class(trainer)
-        if not isinstance(found, HasTrainingForm):
-            return build
-        return lambda: found.training_form(build(), self.configuration_manager)
+        if isinstance(found, HasTrainingForm):
+            return lambda network: found.training_form(network, self.configuration_manager)
+        if isinstance(found, HasTeacher):
+            teacher = found.teacher_builder(self)
+            return lambda network: TaughtNetwork(network, teacher(), found.at_outputs)
+        return lambda network: network

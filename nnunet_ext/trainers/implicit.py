@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,7 @@ class ImplicitTrainerMixin(HostTrainer):
     learning_rate: float = 1e-4
     adamw_weight_decay: float = 1e-2
     dense_check_cases: int = 3
+    drawn: Mapping[str, Any] = {}  # what the network is given in this step, in addition to the image
 
     @classmethod
     def build_network_architecture(
@@ -112,15 +114,15 @@ class ImplicitTrainerMixin(HostTrainer):
         """Train as nnU-Net does, on points of the patches: network and loss get only these."""
         target = batch["target"].to(self.device, non_blocking=True)
         manager = self.label_manager
-        points = self.sampler(target, manager.ignore_label, manager.has_regions)
+        self.drawn = {"points": self.sampler(target, manager.ignore_label, manager.has_regions)}
 
         def with_points(_: nn.Module, images: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return images, {**options, "points": points}
+            return images, {**options, **self.drawn}
 
         # On the outermost module, so that the points pass through DDP and torch.compile as an argument.
         hook = self.network.register_forward_pre_hook(with_points, with_kwargs=True)
         try:
-            result: dict[str, Any] = super().train_step({**batch, "target": at_points(target, points)})
+            result: dict[str, Any] = super().train_step({**batch, "target": at_points(target, self.drawn["points"])})
             return result
         finally:
             hook.remove()

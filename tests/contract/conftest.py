@@ -30,11 +30,13 @@ os.environ.update(
     nnUNet_n_proc_DA="1",
     nnUNet_def_n_proc="1",
     nnUNet_compile="false",
+    nnUNet_teacher="untrained_teacher",
 )
 
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor  # noqa: E402
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess  # noqa: E402
 
+from nnunet_ext.check.phantom import write_teacher  # noqa: E402
 from nnunet_ext.memory.count import TrainingMemory  # noqa: E402
 from nnunet_ext.plans.memory_planner import MemoryPlanner  # noqa: E402
 
@@ -103,6 +105,7 @@ def prepare(kind: str) -> int:
             plan_experiments([identifier])
         make_narrow(WORKSPACE / "preprocessed" / folder.name / "nnUNetPlans.json")
         preprocess([identifier], configurations=["3d_fullres"], num_processes=[1])
+        write_teacher(folder.name, "3d_fullres", range(5))
     return identifier
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 VARIANTS = {
+    "nnUNetTrainerFasterFusionBNDistilled",
     "nnUNetTrainerFasterFusionFast",
     "nnUNetTrainerHalfWidthBN",
     "nnUNetTrainerImplicitLite",
+    "nnUNetTrainerImplicitLiteDistilled",
     "nnUNetTrainerInvertibleNoVAE",
     "nnUNetTrainerMeCascadeCheckpointing",
     "nnUNetTrainerMeCascadeOnePass",

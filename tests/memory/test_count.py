@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunet_ext import registry
 from nnunet_ext.memory.autocast import CudaAutocast, mixed_precision
-from nnunet_ext.memory.count import training_memory
-from nnunet_ext.memory.network import count_parameters, measure_step
+from nnunet_ext.memory.count import training_memory, training_operations
+from nnunet_ext.memory.network import count_parameters, measure_size, measure_step
 from nnunet_ext.memory.step import TrainerStep
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.source import Source
 from nnunet_ext.nnunet.trainers import trainer_class
-from nnunet_ext.protocols import only_predicts
+from nnunet_ext.protocols import HasTeacher, only_predicts
 from tests.settings import tiny
 
 TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
@@ -34,10 +34,29 @@ def test_every_trainers_step_is_counted(trainer: str, setting: Setting) -> None:
     memory = training_memory(setting, trainer)
     weights = 4 * count_parameters(setting.builder(trainer))
     assert memory.gradients == weights
-    assert weights <= memory.parameters < 1.1 * weights + 64  # with statistics of batch norm
+    found = trainer_class(trainer)
+    teacher = 4 * count_parameters(found.teacher_builder(setting)) if isinstance(found, HasTeacher) else 0
+    assert weights + teacher <= memory.parameters < 1.1 * (weights + teacher) + 64  # with statistics of batch norm
     assert memory.optimizer >= weights
     assert memory.peak >= memory.parameters + memory.optimizer + memory.held
     assert memory.expected == memory.peak + memory.allowance
+
+
+@pytest.mark.parametrize("trainer", [name for name in TRAINERS if isinstance(trainer_class(name), HasTeacher)])
+def test_a_teacher_costs_its_weights_its_answer_and_a_forward_pass(trainer: str, setting: Setting) -> None:
+    alone = training_memory(setting, trainer.removesuffix("Distilled"))
+    taught = training_memory(setting, trainer)
+    build = trainer_class(trainer).teacher_builder(setting)
+    answer = 2 * setting.num_classes * VOXELS  # in float16
+    assert taught.parameters - alone.parameters >= 4 * count_parameters(build)
+    assert taught.optimizer == alone.optimizer
+    assert taught.peak - alone.peak >= 4 * count_parameters(build)
+    assert 0 < taught.held - alone.held < 30 * answer  # softened float32 probabilities of both in the loss
+    forward = setting.batch_size * measure_size(build, setting.input_channels, setting.patch_size).macs
+    assert (
+        training_operations(setting, trainer) - training_operations(setting, trainer.removesuffix("Distilled"))
+        == forward
+    )
 
 
 @pytest.mark.parametrize("regions", [False, True])

@@ -1,0 +1,195 @@
+"""What turns any trainer into one that learns from a trained model too: knowledge distillation without leakage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nnunet_ext.errors import UsageError
+from nnunet_ext.files import read_json
+from nnunet_ext.nnunet.model_folder import ModelFolder
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.teacher import KEY, VARIABLE, Request, find_teacher, teaching_folds
+from nnunet_ext.protocols import HasTrainingForm
+from nnunet_ext.trainers.distillation_loss import DistillationLoss, Lesson
+from nnunet_ext.trainers.teachers import Teachers, mixed_precision, read_teachers, untrained
+from nnunet_ext.trainers.unlabelled import MixedDataset, is_unlabelled, preprocess
+
+if TYPE_CHECKING:
+    from nnunet_ext.protocols import HostTrainer
+else:
+    HostTrainer = object
+
+_COUNTED = "nnUNetTrainer"  # teaches where memory is counted and no teacher is named
+
+
+class DistillationMixin(HostTrainer):
+    """Trains a network on labels and on what a trained model says of each patch; place it before the trainer.
+
+    The teacher is named by the environment variable `nnUNet_teacher` or by "distillation" in the plans, see `Request`.
+    Fold k is taught by the teacher's fold k; of "all", each case by the fold that has held it back. What taught is
+    stored in the checkpoint; prediction and validation need no teacher.
+
+    Attributes:
+        temperature, soft_weight: T and a of `DistillationLoss`, where the plans don't say.
+    """
+
+    temperature: float = 2.0
+    soft_weight: float = 0.5
+    _teachers: Teachers | None = None
+    _unlabelled: tuple[Path, float] | None = None  # preprocessed images, share of the samples
+
+    @staticmethod
+    def at_outputs(logits: Tensor, drawn: Mapping[str, Any]) -> Tensor:
+        """The teacher's logits at what the student puts out.
+
+        Args:
+            logits: (B, C, *patch).
+            drawn: What the student's network is given in addition to the image.
+        """
+        return logits
+
+    @classmethod
+    def teacher_builder(cls, setting: Setting) -> Callable[[], nn.Module]:
+        """Return a function that builds the teacher's network, untrained: the named one's, else that of the plans."""
+        name = Request.of(setting.plans).teacher
+        if name is None:
+            return setting.builder(_COUNTED, deep_supervision=False)
+        model = find_teacher(name, str(setting.plans.get("dataset_name")))
+        return untrained(model)
+
+    def _build_loss(self) -> nn.Module:
+        return DistillationLoss(
+            super()._build_loss(),
+            self.label_manager.has_regions,
+            self.temperature,
+            self.soft_weight,
+            lambda logits: self.at_outputs(logits, getattr(self, "drawn", {})),
+        )
+
+    def on_train_start(self) -> None:
+        """Read the teacher, then begin as nnU-Net does.
+
+        Raises:
+            UsageError: there is none, it does not fit, it may not teach this fold, or it is not the one that a
+                continued training began with.
+            NotImplementedError: the trainer's step is more than one pass, or a cascade is given unlabelled images.
+        """
+        self._read_teachers()
+        super().on_train_start()
+
+    def _read_teachers(self) -> None:
+        if isinstance(type(self), HasTrainingForm):
+            raise NotImplementedError(
+                f"{type(self).__name__} trains in several passes of its network, which can't be distilled: distil a "
+                "trainer with one pass, as nnUNetTrainerHalfWidthBNDistilled."
+            )
+        plans = self.plans_manager.plans
+        setting = Setting(plans=plans, dataset=self.dataset_json, configuration=self.configuration_name, trusted=True)
+        before = self.my_init_kwargs.get(KEY, {})  # of the checkpoint that is continued
+        own = {"temperature": self.temperature, "weight": self.soft_weight}
+        request = Request.of(plans, **(own | {key: before[key] for key in (*own, "teacher") if key in before}))
+        model = find_teacher(request.teacher, plans["dataset_name"])
+        training, validation = self.do_split()
+        fold_of = teaching_folds(model, self.fold, training, validation, self._splits())
+        teachers, sums = read_teachers(model, fold_of, setting, self.device)
+        note: dict[str, Any] = {
+            "teacher": str(model.folder),
+            "checkpoints": sums,
+            "temperature": float(request.temperature),
+            "weight": float(request.weight),
+        }
+        _check_same(before, note)
+        self._prepare_unlabelled(request, setting)
+        if self._unlabelled is not None:
+            note |= {"unlabelled": request.unlabelled, "unlabelled_share": float(request.unlabelled_share)}
+        self.my_init_kwargs[KEY] = note
+        self.temperature, self.soft_weight = note["temperature"], note["weight"]
+        if self._do_i_compile():
+            teachers.compile()
+        self._teachers = teachers
+        self._log(model, teachers, setting)
+
+    def _splits(self) -> list[Any]:
+        path = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
+        return read_json(path, "restore it", list) if path.is_file() else []
+
+    def _prepare_unlabelled(self, request: Request, setting: Setting) -> None:
+        if request.unlabelled is None:
+            return
+        if self.is_cascaded:
+            raise NotImplementedError(
+                "A cascade's second stage needs the first one's prediction of every case, which images without labels "
+                'don\'t have: leave "unlabelled" out, or distil a configuration without previous stage.'
+            )
+        folder = Path(self.preprocessed_dataset_folder)
+        if self.local_rank == 0:
+            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+            preprocess(Path(request.unlabelled), setting, folder, cases)
+        if self.is_ddp:
+            dist.barrier()
+        self._unlabelled = folder.with_name(f"{folder.name}_unlabelled"), request.unlabelled_share
+
+    def _log(self, model: ModelFolder, teachers: Teachers, setting: Setting) -> None:
+        self.print_to_log_file(
+            f"Distillation: taught by {model.folder}, fold {', '.join(teachers.folds)}, temperature "
+            f"{self.temperature:g}, weight {self.soft_weight:g}"
+        )
+        patch = model.plans["configurations"].get(self.configuration_name, {}).get("patch_size")
+        if patch is not None and tuple(patch) != setting.patch_size:
+            self.print_to_log_file(
+                f"The teacher was trained with patches of {list(patch)} and sees {list(setting.patch_size)} here."
+            )
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        """nnU-Net's data sets, the one for training mixed with images without labels where the plans name some."""
+        training, validation = super().get_tr_and_val_datasets()
+        if self._unlabelled is not None:
+            folder, share = self._unlabelled
+            images = self.dataset_class(str(folder))
+            training = MixedDataset(training, images, share, self.label_manager.all_labels)
+        return training, validation
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ask the teacher, then train as the trainer does."""
+        if self._teachers is None:
+            self._read_teachers()
+        images = batch["data"].to(self.device, non_blocking=True)
+        with self._lesson(images, batch.get("keys")):
+            result: dict[str, Any] = super().train_step({**batch, "data": images})
+            return result
+
+    @contextmanager
+    def _lesson(self, images: Tensor, keys: Any) -> Iterator[None]:
+        assert self._teachers is not None
+        with mixed_precision(self.device):
+            logits = self._teachers.logits(images, keys)
+        unlabelled = [sample for sample, key in enumerate(() if keys is None else keys) if is_unlabelled(str(key))]
+        self.loss.temperature, self.loss.weight = self.temperature, self.soft_weight
+        self.loss.lesson = Lesson(logits, unlabelled)
+        try:
+            yield
+        finally:
+            self.loss.lesson = None
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the terms of the loss apart."""
+        super().on_train_epoch_end(train_outputs)
+        if (means := self.loss.epoch_means()) is not None:
+            self.print_to_log_file(f"loss on the labels {means[0]:.4f}, divergence from the teacher {means[1]:.4f}")
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """See that a continued training goes on as it began; its teacher may have moved."""
+    for key in ("checkpoints", "temperature", "weight"):
+        if before and before.get(key) != now[key]:
+            raise UsageError(
+                f"a training goes on with the {key} of distillation that it began with, {before.get(key)} of "
+                f"{before.get('teacher')}, got {now[key]} of {now['teacher']}: restore the teacher ({VARIABLE}, "
+                "plans), or begin anew."
+            )
