@@ -85,7 +85,8 @@ def folder(args: argparse.Namespace, trainer: str) -> str:
 
 
 def model(args: argparse.Namespace, trainer: str) -> Path:
-    (dataset,) = Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*")
+    preprocessed = Path(os.environ["nnUNet_preprocessed"])  # noqa: SIM112
+    (dataset,) = preprocessed.glob(f"Dataset{int(args.dataset):03d}_*")
     return args.output / dataset.name / folder(args, trainer)
 
 
