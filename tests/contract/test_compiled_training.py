@@ -22,8 +22,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from nnunet_ext import registry
+from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.teacher import VARIABLE
 from nnunet_ext.nnunet.trainers import trainer_class
-from nnunet_ext.protocols import only_predicts
+from nnunet_ext.protocols import HasTeacher, only_predicts
+from nnunet_ext.trainers.teachers import Teachers
 from tests.contract.variants import slow_variants
 
 TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
@@ -98,6 +101,7 @@ def compiler_says() -> Iterator[list[str]]:
 @pytest.fixture
 def trainer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Make an initialised trainer: ``trainer_of(name, torch.float16, backend="inductor")``."""
+    monkeypatch.delenv(VARIABLE, raising=False)
 
     def make(name: str, dtype: torch.dtype, backend: str | None, configuration: str) -> Any:
         found = trainer_class(name)
@@ -115,6 +119,9 @@ def trainer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
                 compile_ = torch.compile
                 patch.setattr(torch, "compile", lambda *args, **kw: compile_(*args, **{"backend": backend, **kw}))
             trainer.initialize()
+        if isinstance(found, HasTeacher):
+            network = found.teacher_builder(Setting(plans=PLANS, dataset=DATASET, configuration=configuration))()
+            trainer._teachers = Teachers(network, {"0": network.state_dict()}, {})
         return trainer
 
     return make

@@ -20,9 +20,10 @@ from torch.multiprocessing import ProcessExitedException
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnunet_ext import registry
+from nnunet_ext.check.phantom import write_teacher
 from nnunet_ext.files import PARTIAL
 from nnunet_ext.nnunet.trainers import trainer_class
-from nnunet_ext.protocols import only_predicts
+from nnunet_ext.protocols import HasTeacher, only_predicts
 from nnunet_ext.trainers.unwrapped import unwrapped
 from tests.contract import two_ranks
 from tests.contract.conftest import WORKSPACE, prepare
@@ -55,11 +56,15 @@ def slow_but(fast: list[str]) -> list[Any]:
 
 
 def slow_second_stages(fast: list[str]) -> list[Any]:
-    """All trainers in both stages; first ones of `fast`, and second ones of `UNLIKE`, are not slow."""
+    """All trainers in both stages; first ones of `fast`, and second ones of `UNLIKE`, are not slow.
+
+    The teacher of trainers that need one is of the first stage.
+    """
     return [
         pytest.param(name, configuration, marks=[] if name in quick else pytest.mark.slow)
         for name in TRAINERS
         for configuration, quick in ((FIRST, fast), (SECOND, UNLIKE))
+        if configuration == FIRST or not isinstance(trainer_class(name), HasTeacher)
     ]
 
 
@@ -98,6 +103,7 @@ def dataset_name(unused_number: Callable[[], int]) -> str:
         for configuration in plans["configurations"].values():
             configuration.update(changes)
         (folder / f"{plans_name}.json").write_text(json.dumps(plans))
+    write_teacher(name, FIRST, range(len(splits)))
     return name
 
 
@@ -156,6 +162,8 @@ class Training:
             trainer = get_trainer_from_args(self.dataset, self.configuration, 0, self.name, self.plans, device=DEVICE)
             trainer.initialize()
         trainer.print_to_log_file = print
+        if isinstance(trainer, HasTeacher):
+            trainer._read_teachers()  # building its network draws random numbers
         trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
         trainer.network.train()
         return trainer
