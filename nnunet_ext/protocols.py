@@ -126,6 +126,10 @@ class HostTrainer:
         """Make network, optimiser and loss."""
         raise NotImplementedError
 
+    def configure_optimizers(self) -> tuple[Any, Any]:
+        """Optimiser and schedule of its learning rate."""
+        raise NotImplementedError
+
     def run_training(self) -> None:
         """Train."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 else:
     HostTrainer = object
 
+_FASTEST = 2.0  # times the trainer's learning rate
 _COUNTED = "nnUNetTrainer"  # teaches where memory is counted and no teacher is named
 
 
@@ -71,6 +73,20 @@ class DistillationMixin(HostTrainer):
             self.soft_weight,
             lambda logits: self.at_outputs(logits, getattr(self, "drawn", {})),
         )
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Optimiser of the trainer; where it is SGD, with a larger learning rate, so that labels keep their step.
+
+        They weigh 1 - a, and nnU-Net's Dice loss has no part in what the teacher adds: at the trainer's own rate
+        students learned more slowly than without a teacher (docs/methods/distillation.md). At most twice the rate;
+        Adam's step does not depend on the size of the loss.
+        """
+        optimizer, scheduler = super().configure_optimizers()
+        if isinstance(optimizer, torch.optim.SGD):
+            weight = Request.of(self.plans_manager.plans, weight=self.soft_weight).weight
+            self.initial_lr *= min(1 / (1 - weight), _FASTEST) if weight < 1 else 1
+            optimizer, scheduler = super().configure_optimizers()
+        return optimizer, scheduler
 
     def on_train_start(self) -> None:
         """Read the teacher, then begin as nnU-Net does.

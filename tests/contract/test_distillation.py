@@ -193,6 +193,24 @@ def test_trains_and_validates_with_regions_and_ignore_label(
     assert Path(trainer.output_folder, "validation", "summary.json").is_file()
 
 
+@pytest.mark.parametrize(("weight", "times"), [(0.0, 1), (0.2, 1.25), (0.5, 2), (0.9, 2), (1.0, 1)])
+@pytest.mark.parametrize("name", DISTILLED)
+def test_labels_keep_their_step_under_sgd(
+    name: str, weight: float, times: float, dataset: Callable[[str], int]
+) -> None:
+    alone = trainer_of(dataset("labels"), name.removesuffix("Distilled"))
+    alone.initialize()
+    trainer = trainer_of(dataset("labels"), name)
+    trainer.plans_manager.plans[KEY] = {"weight": weight}
+    trainer.initialize()
+    times = times if isinstance(trainer.optimizer, torch.optim.SGD) else 1
+    for epoch in (0, 1):
+        for of in (alone, trainer):
+            of.lr_scheduler.step(epoch)
+        found, own = (of.optimizer.param_groups[0]["lr"] for of in (trainer, alone))
+        assert found == pytest.approx(times * own)
+
+
 def test_the_teacher_learns_nothing_and_stays_in_evaluation(dataset: Callable[[str], int], teacher: Path) -> None:
     trainer = trainer_of(dataset("labels"))
     trainer.on_train_start()
