@@ -114,6 +114,7 @@ class HostTrainer:
     initial_lr: float
     weight_decay: float
     num_epochs: int
+    current_epoch: int
     save_every: int
     network: nn.Module
     loss: Any

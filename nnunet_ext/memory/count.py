@@ -8,6 +8,7 @@ the most at any time of a step, *expected* the peak with the allowance (docs/ref
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -23,6 +24,9 @@ from torch.utils.flop_counter import flop_registry
 from nnunet_ext.memory.autocast import CudaAutocast
 from nnunet_ext.memory.tracker import GIB, StorageTracker
 from nnunet_ext.nnunet.setting import Setting
+from nnunet_ext.nnunet.teacher import VARIABLE
+from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.protocols import HasTeacher
 
 # The allowance; assumed, not yet measured on a GPU (docs/reference/memory.md).
 CONTEXT_BYTES = GIB // 2  # CUDA context, cuDNN and cuBLAS
@@ -137,12 +141,13 @@ def training_operations(setting: Setting, trainer: str) -> int:
 def _of_step(setting: Setting, trainer: str, batch_size: int, mixed: bool) -> tuple[TrainingMemory, int]:
     setting.check_code()
     plans, dataset = json.dumps(setting.plans), json.dumps(setting.dataset)
-    return _counted(plans, dataset, setting.configuration, trainer, batch_size, mixed)
+    teacher = os.environ.get(VARIABLE, "") if isinstance(trainer_class(trainer), HasTeacher) else ""
+    return _counted(plans, dataset, setting.configuration, trainer, batch_size, mixed, teacher)
 
 
 @lru_cache(maxsize=1024)
 def _counted(
-    plans: str, dataset: str, configuration: str, trainer: str, batch_size: int, mixed: bool
+    plans: str, dataset: str, configuration: str, trainer: str, batch_size: int, mixed: bool, teacher: str
 ) -> tuple[TrainingMemory, int]:
     from nnunet_ext.memory.step import TrainerStep
 
@@ -151,8 +156,9 @@ def _counted(
     setting = Setting(
         plans=content, dataset=json.loads(dataset), configuration=configuration, trusted=True
     )  # checked before
+    form = setting.training_form(trainer)  # reads the checkpoint of a teacher, which is not to be counted
     with torch.device("cpu"), FakeTensorMode(), CudaAutocast(), StepTracker() as tracker:
-        step = TrainerStep(setting, trainer, mixed=mixed)
+        step = TrainerStep(setting, trainer, mixed=mixed, form=form)
         parameters = tracker.current
         step.make_state()
         always = tracker.peak = tracker.current

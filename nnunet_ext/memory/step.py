@@ -60,6 +60,7 @@ class TrainerStep:
         device: "cpu" for fake tensors, or "cuda".
         mixed: Whether the step runs in float16 autocast, as nnU-Net trains on CUDA, or in float32.
         compiler: Compiles in place what the step runs; None: nothing is compiled.
+        form: What `Setting.training_form` gives, where it must not be asked in the mode of the caller.
 
     Attributes:
         parameters: Parameters of the network, all of them.
@@ -76,6 +77,7 @@ class TrainerStep:
         *,
         mixed: bool = True,
         compiler: Callable[[nn.Module], None] | None = None,
+        form: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self._setting, self._device, self._mixed = setting, device, mixed
         found = _quiet(trainer_class(trainer))
@@ -85,7 +87,7 @@ class TrainerStep:
         network = setting.builder(trainer, self._trainer.enable_deep_supervision)().train()
         self._trainer.network = network
         self.parameters = list(network.parameters())
-        self._form = setting.training_form(trainer)(network)
+        self._form = (form or setting.training_form(trainer))(network)
         if device != "cpu":  # and what comes with the form
             self._form.to(device)
         if compiler is not None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from nnunet_ext.errors import UsageError
@@ -97,7 +97,7 @@ def find_teacher(name: str | None, dataset: str) -> ModelFolder:
     """Find a trained model.
 
     Args:
-        name: Path of its folder, or its name below nnUNet_results/DATASET.
+        name: Its name below nnUNet_results/DATASET, or below nnUNet_results, or a path.
         dataset: Name of the data set.
 
     Raises:
@@ -105,11 +105,11 @@ def find_teacher(name: str | None, dataset: str) -> ModelFolder:
     """
     if name is None:
         raise UsageError(f"a distilled trainer needs a teacher, none is named: {_NAME_IT}.")
-    folder = Path(name).expanduser()
-    results = os.environ.get(RESULTS)
-    if not folder.is_absolute() and len(folder.parts) == 1 and results:
-        folder = Path(results, dataset, name)
-    return ModelFolder.read(folder, "the teacher must be", _NAME_IT)
+    path, results = Path(name.strip()).expanduser(), os.environ.get(RESULTS)
+    places = [path]
+    if results and not name.startswith((".", "~", "/")):
+        places = [Path(results, dataset, path), Path(results, path), path]
+    return ModelFolder.read(next(filter(Path.is_dir, places), places[0]), "the teacher must be", _NAME_IT)
 
 
 def check_fits(teacher: Setting, student: Setting, folder: Path) -> None:
@@ -170,7 +170,7 @@ def held_out(teacher: ModelFolder, fold: str) -> set[str]:
     cure = f"validate fold {fold} of the teacher, with the split that it was trained with (nnUNetv2_train ... --val)"
     try:
         rows = read_json(path, cure)["metric_per_case"]
-        files = [Path(row["prediction_file"]).name for row in rows]
+        files = [PureWindowsPath(row["prediction_file"]).name for row in rows]  # separators of any system
     except (KeyError, TypeError) as error:
         raise UsageError(f"{path} must hold nnU-Net's metric_per_case, it does not: {cure}.") from error
     return {file.removesuffix(teacher.dataset["file_ending"]) for file in files}
@@ -199,7 +199,7 @@ def teaching_folds(
     """
     if fold != "all":
         _check_fold(teacher, str(fold))
-        _check_unseen(teacher, str(fold), validation, splits)
+        _check_unseen(teacher, str(fold), validation, training)
         return dict.fromkeys(training, str(fold))
     found: dict[str, str] = {}
     for name in (name for name in teacher.folds_with(FINAL_CHECKPOINT) if name != "all"):
@@ -212,7 +212,8 @@ def teaching_folds(
             f"({first_few(missing)}): train and validate the missing folds of the teacher."
         )
     for name in sorted(set(found.values())):
-        _check_unseen(teacher, name, [case for case, of in found.items() if of == name], splits)
+        trained = splits[int(name)].get("train", ()) if int(name) < len(splits) else ()
+        _check_unseen(teacher, name, [case for case, of in found.items() if of == name], trained)
     return found
 
 
@@ -226,16 +227,18 @@ def _check_fold(teacher: ModelFolder, fold: str) -> None:
         )
 
 
-def _check_unseen(
-    teacher: ModelFolder, fold: str, cases: Sequence[str], splits: Sequence[Mapping[str, Collection[str]]]
-) -> None:
-    """See that a fold has held cases back, by its validation and by the split."""
-    trained = set(splits[int(fold)]["train"]) if int(fold) < len(splits) else set()
-    seen = sorted((set(cases) - held_out(teacher, fold)) | (set(cases) & trained))
-    if seen:
+def _check_unseen(teacher: ModelFolder, fold: str, cases: Collection[str], trained: Collection[str]) -> None:
+    """See that a fold has held back cases, and has validated none of those that it is trained on today."""
+    validated = held_out(teacher, fold)
+    if unknown := sorted(set(cases) - validated):
         raise UsageError(
-            f"fold {fold} of the teacher must have held back what its student is tested on, but "
-            f"{counted(len(seen), 'case')} ({first_few(seen)}) are not among those that it validated, or "
-            f"splits_final.json has them among its training cases ({teacher.folder}): train the teacher with this "
-            "split, and validate it."
+            f"fold {fold} of the teacher must have held back what its student has not seen, but its validation lacks "
+            f"{counted(len(unknown), 'case')} ({first_few(unknown)}; {teacher.folder}): train the teacher with the "
+            "split of its student."
+        )
+    if seen := sorted(validated & set(trained)):
+        raise UsageError(
+            f"fold {fold} of the teacher must not have validated training cases of splits_final.json, it has "
+            f"{counted(len(seen), 'case')} ({first_few(seen)}; {teacher.folder}): the split has changed since, and "
+            "nothing tells what it has been trained on. Train the teacher again, with an empty folder validation."
         )

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import read_json
+from nnunet_ext.nnunet.datasets import number_of
 from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.teacher import KEY, VARIABLE, Request, find_teacher, teaching_folds
 from nnunet_ext.protocols import HasTrainingForm
 from nnunet_ext.trainers.distillation_loss import DistillationLoss, Lesson
-from nnunet_ext.trainers.teachers import Teachers, mixed_precision, read_teachers, untrained
+from nnunet_ext.trainers.teachers import Teachers, nnunet_autocast, of_plans, read_teachers, untrained
 from nnunet_ext.trainers.unlabelled import MixedDataset, is_unlabelled, preprocess
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ else:
     HostTrainer = object
 
 _FASTEST = 2.0  # times the trainer's learning rate
-_COUNTED = "nnUNetTrainer"  # teaches where memory is counted and no teacher is named
 
 
 class DistillationMixin(HostTrainer):
@@ -56,14 +57,23 @@ class DistillationMixin(HostTrainer):
         """
         return logits
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        bases = cls.__mro__
+        if nnUNetTrainer in bases and bases.index(nnUNetTrainer) < bases.index(DistillationMixin):
+            raise TypeError(f"{cls.__name__} must name DistillationMixin before its trainer: nobody would teach it.")
+
     @classmethod
     def teacher_builder(cls, setting: Setting) -> Callable[[], nn.Module]:
-        """Return a function that builds the teacher's network, untrained: the named one's, else that of the plans."""
-        name = Request.of(setting.plans).teacher
-        if name is None:
-            return setting.builder(_COUNTED, deep_supervision=False)
-        model = find_teacher(name, str(setting.plans.get("dataset_name")))
-        return untrained(model)
+        """Return a function that builds the teacher's network, untrained: the named one's, else nnU-Net's own.
+
+        Raises:
+            UsageError: the named one is none of a teacher for these plans.
+        """
+        name, dataset = Request.of(setting.plans).teacher, str(setting.plans.get("dataset_name"))
+        if name is None or number_of(dataset) is None:  # plans that are made for a patch are of no data set
+            return of_plans(setting)
+        return untrained(find_teacher(name, dataset), setting)
 
     def _build_loss(self) -> nn.Module:
         return DistillationLoss(
@@ -89,15 +99,21 @@ class DistillationMixin(HostTrainer):
         return optimizer, scheduler
 
     def on_train_start(self) -> None:
-        """Read the teacher, then begin as nnU-Net does.
+        """Read the teacher, then begin as nnU-Net does; a training that has ended is only validated.
 
         Raises:
             UsageError: there is none, it does not fit, it may not teach this fold, or it is not the one that a
                 continued training began with.
-            NotImplementedError: the trainer's step is more than one pass, or a cascade is given unlabelled images.
+            NotImplementedError: the trainer's step is more than one pass, or unlabelled images can't be used.
         """
-        self._read_teachers()
+        if self.current_epoch < self.num_epochs:
+            self._read_teachers()
         super().on_train_start()
+        if not isinstance(self.loss, DistillationLoss):
+            raise TypeError(
+                f"{type(self).__name__} must take its loss from _build_loss, where the teacher comes in, got a "
+                f"{type(self.loss).__name__}: override _build_loss instead of setting the loss."
+            )
 
     def _read_teachers(self) -> None:
         if isinstance(type(self), HasTrainingForm):
@@ -105,69 +121,58 @@ class DistillationMixin(HostTrainer):
                 f"{type(self).__name__} trains in several passes of its network, which can't be distilled: distil a "
                 "trainer with one pass, as nnUNetTrainerHalfWidthBNDistilled."
             )
-        plans = self.plans_manager.plans
+        plans, before = self.plans_manager.plans, self.my_init_kwargs.get(KEY, {})  # of the checkpoint that goes on
         setting = Setting(plans=plans, dataset=self.dataset_json, configuration=self.configuration_name, trusted=True)
-        before = self.my_init_kwargs.get(KEY, {})  # of the checkpoint that is continued
         own = {"temperature": self.temperature, "weight": self.soft_weight}
-        request = Request.of(plans, **(own | {key: before[key] for key in (*own, "teacher") if key in before}))
+        asked: dict[str, Any] = {**own, **{key: before[key] for key in before if key != "checkpoints"}}
+        request = Request.of(plans, **asked)
         model = find_teacher(request.teacher, plans["dataset_name"])
-        training, validation = self.do_split()
-        fold_of = teaching_folds(model, self.fold, training, validation, self._splits())
-        teachers, sums = read_teachers(model, fold_of, setting, self.device)
+        fold_of = teaching_folds(model, self.fold, *self.do_split(), self._splits())
+        self._teachers, sums = read_teachers(model, fold_of, setting, self.device)
         note: dict[str, Any] = {
             "teacher": str(model.folder),
             "checkpoints": sums,
             "temperature": float(request.temperature),
             "weight": float(request.weight),
         }
+        if request.unlabelled is not None:
+            images = Path(request.unlabelled).expanduser().absolute()
+            self._unlabelled = self._preprocessed(images, setting), request.unlabelled_share
+            note |= {"unlabelled": str(images), "unlabelled_share": float(request.unlabelled_share)}
         _check_same(before, note)
-        self._prepare_unlabelled(request, setting)
-        if self._unlabelled is not None:
-            note |= {"unlabelled": request.unlabelled, "unlabelled_share": float(request.unlabelled_share)}
         self.my_init_kwargs[KEY] = note
         self.temperature, self.soft_weight = note["temperature"], note["weight"]
         if self._do_i_compile():
-            teachers.compile()
-        self._teachers = teachers
-        self._log(model, teachers, setting)
+            self._teachers.compile()
+        self.print_to_log_file(
+            f"Distillation: taught by {model.folder}, fold {', '.join(self._teachers.folds)}, temperature "
+            f"{self.temperature:g}, weight {self.soft_weight:g}; patch of the teacher: {_patch(model, setting)}"
+        )
 
     def _splits(self) -> list[Any]:
         path = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
         return read_json(path, "restore it", list) if path.is_file() else []
 
-    def _prepare_unlabelled(self, request: Request, setting: Setting) -> None:
-        if request.unlabelled is None:
-            return
+    def _preprocessed(self, images: Path, setting: Setting) -> Path:
         if self.is_cascaded:
             raise NotImplementedError(
                 "A cascade's second stage needs the first one's prediction of every case, which images without labels "
                 'don\'t have: leave "unlabelled" out, or distil a configuration without previous stage.'
             )
-        folder = Path(self.preprocessed_dataset_folder)
-        if self.local_rank == 0:
-            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
-            preprocess(Path(request.unlabelled), setting, folder, cases)
-        if self.is_ddp:
-            dist.barrier()
-        self._unlabelled = folder.with_name(f"{folder.name}_unlabelled"), request.unlabelled_share
-
-    def _log(self, model: ModelFolder, teachers: Teachers, setting: Setting) -> None:
-        self.print_to_log_file(
-            f"Distillation: taught by {model.folder}, fold {', '.join(teachers.folds)}, temperature "
-            f"{self.temperature:g}, weight {self.soft_weight:g}"
-        )
-        patch = model.plans["configurations"].get(self.configuration_name, {}).get("patch_size")
-        if patch is not None and tuple(patch) != setting.patch_size:
-            self.print_to_log_file(
-                f"The teacher was trained with patches of {list(patch)} and sees {list(setting.patch_size)} here."
+        if self.is_ddp and self.configuration_manager.batch_dice:
+            raise NotImplementedError(
+                "With batch_dice several GPUs share one Dice loss, in which a GPU whose patches have no labels has no "
+                'part: train on one GPU, set batch_dice to false in the plans, or leave "unlabelled" out.'
             )
+        cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+        return preprocess(images, setting, Path(self.preprocessed_dataset_folder), cases)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """nnU-Net's data sets, the one for training mixed with images without labels where the plans name some."""
         training, validation = super().get_tr_and_val_datasets()
         if self._unlabelled is not None:
             folder, share = self._unlabelled
-            images = self.dataset_class(str(folder))
+            images = infer_dataset_class(str(folder))(str(folder))
             training = MixedDataset(training, images, share, self.label_manager.all_labels)
         return training, validation
 
@@ -183,7 +188,7 @@ class DistillationMixin(HostTrainer):
     @contextmanager
     def _lesson(self, images: Tensor, keys: Any) -> Iterator[None]:
         assert self._teachers is not None
-        with mixed_precision(self.device):
+        with nnunet_autocast(self.device):
             logits = self._teachers.logits(images, keys)
         unlabelled = [sample for sample, key in enumerate(() if keys is None else keys) if is_unlabelled(str(key))]
         self.loss.temperature, self.loss.weight = self.temperature, self.soft_weight
@@ -200,12 +205,19 @@ class DistillationMixin(HostTrainer):
             self.print_to_log_file(f"loss on the labels {means[0]:.4f}, divergence from the teacher {means[1]:.4f}")
 
 
+def _patch(model: ModelFolder, student: Setting) -> str:
+    """Patch that a teacher was trained with, and that it sees."""
+    patches = [list(c["patch_size"]) for c in model.plans["configurations"].values() if "patch_size" in c]
+    seen = list(student.patch_size)
+    return f"{seen}" if seen in patches else f"{seen}, of which it was not trained with"
+
+
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """See that a continued training goes on as it began; its teacher may have moved."""
-    for key in ("checkpoints", "temperature", "weight"):
-        if before and before.get(key) != now[key]:
+    for key in ("checkpoints", "temperature", "weight", "unlabelled", "unlabelled_share"):
+        if before and before.get(key) != now.get(key):
             raise UsageError(
-                f"a training goes on with the {key} of distillation that it began with, {before.get(key)} of "
-                f"{before.get('teacher')}, got {now[key]} of {now['teacher']}: restore the teacher ({VARIABLE}, "
+                f"a training goes on with the {key} of distillation that it began with, {before.get(key)} (teacher "
+                f"{before.get('teacher')}), got {now.get(key)} (teacher {now['teacher']}): restore it ({VARIABLE}, "
                 "plans), or begin anew."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Lesson:
     """
 
     logits: Tensor
-    unlabelled: Sequence[int] = field(default=())
+    unlabelled: Sequence[int] = ()
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float, regions: bool) -> Tensor:
@@ -74,7 +74,7 @@ class DistillationLoss(nn.Module):
         self.hard, self.regions, self.temperature, self.weight = hard, regions, temperature, weight
         self.lesson: Lesson | None = None
         self._at_outputs = at_outputs
-        self._sums: Tensor | None = None  # of the epoch: L, KL, steps
+        self._sums: Tensor | None = None  # of the epoch: L, KL, steps with labels, steps
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """Loss of the network's output, at full resolution or, with deep supervision, a list from there down."""
@@ -94,28 +94,29 @@ class DistillationLoss(nn.Module):
             )
         divergences = divergence(student, teacher, self.temperature, self.regions)
         labelled = [sample for sample in range(len(student)) if sample not in unlabelled]
-        if 0 < len(labelled) < len(student):  # without any label L counts nothing, but GPUs wait for each other in it
+        if len(labelled) < len(student):
             output, target = (tree_map(lambda of: of[labelled], value) for value in (output, target))
-        hard = self.hard(output, target)
-        self._note(hard, divergences)
+        hard = self.hard(output, target) if labelled else student.new_zeros(())
+        self._note(hard, divergences, bool(labelled))
         share = student.new_ones(len(student), dtype=torch.float32)
         share[labelled] = self.weight
         soft = self.temperature**2 * (share * divergences).mean()
         total: Tensor = (1 - self.weight) * len(labelled) / len(student) * hard + soft
         return total
 
-    def _note(self, hard: Tensor, divergences: Tensor) -> None:
+    def _note(self, hard: Tensor, divergences: Tensor, has_labels: bool) -> None:
         with torch.no_grad():
-            terms = torch.stack([hard.float(), divergences.mean(), torch.ones_like(divergences[0])])
+            steps = divergences.new_tensor([float(has_labels), 1.0])
+            terms = torch.cat([torch.stack([hard.float(), divergences.mean()]), steps])
             self._sums = terms if self._sums is None else self._sums + terms
 
     def epoch_means(self) -> tuple[float, float] | None:
         """Means of L and KL since the last call; None where there was no step."""
         if self._sums is None:
             return None
-        hard, soft, steps = self._sums.tolist()
+        hard, soft, labelled, steps = self._sums.tolist()
         self._sums = None
-        return hard / steps, soft / steps
+        return hard / max(labelled, 1), soft / steps
 
 
 def _finest(output: Any) -> Tensor:

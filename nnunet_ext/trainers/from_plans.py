@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -45,6 +46,7 @@ def build_from_plans(
     num_input_channels: int,
     num_output_channels: int,
     enable_deep_supervision: bool,
+    without: Sequence[str] = (),
     **options: Any,
 ) -> nn.Module:
     """Build a network with the sizes, strides and options that the configuration holds, and `options`.
@@ -54,12 +56,14 @@ def build_from_plans(
         configuration_manager: Plans of the configuration.
         num_input_channels, num_output_channels: Of images and logits.
         enable_deep_supervision: Whether it gives logits of all resolutions.
+        without: Arguments of the plans that it does not take.
         options: Arguments that are stronger than those of the plans.
 
     Raises:
         ValueError: the plans belong to a network whose arguments `network_class` does not have.
     """
-    arguments: dict[str, Any] = {**configuration_manager.network_arch_init_kwargs, **options}
+    planned = configuration_manager.network_arch_init_kwargs
+    arguments: dict[str, Any] = {**{k: v for k, v in planned.items() if k not in without}, **options}
     name = configuration_manager.network_arch_class_name
     if network_class is not None and (unknown := sorted(set(arguments) - parameters_of(network_class))):
         raise ValueError(
@@ -70,7 +74,7 @@ def build_from_plans(
     return get_network_from_plans(
         f"{network_class.__module__}.{network_class.__name__}" if network_class else name,
         arguments,
-        configuration_manager.network_arch_init_kwargs_req_import,
+        [key for key in configuration_manager.network_arch_init_kwargs_req_import if key not in without],
         num_input_channels,
         num_output_channels,
         allow_init=True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import chain
@@ -20,10 +22,9 @@ from nnunet_ext.errors import UsageError
 from nnunet_ext.files import whole_folder
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.parallel import mapped
-from nnunet_ext.printable import first_few
+from nnunet_ext.printable import first_few, one_line
 
 _PREFIX = "unlabelled:"  # of the keys in a batch
-_MADE_FROM = "made_from.json"
 _MOST_REPEATS = 8  # of a case in the list that is drawn from: the precision of the share
 _LOCATIONS = 100  # voxels of an image on which patches may be centred, drawn anew for each
 
@@ -36,6 +37,8 @@ def is_unlabelled(key: str) -> bool:
 def preprocess(images: Path, setting: Setting, folder: Path, cases: Collection[str]) -> Path:
     """Preprocess a folder of images, unless that is done; return the folder with the result.
 
+    The result has a name of its own for these files and this preprocessing: trainings that run keep theirs.
+
     Args:
         images: Folder with CASE_0000.nii.gz and so on, in the format of the data set.
         setting: Plans, data set and configuration.
@@ -43,27 +46,28 @@ def preprocess(images: Path, setting: Setting, folder: Path, cases: Collection[s
         cases: Names of the data set's own cases.
 
     Raises:
-        UsageError: there is no image, an image lacks channels, has the name of a case, or can't be read.
+        UsageError: there is no image, an image lacks channels, is a case of the data set, or can't be read.
     """
     files = _files(images, setting, cases)
-    made_from = {
-        "files": [[file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in chain(*files.values())],
-        "configuration": {
-            key: setting.configuration_manager.configuration.get(key)
-            for key in ("spacing", "normalization_schemes", "use_mask_for_norm", "patch_size", "preprocessor_name")
-        },
-    }
-    made_from = json.loads(json.dumps(made_from, default=str))
-    target = folder.with_name(f"{folder.name}_unlabelled")
-    with FileLock(f"{target}.lock"):  # several folds may begin at once
-        note = target / _MADE_FROM
-        if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made_from:
-            return target
-        with whole_folder(target, replace=True) as part:
-            jobs = [(str(part / case), paths) for case, paths in files.items()]
-            list(mapped(partial(_preprocess, setting), jobs, default_num_processes))
-            (part / _MADE_FROM).write_text(json.dumps(made_from), encoding="utf-8")
+    target = folder.with_name(f"{folder.name}_unlabelled_{_digest(files, setting)}")
+    with FileLock(f"{target}.lock"):  # several folds, or GPUs, may begin at once
+        if not all((target / f"{case}.pkl").is_file() for case in files):
+            with whole_folder(target, replace=True) as part:
+                jobs = [(str(part / case), paths) for case, paths in files.items()]
+                list(mapped(partial(_preprocess, setting), jobs, default_num_processes))
     return target
+
+
+def _digest(files: Mapping[str, Sequence[str]], setting: Setting) -> str:
+    """Of all that the preprocessed images depend on."""
+    stamps = [[file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in chain(*files.values())]
+    configuration = setting.configuration_manager.configuration
+    wanted = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name")
+    facts = {key: value for key, value in configuration.items() if key in wanted or key.startswith("resampling")}
+    facts |= {
+        key: setting.plans.get(key) for key in ("transpose_forward", "foreground_intensity_properties_per_channel")
+    }
+    return hashlib.sha256(json.dumps([stamps, facts], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _files(images: Path, setting: Setting, cases: Collection[str]) -> dict[str, list[str]]:
@@ -79,7 +83,10 @@ def _files(images: Path, setting: Setting, cases: Collection[str]) -> dict[str, 
             f"{images} must hold images with {channels} channel(s) each, CASE_0000{ending} and so on, as for "
             f"prediction, got {first_few(wrong) or 'none'}: complete it, or correct the plans."
         )
-    if known := sorted(set(files) & set(cases)):
+    raw = os.environ.get("nnUNet_raw", "")  # noqa: SIM112
+    own = Path(raw, str(setting.plans.get("dataset_name")), "imagesTr").resolve()
+    linked = {name for name, paths in files.items() if any(Path(path).resolve().parent == own for path in paths)}
+    if known := sorted(set(files) & set(cases) | linked):
         raise UsageError(
             f"images without labels must not be cases of the data set, some of which are held back for tests, got "
             f"{first_few(known)} in {images}: take them out, or give other images other names."
@@ -92,7 +99,10 @@ def _preprocess(setting: Setting, job: tuple[str, list[str]]) -> None:
     plans = PlansManager(dict(setting.plans))
     configuration = plans.get_configuration(setting.configuration)
     preprocessor = configuration.preprocessor_class(verbose=False)
-    preprocessor.run_case_save(target, paths, None, plans, configuration, dict(setting.dataset))
+    try:
+        preprocessor.run_case_save(target, paths, None, plans, configuration, dict(setting.dataset))
+    except Exception as error:  # of any reader, for any file
+        raise UsageError(f"{paths[0]} can't be preprocessed ({one_line(error)}): repair it, or take it out.") from error
 
 
 class MixedDataset:

@@ -140,6 +140,47 @@ def test_a_fold_that_has_validated_other_cases_is_refused(dataset: Callable[[str
         trainer_of(dataset("labels")).run_training()
 
 
+def test_a_teacher_that_was_validated_again_after_its_split_had_changed_is_refused(
+    dataset: Callable[[str], int], teacher: Path
+) -> None:
+    """What nnU-Net's --val leaves in the folder: cases of the old split beside those of the new one."""
+    trainer = trainer_of(dataset("labels"))
+    path = teacher / "fold_0/validation/summary.json"
+    summary = json.loads(path.read_text())
+    summary["metric_per_case"].append({"prediction_file": f"{trainer.do_split()[0][0]}.nii.gz"})
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UsageError, match=r"must not have validated training cases of .*, it has 1 case"):
+        trainer.run_training()
+
+
+def test_folds_of_two_trainers_are_refused(dataset: Callable[[str], int], teacher: Path) -> None:
+    rewrite(teacher / "fold_1" / FINAL_CHECKPOINT, lambda content: content.update(trainer_name="nnUNetTrainerMeUNet"))
+    with pytest.raises(UsageError, match="must be of one trainer and configuration, got"):
+        trainer_of(dataset("labels"), fold="all").run_training()
+
+
+def test_a_teacher_that_says_nothing_finite_is_refused(dataset: Callable[[str], int], teacher: Path) -> None:
+    def spoil(content: dict[str, Any]) -> None:
+        next(iter(content["network_weights"].values())).fill_(torch.nan)
+
+    rewrite(teacher / "fold_0" / FINAL_CHECKPOINT, spoil)
+    with pytest.raises(UsageError, match="must give finite logits of"):
+        trainer_of(dataset("labels")).run_training()
+
+
+def test_a_teacher_whose_plans_hold_code_is_refused(dataset: Callable[[str], int], teacher: Path) -> None:
+    plans = json.loads((teacher / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
+    (teacher / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(UsageError, match=r"can't be built \(plans of others may name .*os.system.*\): install the"):
+        trainer_of(dataset("labels")).run_training()
+
+
+def test_the_mixin_after_its_trainer_is_refused() -> None:
+    with pytest.raises(TypeError, match="must name DistillationMixin before its trainer"):
+        type("nnUNetTrainerWrong", (nnUNetTrainer, DistillationMixin), {})
+
+
 def test_weights_of_another_network_are_refused(dataset: Callable[[str], int], teacher: Path) -> None:
     rewrite(teacher / "fold_0" / FINAL_CHECKPOINT, lambda content: content["network_weights"].popitem())
     with pytest.raises(UsageError, match=r"the weights of .*checkpoint_final.pth don't fit its plans"):
@@ -229,6 +270,7 @@ def test_trainer_of_several_passes_is_refused() -> None:
         pass
 
     trainer = object.__new__(nnUNetTrainerMeUNetDistilled)
+    trainer.current_epoch, trainer.num_epochs = 0, 1
     with pytest.raises(NotImplementedError, match=r"trains in several passes .* distil a trainer with one pass"):
         trainer.on_train_start()
 
@@ -318,6 +360,23 @@ def test_a_resumed_student_takes_its_teacher_from_another_place_but_no_other_tea
         resumed(interrupted).run_training()
 
 
+def test_a_student_that_has_ended_is_validated_without_its_teacher(
+    dataset: Callable[[str], int], teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer_of(dataset("labels")).run_training()
+    shutil.rmtree(teacher)
+    trainer = trainer_of(dataset("labels"), continue_training=True)
+    maybe_load_checkpoint(trainer, continue_training=True, validation_only=False)
+    trainer.run_training()  # nnUNetv2_train --c, which only validates what has ended
+
+
+def test_a_resumed_student_gets_no_other_images(interrupted: int, unlabelled: Path) -> None:
+    trainer = resumed(interrupted)
+    trainer.plans_manager.plans[KEY] = {"unlabelled": str(unlabelled)}
+    with pytest.raises(UsageError, match=r"goes on with the unlabelled of distillation .* None .* got .*imagesTr"):
+        trainer.run_training()
+
+
 # ---------------------------------------------------------------------------------------------------- unlabelled images
 @pytest.fixture
 def unlabelled(tmp_path: Path) -> Path:
@@ -330,7 +389,12 @@ def unlabelled(tmp_path: Path) -> Path:
     return folder / "imagesTr"
 
 
-def with_images(dataset: int, images: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+def link_own(images: Path, channel: int) -> None:
+    (own,) = (WORKSPACE / "raw").glob(f"Dataset*_labels/imagesTr/case0_{channel:04d}.nii.gz")
+    (images / f"other_{channel:04d}.nii.gz").symlink_to(own)
+
+
+def with_images(dataset: int, images: Path, **options: Any) -> Any:
     trainer = trainer_of(dataset, iterations=12)
     trainer.plans_manager.plans[KEY] = {"unlabelled": str(images), **options}
     return trainer
@@ -338,9 +402,9 @@ def with_images(dataset: int, images: Path, monkeypatch: pytest.MonkeyPatch, **o
 
 @pytest.mark.parametrize("kind", ["labels", "regions", "ignore"])
 def test_images_without_labels_are_mixed_in_by_their_share(
-    kind: str, dataset: Callable[[str], int], unlabelled: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, dataset: Callable[[str], int], unlabelled: Path
 ) -> None:
-    trainer = with_images(dataset(kind), unlabelled, monkeypatch, unlabelled_share=0.5)
+    trainer = with_images(dataset(kind), unlabelled, unlabelled_share=0.5)
     trainer.on_train_start()
     names = trainer.get_tr_and_val_datasets()[0].identifiers
     share = np.mean([is_unlabelled(name) for name in names])
@@ -356,22 +420,24 @@ def test_images_without_labels_are_mixed_in_by_their_share(
     assert trainer.my_init_kwargs[KEY]["unlabelled_share"] == 0.5
 
 
-def test_images_are_preprocessed_once_and_again_when_they_change(
-    dataset: Callable[[str], int], unlabelled: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_are_preprocessed_once_and_beside_those_of_running_trainings(
+    dataset: Callable[[str], int], unlabelled: Path
 ) -> None:
-    def times() -> dict[str, int]:
-        trainer = with_images(dataset("labels"), unlabelled, monkeypatch)
+    def made(patch: int = 24) -> dict[Path, int]:
+        trainer = with_images(dataset("labels"), unlabelled)
+        trainer.plans_manager.plans["configurations"]["3d_fullres"]["patch_size"] = [patch] * 3
         trainer._read_teachers()
-        folder = Path(f"{trainer.preprocessed_dataset_folder}_unlabelled")
-        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.b2nd")}
+        return {path: path.stat().st_mtime_ns for path in trainer._unlabelled[0].glob("*.b2nd")}
 
-    first = times()
+    first = made()
     assert len(first) == 6  # image and mask of three
-    assert times() == first
+    assert made() == made(patch=16) == first
     image = sitk.ReadImage(str(unlabelled / "new0_0000.nii.gz"))
     sitk.WriteImage(image * 2, str(unlabelled / "new0_0000.nii.gz"))
-    assert times().keys() == first.keys()
-    assert min(times().values()) > max(first.values())
+    assert made().keys().isdisjoint(first)
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    for path in first:
+        path.with_suffix(".pkl").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -384,15 +450,19 @@ def test_images_are_preprocessed_once_and_again_when_they_change(
             lambda images: [p.rename(p.with_name(p.name.replace("new0", "case0"))) for p in images.glob("new0_*")],
             "must not be cases of the data set, some of which are held back for tests, got case0",
         ),
+        (
+            lambda images: [link_own(images, channel) for channel in (0, 1)],
+            "must not be cases of the data set, some of which are held back for tests, got other",
+        ),
+        (
+            lambda images: (images / "new0_0000.nii.gz").write_bytes(b"no image"),
+            "new0_0000.nii.gz can't be preprocessed",
+        ),
     ],
 )
 def test_images_that_can_not_be_used_are_refused(
-    spoil: Callable[[Path], Any],
-    message: str,
-    dataset: Callable[[str], int],
-    unlabelled: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], Any], message: str, dataset: Callable[[str], int], unlabelled: Path
 ) -> None:
     spoil(unlabelled)
     with pytest.raises(UsageError, match=message):
-        with_images(dataset("labels"), unlabelled, monkeypatch).run_training()
+        with_images(dataset("labels"), unlabelled).run_training()

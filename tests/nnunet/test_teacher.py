@@ -75,6 +75,10 @@ def test_a_teacher_is_found_by_path_or_by_its_name_in_the_results(
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     assert find_teacher(str(model.folder), "Dataset001_Other").folder == model.folder
     assert find_teacher(model.folder.name, "Dataset007_Tiny").folder == model.folder
+    assert find_teacher(f"Dataset007_Tiny/{model.folder.name}", "Dataset001_Other").folder == model.folder
+    monkeypatch.chdir(model.folder.parent)
+    assert find_teacher(f" ./{model.folder.name} ".strip(), "Dataset001_Other").folder == model.folder
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"must be an existing folder, got .*Dataset001_Other"):
         find_teacher(model.folder.name, "Dataset001_Other")
     with pytest.raises(UsageError, match="needs a teacher, none is named: set nnUNet_teacher"):
@@ -152,7 +156,7 @@ def _without(fold: int, name: str) -> Callable[[ModelFolder], None]:
 
 
 def _validated(fold: int, *cases: str) -> Callable[[ModelFolder], None]:
-    rows = [{"prediction_file": f"{case}.nii.gz"} for case in cases]
+    rows = [{"prediction_file": f"C:\\elsewhere\\{case}.nii.gz"} for case in cases]
     return lambda model: _write(model, fold, {"metric_per_case": rows})
 
 
@@ -170,13 +174,14 @@ def _write(model: ModelFolder, fold: int, content: Any) -> None:
         ),
         (1, _without(1, "validation/summary.json"), "summary.json is missing: validate fold 1 of the teacher"),
         (1, lambda model: _write(model, 1, {}), "must hold nnU-Net's metric_per_case, it does not: validate fold 1"),
-        (1, _validated(1, "c"), r"must have held back .* 1 case \(b\) are not among those that it validated"),
+        (1, _validated(1, "c"), r"must have held back .* its validation lacks 1 case \(b; .*train the teacher"),
+        (1, _validated(1, "b", "c"), r"must not have validated training cases .* it has 1 case \(c; .*Train the teach"),
         (
             "all",
             _without(2, FINAL_CHECKPOINT),
             r"no fold of .* has held back 1 case \(c\): train and validate the miss",
         ),
-        ("all", _validated(0, "a", "b"), r"1 case \(b\) .* splits_final.json has them among its training cases"),
+        ("all", _validated(0, "a", "b"), r"must not have validated training cases .* it has 1 case \(b; "),
         ("all", _without(0, "validation/summary.json"), "summary.json is missing: validate fold 0"),
     ],
 )
@@ -203,5 +208,5 @@ def test_a_model_trained_on_all_cases_teaches_nobody(model: ModelFolder) -> None
 def test_a_split_that_has_changed_since_is_refused(model: ModelFolder) -> None:
     """The teacher's fold 1 held back b; the split now says a."""
     splits = [SPLITS[1], SPLITS[0]]
-    with pytest.raises(UsageError, match=r"1 case \(a\) are not among"):
+    with pytest.raises(UsageError, match=r"validation lacks 1 case \(a; "):
         teaching_folds(model, 1, splits[1]["train"], splits[1]["val"], splits)
