@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -242,3 +243,19 @@ def _check_unseen(teacher: ModelFolder, fold: str, cases: Collection[str], train
             f"{counted(len(seen), 'case')} ({first_few(seen)}; {teacher.folder}): the split has changed since, and "
             "nothing tells what it has been trained on. Train the teacher again, with an empty folder validation."
         )
+    _check_log(teacher, fold, len(trained))
+
+
+def _check_log(teacher: ModelFolder, fold: str, trained: int) -> None:
+    """See that the logs of a fold, where they are there, tell of a split like today's."""
+    for path in sorted(teacher.fold_folder(fold).glob("training_log_*.txt")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        counts = {int(count) for count in re.findall(r"split has (\d+) training and \d+ validation cases", text)}
+        overlaps = "Some validation cases are also in the training set" in text
+        if overlaps or (trained and counts - {trained}):
+            what = "validation cases that were training cases too" if overlaps else f"{max(counts)} training cases"
+            raise UsageError(
+                f"fold {fold} of the teacher must have been trained with the split of its student, which has {trained} "
+                f"training cases, but {path} tells of {what}: train the teacher with this split, or move logs of other "
+                "trainings away."
+            )

@@ -164,6 +164,10 @@ def _write(model: ModelFolder, fold: int, content: Any) -> None:
     (model.fold_folder(str(fold)) / "validation" / "summary.json").write_text(json.dumps(content))
 
 
+def _logged(fold: int, *lines: str) -> Callable[[ModelFolder], None]:
+    return lambda model: (model.fold_folder(str(fold)) / "training_log_2026_1_1.txt").write_text("\n".join(lines))
+
+
 @pytest.mark.parametrize(
     ("fold", "damage", "message"),
     [
@@ -183,15 +187,32 @@ def _write(model: ModelFolder, fold: int, content: Any) -> None:
         ),
         ("all", _validated(0, "a", "b"), r"must not have validated training cases .* it has 1 case \(b; "),
         ("all", _without(0, "validation/summary.json"), "summary.json is missing: validate fold 0"),
+        (
+            1,
+            _logged(1, "This split has 3 training and 1 validation cases."),
+            "which has 2 .* tells of 3 training cases",
+        ),
+        ("all", _logged(2, "This split has 3 training and 1 validation cases."), "fold 2 .* tells of 3 training cases"),
+        (
+            0,
+            _logged(0, "WARNING: Some validation cases are also in the training set. Please check the splits.json"),
+            "tells of validation cases that were training cases too: train the teacher with this split",
+        ),
     ],
 )
 def test_what_would_leak_is_refused(
     model: ModelFolder, fold: int | str, damage: Callable[[ModelFolder], None], message: str
 ) -> None:
     damage(model)
-    training, validation = (["a", "b", "c"],) * 2 if fold == "all" else (["a", "c"], ["b"])
+    training, validation = (["a", "b", "c"],) * 2 if fold == "all" else SPLITS[int(fold)].values()
     with pytest.raises(UsageError, match=message):
         teaching_folds(model, fold, training, validation, SPLITS)
+
+
+def test_a_log_of_the_same_split_is_no_hindrance(model: ModelFolder) -> None:
+    _logged(1, "This split has 2 training and 1 validation cases.", "Epoch 0")(model)
+    assert teaching_folds(model, 1, ["a", "c"], ["b"], SPLITS) == {"a": "1", "c": "1"}
+    assert teaching_folds(model, "all", ["a", "b", "c"], ["a", "b", "c"], SPLITS)["b"] == "1"
 
 
 def test_a_model_trained_on_all_cases_teaches_nobody(model: ModelFolder) -> None:
