@@ -209,7 +209,7 @@ def _patch(model: ModelFolder, student: Setting) -> str:
     """Patch that a teacher was trained with, and that it sees."""
     patches = [list(c["patch_size"]) for c in model.plans["configurations"].values() if "patch_size" in c]
     seen = list(student.patch_size)
-    return f"{seen}" if seen in patches else f"{seen}, of which it was not trained with"
+    return f"{seen}" if seen in patches else f"{seen}, another than it was trained with"
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

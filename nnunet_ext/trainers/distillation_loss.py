@@ -74,7 +74,8 @@ class DistillationLoss(nn.Module):
         self.hard, self.regions, self.temperature, self.weight = hard, regions, temperature, weight
         self.lesson: Lesson | None = None
         self._at_outputs = at_outputs
-        self._sums: Tensor | None = None  # of the epoch: L, KL, steps with labels, steps
+        self._sums: Tensor | None = None  # of the epoch: L, KL
+        self._steps = self._labelled = 0
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """Loss of the network's output, at full resolution or, with deep supervision, a list from there down."""
@@ -94,29 +95,30 @@ class DistillationLoss(nn.Module):
             )
         divergences = divergence(student, teacher, self.temperature, self.regions)
         labelled = [sample for sample in range(len(student)) if sample not in unlabelled]
-        if len(labelled) < len(student):
+        if len(labelled) == len(student):  # without waiting for the GPU
+            hard, soft = self.hard(output, target), self.weight * divergences.mean()
+        else:
             output, target = (tree_map(lambda of: of[labelled], value) for value in (output, target))
-        hard = self.hard(output, target) if labelled else student.new_zeros(())
+            hard = self.hard(output, target) if labelled else student.new_zeros(())
+            weights = [self.weight if sample in labelled else 1.0 for sample in range(len(student))]
+            soft = (divergences.new_tensor(weights) * divergences).mean()
         self._note(hard, divergences, bool(labelled))
-        share = student.new_ones(len(student), dtype=torch.float32)
-        share[labelled] = self.weight
-        soft = self.temperature**2 * (share * divergences).mean()
-        total: Tensor = (1 - self.weight) * len(labelled) / len(student) * hard + soft
+        total: Tensor = (1 - self.weight) * len(labelled) / len(student) * hard + self.temperature**2 * soft
         return total
 
     def _note(self, hard: Tensor, divergences: Tensor, has_labels: bool) -> None:
-        with torch.no_grad():
-            steps = divergences.new_tensor([float(has_labels), 1.0])
-            terms = torch.cat([torch.stack([hard.float(), divergences.mean()]), steps])
-            self._sums = terms if self._sums is None else self._sums + terms
+        terms = torch.stack([hard.detach().float(), divergences.detach().mean()])
+        self._sums = terms if self._sums is None else self._sums + terms
+        self._steps, self._labelled = self._steps + 1, self._labelled + has_labels
 
     def epoch_means(self) -> tuple[float, float] | None:
-        """Means of L and KL since the last call; None where there was no step."""
+        """Means of L, where there were labels, and of KL since the last call; None where there was no step."""
         if self._sums is None:
             return None
-        hard, soft, labelled, steps = self._sums.tolist()
-        self._sums = None
-        return hard / max(labelled, 1), soft / steps
+        hard, soft = self._sums.tolist()
+        means = hard / max(self._labelled, 1), soft / self._steps
+        self._sums, self._steps, self._labelled = None, 0, 0
+        return means
 
 
 def _finest(output: Any) -> Tensor:

@@ -119,9 +119,11 @@ def trainer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
                 compile_ = torch.compile
                 patch.setattr(torch, "compile", lambda *args, **kw: compile_(*args, **{"backend": backend, **kw}))
             trainer.initialize()
-        if isinstance(found, HasTeacher):
-            network = found.teacher_builder(Setting(plans=PLANS, dataset=DATASET, configuration=configuration))()
-            trainer._teachers = Teachers(network, {"0": network.state_dict()}, {})
+            if isinstance(found, HasTeacher):
+                network = found.teacher_builder(Setting(plans=PLANS, dataset=DATASET, configuration=configuration))()
+                trainer._teachers = Teachers(network, {"0": {}}, {})
+                if backend is not None:
+                    trainer._teachers.compile()
         return trainer
 
     return make
