@@ -115,7 +115,7 @@ class DistillationMixin(HostTrainer):
                 f"{type(self.loss).__name__}: override _build_loss instead of setting the loss."
             )
 
-    def _read_teachers(self) -> None:
+    def _read_teachers(self) -> Teachers:
         if isinstance(type(self), HasTrainingForm):
             raise NotImplementedError(
                 f"{type(self).__name__} trains in several passes of its network, which can't be distilled: distil a "
@@ -128,7 +128,7 @@ class DistillationMixin(HostTrainer):
         request = Request.of(plans, **asked)
         model = find_teacher(request.teacher, plans["dataset_name"])
         fold_of = teaching_folds(model, self.fold, *self.do_split(), self._splits())
-        self._teachers, sums = read_teachers(model, fold_of, setting, self.device)
+        teachers, sums = read_teachers(model, fold_of, setting, self.device)
         note: dict[str, Any] = {
             "teacher": str(model.folder),
             "checkpoints": sums,
@@ -143,11 +143,13 @@ class DistillationMixin(HostTrainer):
         self.my_init_kwargs[KEY] = note
         self.temperature, self.soft_weight = note["temperature"], note["weight"]
         if self._do_i_compile():
-            self._teachers.compile()
+            teachers.compile()
+        self._teachers = teachers
         self.print_to_log_file(
-            f"Distillation: taught by {model.folder}, fold {', '.join(self._teachers.folds)}, temperature "
+            f"Distillation: taught by {model.folder}, fold {', '.join(teachers.folds)}, temperature "
             f"{self.temperature:g}, weight {self.soft_weight:g}; patch of the teacher: {_patch(model, setting)}"
         )
+        return teachers
 
     def _splits(self) -> list[Any]:
         path = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
@@ -178,18 +180,16 @@ class DistillationMixin(HostTrainer):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Ask the teacher, then train as the trainer does."""
-        if self._teachers is None:
-            self._read_teachers()
-        images = batch["data"].to(self.device, non_blocking=True)
-        with self._lesson(images, batch.get("keys")):
+        images, keys = batch["data"].to(self.device, non_blocking=True), batch.get("keys")
+        teachers = self._teachers or self._read_teachers()
+        with nnunet_autocast(self.device):
+            logits = teachers.logits(images, keys)
+        with self._lesson(logits, keys):
             result: dict[str, Any] = super().train_step({**batch, "data": images})
             return result
 
     @contextmanager
-    def _lesson(self, images: Tensor, keys: Any) -> Iterator[None]:
-        assert self._teachers is not None
-        with nnunet_autocast(self.device):
-            logits = self._teachers.logits(images, keys)
+    def _lesson(self, logits: Tensor, keys: Any) -> Iterator[None]:
         unlabelled = [sample for sample, key in enumerate(() if keys is None else keys) if is_unlabelled(str(key))]
         self.loss.temperature, self.loss.weight = self.temperature, self.soft_weight
         self.loss.lesson = Lesson(logits, unlabelled)
