@@ -59,7 +59,7 @@ for entry in models:
 """
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Job:
     """A process, and the names of those that must have ended well before it."""
 
@@ -77,7 +77,8 @@ def training(args: argparse.Namespace, trainer: str, fold: str, teachers: list[s
     else:
         options = [TRAIN, args.dataset, args.configuration, fold, "-tr", name, "-p", args.plans, "-device", args.device]
     taught = {"nnUNet_teacher": folder(args, TEACHER)} if teachers else {}
-    return Job(f"{trainer} {fold}", [sys.executable, "-c", *options], teachers, taught)
+    command = [sys.executable, "-c", *options]
+    return Job(name=f"{trainer} {fold}", command=command, after=teachers, environment=taught)
 
 
 def folder(args: argparse.Namespace, trainer: str) -> str:
@@ -94,7 +95,7 @@ def predicting(args: argparse.Namespace, trainer: str, folds: list[str], label: 
     options = ["-i", str(args.images), "-o", str(args.output / "predictions" / label), "-m", str(model(args, trainer))]
     options += ["-f", *folds, "-npp", "1", "-nps", "1", "-device", args.device]
     after = [f"{trainer} {fold}" for fold in folds]
-    return Job(f"predict {label}", [sys.executable, "-c", PREDICT, *options], after)
+    return Job(name=f"predict {label}", command=[sys.executable, "-c", PREDICT, *options], after=after)
 
 
 def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
@@ -117,7 +118,8 @@ def all_jobs(args: argparse.Namespace) -> Iterator[Job]:
     timed = [f"{model(args, TEACHER)}:{':'.join(FOLDS)}", f"{model(args, TEACHER)}:0"]
     timed += [f"{model(args, f'{student}Distilled')}:all" for student in args.students]
     command = [sys.executable, "-c", TIME, str(args.images), str(args.output / "seconds.json"), args.device, *timed]
-    yield Job("seconds", command, every + [f"{s}Distilled all" for s in args.students], alone=True)
+    after = every + [f"{student}Distilled all" for student in args.students]
+    yield Job(name="seconds", command=command, after=after, alone=True)
 
 
 def run(args: argparse.Namespace) -> dict[str, float | None]:
