@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-install test-cluster check check-security lock bench clean
+.PHONY: demo test test-slow test-install test-versions test-cluster check check-security lock bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnunet-ext demo
@@ -16,6 +16,10 @@ test-slow: $(VENV)/.installed
 
 test-install: $(VENV)/.installed
 	$(BIN)/python -m pytest -m install
+
+# goes on where it ended; ARGS="--only newest --keep" makes one environment and keeps it
+test-versions: $(VENV)/.installed
+	$(BIN)/python -m tests.install.versions $(ARGS)
 
 test-cluster: $(VENV)/.installed
 	$(BIN)/python -m pytest -m cluster --log-cli-level=INFO --log-cli-format='%(asctime)s %(message)s' --log-cli-date-format=%H:%M:%S
