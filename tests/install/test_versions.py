@@ -253,6 +253,15 @@ def test_commands_do_not_see_the_working_copy(tmp_path: Path, monkeypatch: pytes
     assert "nnUNet_raw" not in found
 
 
+@pytest.mark.parametrize("row", INSTALLED, ids=lambda row: row.name)
+def test_tests_stand_where_they_find_only_what_is_installed(row: Row, tmp_path: Path) -> None:
+    environment = environment_of(tmp_path)
+    environment.copy(row)
+    assert (environment.tree / "tests" / "conftest.py").is_file()
+    assert not (environment.tree / "nnunet_ext").exists()
+    assert (environment.source / "nnunet_ext" / "registry.py").is_file() == (row.form == "editable")
+
+
 def test_all_but_the_log_is_deleted(tmp_path: Path) -> None:
     environment = environment_of(tmp_path)
     environment.run(sys.executable, "-c", "", minutes=1)

@@ -13,7 +13,7 @@ from tests.install.lock import REPOSITORY
 from tests.install.versions.matrix import SHOWN, Row
 
 VERSIONS = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]), sep='\\n')"
-PRODUCT = ("nnunet_ext", "_nnunet_ext_hook.py", "LICENSE")
+PRODUCT = ("nnunet_ext", "_nnunet_ext_hook.py", "LICENSE", "pyproject.toml", "README.md")
 TESTS = ("tests", "docs", "pyproject.toml", "README.md")
 
 
@@ -42,6 +42,10 @@ class Environment:
     @property
     def tree(self) -> Path:
         return self.folder / "tree"
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "source"
 
     @property
     def log(self) -> Path:
@@ -103,7 +107,7 @@ class Environment:
 
     def asked(self, row: Row) -> list[str]:
         """Words that name the package and all that the row asks for."""
-        package = ["-e", f"{self.tree}[test]"] if row.form == "editable" else [f"{self.wheel()}[test]"]
+        package = ["-e", f"{self.source}[test]"] if row.form == "editable" else [f"{self.wheel()}[test]"]
         constraints = ["-c", str(row.constraints)] if row.constraints else []
         return [*package, *row.pins, *constraints]
 
@@ -116,15 +120,10 @@ class Environment:
         return wheel
 
     def copy(self, row: Row) -> None:
-        """Copy the tests beside the environment, where they do not find the working copy; and what is editable."""
-        shutil.rmtree(self.tree, ignore_errors=True)
-        self.tree.mkdir(parents=True)
-        for name in TESTS if row.form == "wheel" else (*TESTS, *PRODUCT):
-            source = REPOSITORY / name
-            if source.is_dir():
-                shutil.copytree(source, self.tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, self.tree)
+        """Copy the tests to where they find no working copy, and beside them what an editable install serves."""
+        copy(TESTS, self.tree)
+        if row.form == "editable":
+            copy(PRODUCT, self.source)
 
     def versions(self) -> dict[str, str]:
         """Versions that are installed, of what the table shows."""
@@ -132,5 +131,17 @@ class Environment:
 
     def delete(self) -> None:
         """Delete all but the log."""
-        for name in ("environment", "tree", "wheel"):
+        for name in ("environment", "tree", "source", "wheel"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def copy(names: tuple[str, ...], target: Path) -> None:
+    """Copy these of the repository into a new folder."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in names:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)

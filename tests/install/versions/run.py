@@ -25,7 +25,8 @@ class NotOfferedError(Exception):
 
 def product() -> str:
     """Fingerprint of what is installed: results of another one do not count."""
-    files = [path for name in (*PRODUCT, "pyproject.toml") for path in files_below(REPOSITORY / name)]
+    names = [name for name in PRODUCT if name != "README.md"]
+    files = [path for name in names for path in files_below(REPOSITORY / name)]
     content = hashlib.sha256()
     for path in sorted(files):
         content.update(path.relative_to(REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes())
