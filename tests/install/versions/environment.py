@@ -88,7 +88,9 @@ class Environment:
         """
         self.create_empty(row)
         with_pip = ("PYTHON", "-m", "pip", "install", "--disable-pip-version-check")
-        install = (self.uv, "pip", "install", "--python", str(self.python)) if self.uv else with_pip
+        # compiled as pip does it: what old code warns of while it is compiled would be an error in a test
+        with_uv = (self.uv, "pip", "install", "--compile-bytecode", "--python", str(self.python))
+        install = with_uv if self.uv else with_pip
         self.run(*install, *self.asked(row), minutes=60)
 
     def create_empty(self, row: Row) -> None:
