@@ -11,6 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from tests.install.versions import table
 from tests.install.versions.environment import Environment
 from tests.install.versions.matrix import ROWS, STEPS, Row
@@ -43,6 +45,14 @@ def one(row: Row, options: argparse.Namespace, fingerprint: str) -> Result | Non
         return None
     uv = "" if options.installer == "pip" else shutil.which("uv") or ""
     environment = Environment(folder=options.work / row.name, base=base, uv=uv)
+    options.work.mkdir(parents=True, exist_ok=True)
+    # a second call of the same row waits, and finds it done
+    with FileLock(options.work / f"{row.name}.lock"):
+        return locked(row, environment, options, fingerprint)
+
+
+def locked(row: Row, environment: Environment, options: argparse.Namespace, fingerprint: str) -> Result:
+    """Run a row that no other call runs."""
     try:
         steps = [step for step in STEPS if step.name in options.steps]
         return run(row, steps, environment, fingerprint, say)
