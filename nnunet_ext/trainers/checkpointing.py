@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nnunet_ext.files import remove_partials, whole_file
 from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
 from nnunet_ext.trainers.fold_lock import only_training
+from nnunet_ext.trainers.several_gpus import is_first
 
 if TYPE_CHECKING:
     from nnunet_ext.protocols import HostTrainer
@@ -39,7 +40,7 @@ class AtomicCheckpointMixin(HostTrainer):
         Raises:
             UsageError: another training does.
         """
-        if self.local_rank != 0:  # the first rank writes, and holds the lock for all
+        if not is_first(self):  # it writes, and holds the lock for all
             super().run_training()
             return
         folder = Path(self.output_folder)
@@ -67,7 +68,7 @@ class AtomicCheckpointMixin(HostTrainer):
             super().on_epoch_end()
         finally:
             self.save_every = usual
-        if is_asked and self.local_rank == 0:
+        if is_asked and is_first(self):
             request.unlink(missing_ok=True)
 
     def save_checkpoint(self, filename: str) -> None:
@@ -76,7 +77,7 @@ class AtomicCheckpointMixin(HostTrainer):
         Raises:
             OSError: it can't be written; the previous checkpoint stays.
         """
-        if self.local_rank != 0 or self.disable_checkpointing:  # nnU-Net writes nothing
+        if not is_first(self) or self.disable_checkpointing:  # nnU-Net writes nothing
             super().save_checkpoint(filename)
             return
         path = Path(filename)
