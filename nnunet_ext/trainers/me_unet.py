@@ -8,7 +8,7 @@ both and not their sum; gradients are the same, because instance norm has no sta
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop, downsample_labels
 from nnunet_ext.architectures.expanded.patch import Size, divisors, standard_patch
+from nnunet_ext.trainers.autocast import without_cache
 from nnunet_ext.trainers.passes import TwoPasses
 from nnunet_ext.trainers.softmax_weighted_ce import Form, weight_classes
 from nnunet_ext.trainers.unwrapped import unwrapped
@@ -142,10 +143,9 @@ class MeUNetTrainerMixin(HostTrainer):
 
     def _backward_expanded(self, data: Tensor, target: Tensor) -> Tensor:
         """Forward and backward pass of the expanded patch; return its weighted loss, detached."""
-        # Within nnU-Net's autocast, whose cache would hand weights without gradients on to the standard pass.
-        with torch.autocast("cuda", cache_enabled=False) if self.device.type == "cuda" else nullcontext():
+        with without_cache(self.device):
             loss = self.expanded_weight * self.expanded_loss(self.expanded_pass(data), target)
-        with torch.autocast("cuda", enabled=False) if self.device.type == "cuda" else nullcontext():
+        with torch.autocast(self.device.type, enabled=False):  # as nnU-Net
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
         return loss.detach()
 

@@ -57,12 +57,13 @@ class ValueRangeMixin(HostTrainer):
             )
 
 
-def largest_activations(network: nn.Module, image: Tensor) -> dict[str, float]:
-    """Largest absolute value of what each part of a network gives in float16, where it gives any.
+def largest_activations(network: nn.Module, image: Tensor, dtype: torch.dtype = torch.float16) -> dict[str, float]:
+    """Largest absolute value of what each part of a network gives in a dtype, where it gives any.
 
     Args:
         network: Without the wrappers of DDP and `torch.compile`.
         image: (B, C, *patch); the caller sets autocast, and whether gradients are kept.
+        dtype: What counts.
 
     Returns:
         Name of the part -> value; infinity where it gave that, or NaN.
@@ -70,7 +71,7 @@ def largest_activations(network: nn.Module, image: Tensor) -> dict[str, float]:
     found: dict[str, Tensor] = {}
 
     def note(name: str, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dtype == torch.float16 and output.numel():
+        if isinstance(output, Tensor) and output.dtype == dtype and output.numel():
             value = output.detach().abs().amax().float().nan_to_num(nan=float("inf"), posinf=float("inf"))
             found[name] = torch.maximum(found[name], value) if name in found else value
 
