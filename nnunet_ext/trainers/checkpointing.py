@@ -6,23 +6,20 @@ import math
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnunet_ext.files import remove_partials, whole_file
 from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
+from nnunet_ext.trainers.ending import EndsTogetherMixin
 from nnunet_ext.trainers.fold_lock import only_training
 
-if TYPE_CHECKING:
-    from nnunet_ext.protocols import HostTrainer
-else:
-    HostTrainer = object
 
-
-class AtomicCheckpointMixin(HostTrainer):
+class AtomicCheckpointMixin(EndsTogetherMixin):
     """Keeps the files that a run continues from whole, and its own.
 
-    A checkpoint is written beside its place and renamed; one training at a time works in a fold's folder; the best
-    result so far is known after a continuation. Stands before ``nnUNetTrainer`` in the bases of a trainer.
+    A checkpoint is written beside its place and renamed; one training at a time works in a fold's folder, and leaves
+    no process behind; the best result so far is known after a continuation. Stands before ``nnUNetTrainer`` in the
+    bases of a trainer.
     """
 
     # The file that a training continues from, where it holds the best weights so far.

@@ -32,7 +32,7 @@ class Logger:
 class Host:
     """What the mixin needs of nnU-Net's trainer."""
 
-    disable_checkpointing = False
+    disable_checkpointing = is_ddp = False
     save_every, current_epoch = 50, 3
     _best_ema: float | None = None
 
