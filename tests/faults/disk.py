@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet
+
 from nnunet_ext.files import sha256
 from tests.faults.bench import Bench, note_end
 from tests.faults.outcome import Outcome
@@ -48,6 +50,8 @@ def disk(bench: Bench) -> Outcome:
     outcome = Outcome()
     for _ in range(1 if bench.is_short else 6):
         _limited(bench, outcome)
+    for share in () if bench.is_short else (0.3, 0.6, 0.9):
+        _prediction_cut_off(bench, outcome, share)
     try:
         with _mounted(bench.folder / "disk"):
             for _ in range(1 if bench.is_short else 8):
@@ -140,6 +144,46 @@ def _see_save(ended: Ended, outcome: Outcome, fault: str) -> None:
         outcome.problem("unclear", f"{fault}: {ended.status}, {ended.last_line}")
 
 
+def _prediction_cut_off(bench: Bench, outcome: Outcome, share: float) -> None:
+    """ITK says nothing of the end of a file that it can't write."""
+    kind = "prediction of validation cut off"
+    training = bench.training(TRAINER)
+    bench.run(training)
+    validation = replace(training, arguments=("--val",), validates=True)
+    bench.run(validation)
+    predicted, summary = training.folder / "validation", training.folder / "validation" / "summary.json"
+    size = max(path.stat().st_size for path in predicted.glob("*.nii.gz"))
+    fault = f"{kind}: {int(share * size)} of {size} bytes"
+    ended = bench.run(replace(validation, changes=(lambda: _cut_predictions(int(share * size)),)))
+    outcome.injected[kind] += 1
+    _see_validation(ended, outcome, fault)
+    if summary.exists():
+        outcome.problem("silently wrong", f"{fault}: it has scores")
+    again = bench.run(validation)
+    if again.status or not summary.is_file():
+        outcome.problem("unrecoverable", f"{fault}: {again.last_line}")
+    bench.tidy(training)
+
+
+@contextmanager
+def _cut_predictions(size: int) -> Iterator[None]:
+    """Predictions are as ITK leaves them on a full disk: their last buffer is missing."""
+    export = nnunet.export_prediction_from_logits
+
+    def cut(*arguments: Any) -> None:
+        export(*arguments)
+        os.truncate(f"{arguments[5]}.nii.gz", size)
+
+    with patch.object(nnunet, "export_prediction_from_logits", cut):
+        yield
+
+
+def _see_validation(ended: Ended, outcome: Outcome, fault: str) -> None:
+    note_end(ended, outcome, fault)
+    if ended.status == 0 or "can't write" not in ended.last_line or "--val" not in ended.last_line:
+        outcome.problem("unclear", f"{fault}: {ended.status}, {ended.last_line}")
+
+
 def _full_at_validation(bench: Bench, outcome: Outcome) -> None:
     kind = "disk full at the predictions of validation"
     training = _on_disk(bench)
@@ -151,9 +195,7 @@ def _full_at_validation(bench: Bench, outcome: Outcome) -> None:
     validation = replace(training, arguments=("--val",), validates=True, changes=(lambda: patch(f"{HOST}.sleep"),))
     ended = bench.run(validation)
     outcome.injected[kind] += 1
-    note_end(ended, outcome, fault)
-    if ended.status == 0 or "can't write" not in ended.last_line:
-        outcome.problem("unclear", f"{fault}: {ended.status}, {ended.last_line}")
+    _see_validation(ended, outcome, fault)
     if sha256(final) != before:
         outcome.problem("files left", f"{fault}: the checkpoint has changed")
     other.unlink()
