@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-install test-cluster check bench clean
+.PHONY: demo test test-slow test-install test-cluster test-faults check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnunet-ext demo
@@ -19,6 +19,11 @@ test-install: $(VENV)/.installed
 
 test-cluster: $(VENV)/.installed
 	$(BIN)/python -m pytest -m cluster --log-cli-level=INFO --log-cli-format='%(asctime)s %(message)s' --log-cli-date-format=%H:%M:%S
+
+# Kills, full disks, signals and damaged checkpoints, drawn from SEED; summary in faults-output/.
+SEED ?= 0
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults --seed $(SEED) --output faults-output
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

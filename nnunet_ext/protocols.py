@@ -106,6 +106,7 @@ class HostTrainer:
     inference_allowed_mirroring_axes: Any  # tuple of int, or None
     is_cascaded: bool
     disable_checkpointing: bool
+    was_initialized: bool
     enable_deep_supervision: bool
     output_folder: str
     preprocessed_dataset_folder: str

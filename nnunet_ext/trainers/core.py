@@ -5,10 +5,13 @@ from __future__ import annotations
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.ending import EndsTogetherMixin
 from nnunet_ext.trainers.finite_steps import FiniteStepsMixin
 from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 from nnunet_ext.trainers.value_range import ValueRangeMixin
 
 
-class CoreTrainer(AtomicCheckpointMixin, SeveralGPUsMixin, FiniteStepsMixin, ValueRangeMixin, nnUNetTrainer):
-    """Default nnU-Net, whose checkpoints are whole and whose steps are finite."""
+class CoreTrainer(
+    AtomicCheckpointMixin, EndsTogetherMixin, SeveralGPUsMixin, FiniteStepsMixin, ValueRangeMixin, nnUNetTrainer
+):
+    """Default nnU-Net, whose checkpoints are whole, whose processes end together and whose steps are finite."""

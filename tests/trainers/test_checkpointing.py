@@ -14,6 +14,7 @@ import pytest
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import partial
 from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
+from nnunet_ext.trainers import checkpointing
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
 from nnunet_ext.trainers.fold_lock import only_training
 from tests.conftest import KilledPartial
@@ -32,7 +33,8 @@ class Logger:
 class Host:
     """What the mixin needs of nnU-Net's trainer."""
 
-    disable_checkpointing = False
+    disable_checkpointing = is_ddp = False
+    was_initialized = True
     save_every, current_epoch = 50, 3
     _best_ema: float | None = None
 
@@ -221,6 +223,7 @@ def test_best_checkpoint_that_a_kill_prevented_is_made_from_the_latest(
         self._best_ema, self.logger = noted, Logger(logged)
 
     monkeypatch.setattr(Host, "load_checkpoint", load)
+    monkeypatch.setattr(checkpointing, "check_continuable", lambda path, trainer: None)
     latest, best = tmp_path / "checkpoint_latest.pth", tmp_path / "checkpoint_best.pth"
     latest.write_bytes(b"latest")
     best.write_bytes(b"best")
