@@ -9,6 +9,7 @@ from tests.faults.corruption import corruption
 from tests.faults.disk import disk
 from tests.faults.kills import kills
 from tests.faults.loaders import loaders
+from tests.faults.non_finite import non_finite
 from tests.faults.outcome import Outcome
 from tests.faults.signals import signals
 
@@ -18,4 +19,5 @@ CLASSES: dict[str, Callable[[Bench], Outcome]] = {
     "augmentation process killed": loaders,
     "disk full": disk,
     "checkpoint damaged": corruption,
+    "NaN or infinity": non_finite,
 }
