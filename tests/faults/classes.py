@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tests.faults.bench import Bench
 from tests.faults.corruption import corruption
 from tests.faults.disk import disk
-from tests.faults.kills import kills
+from tests.faults.kills import kills, registered
 from tests.faults.loaders import loaders
 from tests.faults.outcome import Outcome
 from tests.faults.signals import signals
@@ -18,4 +18,6 @@ CLASSES: dict[str, Callable[[Bench], Outcome]] = {
     "augmentation process killed": loaders,
     "disk full": disk,
     "checkpoint damaged": corruption,
+    "registered trainers killed": registered,
 }
+LONG = ("registered trainers killed",)  # not in the short suite
