@@ -144,6 +144,10 @@ class HostTrainer:
         """Log the epoch, save checkpoints."""
         raise NotImplementedError
 
+    def on_train_epoch_start(self) -> None:
+        """Prepare for training patches."""
+        raise NotImplementedError
+
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One step of the optimiser."""
         raise NotImplementedError

@@ -8,22 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_ext.files import remove_partials, whole_file
 from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
 from nnunet_ext.trainers.continuing import check_continuable, check_places
-from nnunet_ext.trainers.ending import EndsTogetherMixin
 from nnunet_ext.trainers.explaining import check_predictions, explained
 from nnunet_ext.trainers.fold_lock import only_training
+from nnunet_ext.trainers.several_gpus import is_first
+
+if TYPE_CHECKING:
+    from nnunet_ext.protocols import HostTrainer
+else:
+    HostTrainer = object
 
 
-class AtomicCheckpointMixin(EndsTogetherMixin):
+class AtomicCheckpointMixin(HostTrainer):
     """Keeps the files that a run continues from whole, and its own.
 
-    A checkpoint is written beside its place and renamed; one training at a time works in a fold's folder, and leaves
-    no process behind; the best result so far is known after a continuation. Stands before ``nnUNetTrainer`` in the
-    bases of a trainer.
+    A checkpoint is written beside its place and renamed; one training at a time works in a fold's folder; the best
+    result so far is known after a continuation. Stands before ``nnUNetTrainer`` in the bases of a trainer.
     """
 
     # The file that a training continues from, where it holds the best weights so far.
@@ -41,7 +45,7 @@ class AtomicCheckpointMixin(EndsTogetherMixin):
             UsageError: another training does, or the name of a checkpoint is taken.
         """
         folder = Path(self.output_folder)
-        if self.local_rank != 0:  # the first rank writes, and holds the lock for all
+        if not is_first(self):  # it writes, and holds the lock for all
             with explained(folder, "--c"):
                 super().run_training()
             return
@@ -71,7 +75,7 @@ class AtomicCheckpointMixin(EndsTogetherMixin):
             super().on_epoch_end()
         finally:
             self.save_every = usual
-        if is_asked and self.local_rank == 0:
+        if is_asked and is_first(self):
             request.unlink(missing_ok=True)
 
     def save_checkpoint(self, filename: str) -> None:
@@ -80,7 +84,7 @@ class AtomicCheckpointMixin(EndsTogetherMixin):
         Raises:
             OSError: it can't be written; the previous checkpoint stays.
         """
-        if self.local_rank != 0 or self.disable_checkpointing:  # nnU-Net writes nothing
+        if not is_first(self) or self.disable_checkpointing:  # nnU-Net writes nothing
             super().save_checkpoint(filename)
             return
         with self._replaced(Path(filename)) as part:
@@ -106,7 +110,7 @@ class AtomicCheckpointMixin(EndsTogetherMixin):
         folder = Path(self.output_folder)
         with explained(folder, "--val"):
             super().perform_actual_validation(save_probabilities)
-        if self.local_rank == 0:
+        if is_first(self):
             check_predictions(folder / "validation", self.dataset_json["file_ending"])
 
     def load_checkpoint(self, *arguments: Any, **options: Any) -> None:

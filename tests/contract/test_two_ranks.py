@@ -44,7 +44,7 @@ TRAINERS = [
 
 def own(name: str) -> tuple[Any, ...]:
     """What a trainer does otherwise than nnU-Net's own in a step or in validation."""
-    methods = ("train_step", "accumulate_gradients", "perform_actual_validation")
+    methods = ("train_step", "_branch_step", "perform_actual_validation")
     found = (getattr(trainer_class(name), method, None) for method in methods)
     shared = trainer_class(f"{registry.CORE_TRAINER}_1epochs")
     return tuple(m for m in found if m and m is not getattr(shared, m.__name__, None))
