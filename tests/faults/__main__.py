@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 from tests.contract import conftest as phantom  # noqa: E402
 from tests.faults.bench import Bench, Undisturbed  # noqa: E402
-from tests.faults.classes import CLASSES  # noqa: E402
+from tests.faults.classes import CLASSES, LONG  # noqa: E402
 from tests.faults.outcome import Outcome, write  # noqa: E402
 from tests.faults.processes import run  # noqa: E402
 
@@ -31,29 +31,38 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("faults-output"))
     parser.add_argument("--short", action="store_true", help="a few faults of each kind")
-    parser.add_argument("--only", nargs="*", metavar="CLASS", choices=list(CLASSES), default=list(CLASSES))
+    parser.add_argument("--only", nargs="*", metavar="CLASS", choices=list(CLASSES), help="; ".join(CLASSES))
     options = parser.parse_args()
+    names = options.only or [name for name in CLASSES if not (options.short and name in LONG)]
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="nnunet_ext-faults-"))
+    outcomes: dict[str, Outcome] = {}
+    known: dict[tuple[str, int], Undisturbed] = {}
+    text = ""
     try:
         prepared = run(lambda: phantom.prepare("labels"), folder / "prepare.log")
         if prepared.status:
             raise RuntimeError(prepared.text)
-        known: dict[tuple[str, int], Undisturbed] = {}
-        outcomes = {name: _inject(name, options.seed, options.short, folder, known) for name in options.only}
+        for name in names:
+            outcomes[name] = _inject(name, options.seed, options.short, folder, known)
+            text = write(outcomes, options.output, _facts(outcomes, options.seed))  # of a class that took minutes
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         phantom.pytest_unconfigure()
-    facts = {
+    print(text)
+    return int(not all(outcome.is_clean for outcome in outcomes.values()))
+
+
+def _facts(outcomes: dict[str, Outcome], seed: int) -> dict[str, object]:
+    return {
         "date": date.today().isoformat(),
-        "seed": options.seed,
-        "faults": sum(o.injected.total() for o in outcomes.values()),
+        "seed": seed,
+        "faults": sum(outcome.injected.total() for outcome in outcomes.values()),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "minutes": round(sum(o.seconds for o in outcomes.values()) / 60, 1),
+        "processors": os.cpu_count(),
+        "minutes": round(sum(outcome.seconds for outcome in outcomes.values()) / 60, 1),
     }
-    print(write(outcomes, options.output, facts))
-    return int(not all(outcome.is_clean for outcome in outcomes.values()))
 
 
 def _inject(name: str, seed: int, is_short: bool, folder: Path, known: dict[tuple[str, int], Undisturbed]) -> Outcome:

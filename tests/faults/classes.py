@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tests.faults.bench import Bench
 from tests.faults.corruption import corruption
 from tests.faults.disk import disk
-from tests.faults.kills import kills
+from tests.faults.kills import kills, registered
 from tests.faults.loaders import loaders
 from tests.faults.non_finite import non_finite
 from tests.faults.outcome import Outcome
@@ -20,4 +20,6 @@ CLASSES: dict[str, Callable[[Bench], Outcome]] = {
     "disk full": disk,
     "checkpoint damaged": corruption,
     "NaN or infinity": non_finite,
+    "registered trainers killed": registered,
 }
+LONG = ("registered trainers killed",)  # not in the short suite

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nnunet_ext import registry
 from tests.faults.bench import Bench, Undisturbed, note_end
 from tests.faults.outcome import Outcome
 from tests.faults.processes import Child
@@ -71,14 +72,34 @@ def kills(bench: Bench) -> Outcome:
     return outcome
 
 
-def _chain(bench: Bench, victims: Victims, most: int, outcome: Outcome) -> int:
+def registered(bench: Bench) -> Outcome:
+    """Kill a training of each registered trainer."""
+    outcome = Outcome()
+    for name in registry.names("trainers"):
+        _registered(bench, name, outcome)
+    return outcome
+
+
+def _registered(bench: Bench, name: str, outcome: Outcome) -> None:
+    """Kill a training of a registered trainer twice, where it trains on default plans at all."""
+    trainer = f"{name}_3epochs_1iters"
+    try:
+        bench.undisturbed(trainer)
+    except RuntimeError:  # it needs plans or a stage of its own, or only predicts
+        outcome.observed[f"{name}: does not train on default plans"] += 1
+        return
+    victims = Victims(name="registered trainers", options={}, draw=_saving, wanted=(0, 2))
+    _chain(bench, victims, 2, outcome, trainer)
+
+
+def _chain(bench: Bench, victims: Victims, most: int, outcome: Outcome, trainer: str = TRAINER) -> int:
     """Kill one training again and again until it has ended or `most` kills took place; return how many did."""
-    like = bench.undisturbed(TRAINER, victims.options.get("ranks", 1))
-    training = bench.training(TRAINER, **victims.options)
+    like = bench.undisturbed(trainer, victims.options.get("ranks", 1))
+    training = bench.training(trainer, **victims.options)
     done, reached, fault = 0, 0, "none"
     while done < most:
         kill = victims.draw(bench, like)
-        fault = f"{victims.name}: {kill.what} {kill.where}".strip()
+        fault = f"{victims.name}: {kill.what} {kill.where}, {trainer}"
         before = len(training.told())
         ended = _killed(bench, replace(training, trigger=kill.trigger, rank=kill.rank), kill)
         bench.check_begin(training, before, reached, outcome, fault)
@@ -123,6 +144,15 @@ def _drawn_save(bench: Bench, like: Undisturbed) -> Iterator[Kill]:
     tick = 1 + draw.randrange(_STEPS if at is not None else 2 * _STEPS)
     where = f"{tick} of {'the end' if at is None else f'save {at}'}"
     yield Kill(what="at a step of a save", where=where, trigger=AtTick(at, tick))
+
+
+def _saving(bench: Bench, like: Undisturbed) -> Kill:
+    """A kill while one of the first two checkpoints is saved."""
+    draw = bench.draw
+    size, tick, save = int(like.size * draw.random()), 1 + draw.randrange(_STEPS - 2), draw.randrange(2)
+    byte = Kill(what="at a byte of a checkpoint", where=f"{size} of save {save}", trigger=AtByte(save, size))
+    step = Kill(what="at a step of a save", where=f"{tick} of save {save}", trigger=AtTick(save, tick))
+    return draw.choice([byte, step])
 
 
 def _alone(bench: Bench, like: Undisturbed) -> Kill:
