@@ -373,17 +373,20 @@ PLANS: dict[str, Any] = {
 }
 
 
-def test_schedule_of_nnunets_own_trainer_is_a_working_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+def test_schedule_of_nnunets_own_trainer_is_a_working_trainer(tmp_path: Path, run_python: RunPython) -> None:
+    code = f"""
+import inspect, torch
+from nnunet_ext import registry
 
-    for folder in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{folder}", str(tmp_path))
-    dataset = {"labels": {"background": 0, "one": 1}, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
-    scheduled = registry.resolve("trainers", "nnUNetTrainer_3epochs_10iters_NoMirroring")
-    trainer = scheduled(plans=dict(PLANS), configuration="2d", fold=0, dataset_json=dataset, device=torch.device("cpu"))
-    assert set(trainer.my_init_kwargs) == set(inspect.signature(scheduled).parameters)
-    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (3, 10, 2)
-    assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
+dataset = {{"labels": {{"background": 0, "one": 1}}, "channel_names": {{"0": "CT"}}, "file_ending": ".nii.gz"}}
+scheduled = registry.resolve("trainers", "nnUNetTrainer_3epochs_10iters_NoMirroring")
+trainer = scheduled(plans={PLANS}, configuration="2d", fold=0, dataset_json=dataset, device=torch.device("cpu"))
+assert set(trainer.my_init_kwargs) == set(inspect.signature(scheduled).parameters)
+assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (3, 10, 2)
+assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
+"""
+    # a process of its own: nnU-Net before 2.8 reads the variables once
+    run_python(code, env={f"nnUNet_{folder}": str(tmp_path) for folder in ("raw", "preprocessed", "results")})
 
 
 @pytest.mark.parametrize("layout", ["one.py", "one/__init__.py"])

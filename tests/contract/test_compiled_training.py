@@ -1,7 +1,7 @@
 """Training as nnU-Net runs it on CUDA: compiled, in mixed precision, with a gradient scaler; emulated on the CPU.
 
 Each registered trainer's own `initialize`, `train_step` and `validation_step` run. From CUDA differ the device, its
-kernels and what runs at the same time. Runs wherever the package and pytest are: ``make test-install`` runs it with
+kernels and what runs at the same time. Runs wherever the package and pytest are: ``make test-versions`` runs it with
 the lowest PyTorch that the metadata allow and with others.
 """
 

@@ -1,226 +1,280 @@
-"""The product in environments of the lowest, a middle and the newest versions that its metadata allows.
-
-Each environment is new, holds the wheel and what pip's index gives for it, and is deleted afterwards. It needs an
-index that pip reaches, about 7 GB of disk for one environment at a time, as much for pip's ordinary cache of each
-PyTorch (kept: the next call downloads nothing), and two hours in all on two cores. Every command has a time limit and
-writes to a log whose path is printed.
-"""
+"""What `make test-versions` promises of its environments, without making one."""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
-REPOSITORY = Path(__file__).parents[2]
-HERE = Path(__file__).parent
-LOWEST_PYTHON = (3, 10)
-FAST, ALL = "not slow and not install", ""
-# What meets another version of nnU-Net, PyTorch or NumPy first: each file, and which of its tests.
-SLICE = (
-    ("tests/test_registry.py", FAST),
-    ("tests/test_hook.py", FAST),
-    ("tests/nnunet/test_checkpoints.py", FAST),
-    ("tests/contract/test_compiled_training.py", ALL),
-    ("tests/contract/test_ddp.py", "install"),
-)
-# Only with the lowest: `make test` runs them with the newest.
-REST = (
-    "tests/test_doctor.py",
-    "tests/contract/test_architectures.py",
-    "tests/contract/test_deploy.py",
-    "tests/contract/test_planners.py",
-    "tests/contract/test_trainers.py",
-    "tests/comparison",
-)
-JOURNEY = "tests/contract/test_journey.py"
-install = pytest.mark.install
+from nnunet_ext.doctor.requirements import KNOWN_BAD
+from tests.install.lock import METADATA, Target, pins, pythons
+from tests.install.versions import table
+from tests.install.versions.__main__ import main
+from tests.install.versions.environment import CommandError, Environment
+from tests.install.versions.matrix import LOWEST, ROWS, STEPS, Row, Step
+from tests.install.versions.pythons import output_of, python
+from tests.install.versions.run import product, run
+
+INSTALLED = [row for row in ROWS if not row.refused]
 
 
-@dataclass(frozen=True)
-class Environment:
-    """A virtual environment that holds the wheel and what its tests need.
-
-    Args:
-        folder: holds the environment, a copy of the tests and the log.
-        constraints: file of versions; None for the newest.
-    """
-
-    folder: Path
-    constraints: Path | None
-
-    @property
-    def python(self) -> Path:
-        return self.folder / "environment" / ("Scripts" if os.name == "nt" else "bin") / "python"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
-
-    def run(self, *command: str | Path, minutes: float) -> str:
-        """Run in the copy of the tests, with the commands of the environment first on PATH; return the output."""
-        dropped = ("PYTHON", "VIRTUAL_ENV", "nnUNet_", "TORCH_DEVICE_BACKEND_AUTOLOAD")
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-        variables["PATH"] = os.pathsep.join([str(self.python.parent), variables["PATH"]])
-        with self.log.open("ab") as log:
-            start = log.tell()
-            line = [str(part) for part in command]
-            done = subprocess.run(
-                line, cwd=self.folder / "tree", env=variables, stdout=log, stderr=log, timeout=60 * minutes
-            )
-        with self.log.open("rb") as log:
-            log.seek(start)
-            output = log.read().decode("utf-8", errors="replace")
-        assert done.returncode == 0, f"{' '.join(line)}\n{output[-8000:]}\n(all of it: {self.log})"
-        return output
-
-    def pytest(self, *arguments: str, minutes: float) -> None:
-        options = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=5"]
-        self.run(self.python, *options, *arguments, minutes=minutes)
-
-
-def python(wanted: tuple[int, int]) -> Path | None:
-    """Find a Python of this version: on PATH, then uv's, then pyenv's; None where there is none that runs."""
-    name = ".".join(map(str, wanted))
-    roots = [os.environ.get("PYENV_ROOT", ""), output_of("pyenv", "root"), str(Path.home() / ".pyenv")]
-    versions = [path for root in roots if root for path in sorted(Path(root, "versions").glob(f"{name}*"))]
-    candidates = [
-        shutil.which(f"python{name}"),
-        output_of("uv", "python", "find", name),
-        *(str(version / "bin" / "python") for version in versions),
-    ]
-    ask = "import sys; print(*sys.version_info[:2], sep='.')"
-    # pyenv's shims are on PATH also where they refuse to run
-    return next((Path(found) for found in candidates if found and output_of(found, "-c", ask) == name), None)
-
-
-def output_of(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def lowest_python() -> Path:
-    """The lowest Python that we allow and that is there; at the latest the one that runs this."""
-    minors = range(LOWEST_PYTHON[1], sys.version_info.minor)
-    return next(filter(None, (python((3, minor)) for minor in minors)), Path(sys.executable))
-
-
-@pytest.fixture(scope="module", params=["lowest", "middle", "newest"])
-def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """A new environment of these versions, deleted when its tests have run; its log stays."""
-    constraints = HERE / f"{request.param}.txt"
-    new = Environment(tmp_path_factory.mktemp(request.param), constraints if constraints.is_file() else None)
-    base = lowest_python() if request.param == "lowest" else Path(sys.executable)
-    say(request, f"{request.param}: {base}, log {new.log}")
-    if request.param == "lowest" and output_of(str(base), "-c", "import sys; print(sys.version_info[1])") != "10":
-        say(request, "no Python 3.10 is there: the lowest versions are tried with the next one")
-    tree = new.folder / "tree"
-    shutil.copytree(REPOSITORY / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(REPOSITORY / "docs", tree / "docs")
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(REPOSITORY / name, tree)
-    try:
-        new.run(base, "-m", "venv", new.folder / "environment", minutes=5)
-        pip = [new.python, "-m", "pip"]
-        new.run(*pip, "wheel", "--no-deps", "-w", new.folder / "wheel", REPOSITORY, minutes=10)
-        (wheel,) = (new.folder / "wheel").glob("*.whl")
-        pinned = ["-c", constraints] if new.constraints else []
-        start = time.monotonic()
-        new.run(*pip, "install", f"{wheel}[test]", *pinned, minutes=60)
-        say(request, f"{request.param}: installed in {time.monotonic() - start:.0f} s")
-        yield new
-    finally:
-        shutil.rmtree(new.folder / "environment", ignore_errors=True)
-
-
-def say(request: pytest.FixtureRequest, text: str) -> None:
-    """Write to the terminal while tests run."""
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    reporter.ensure_newline()
-    reporter.write_line(text)
-
-
-# pytest keeps the tests of one environment together.
-@install
-def test_versions_are_those_asked_for(environment: Environment) -> None:
-    code = "from importlib.metadata import version; import sys; print(*map(version, sys.argv[1:]))"
-    wanted = pins(environment.constraints) if environment.constraints else {}
-    found = environment.run(environment.python, "-c", code, *wanted, minutes=2).split()
-    assert [version.partition("+")[0] for version in found] == list(wanted.values())
-    environment.run(environment.python, "-m", "pip", "check", minutes=5)
-
-
-@install
-def test_model_is_trained_predicted_deployed_and_compared(environment: Environment) -> None:
-    environment.pytest("-m", "", JOURNEY, minutes=30)
-
-
-@install
-@pytest.mark.parametrize(("part", "marked"), SLICE)
-def test_part_of_the_suite_passes(environment: Environment, part: str, marked: str) -> None:
-    environment.pytest("-m", marked, "-n", "2", part, minutes=90)
-
-
-@install
-def test_rest_of_the_slice_passes_with_the_lowest(environment: Environment) -> None:
-    if environment.constraints is None or environment.constraints.stem != "lowest":
-        pytest.skip("only the lowest versions run it")
-    environment.pytest("-m", FAST, "-n", "2", *REST, minutes=90)
-
-
-# --- Fast: the constraints and pyproject.toml say the same
-
-
-def pins(path: Path) -> dict[str, str]:
-    """Name of each distribution -> its version."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = (re.fullmatch(r"([\w.-]+)==([\d.]+)", line) for line in lines if line and not line.startswith("#"))
-    return {match[1].lower(): match[2] for match in found if match}
-
-
-def bounds() -> dict[str, str]:
-    """Name of each dependency of pyproject.toml, those of the extras `report` and `onnx` too -> its lower bound."""
-    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+def bounds() -> dict[str, Requirement]:
+    """Each dependency of pyproject.toml, those of the extras `report` and `onnx` too."""
+    text = METADATA.read_text(encoding="utf-8")
     lists = re.findall(r"^(?:dependencies|report|onnx) = (\[.*?\])$", text, re.DOTALL | re.MULTILINE)
-    found = [Requirement(line) for part in lists for line in ast.literal_eval(part)]
-    return {r.name.lower(): next(s.version for s in r.specifier if s.operator == ">=") for r in found}
+    return {r.name.lower(): r for part in lists for r in map(Requirement, ast.literal_eval(part))}
+
+
+# --- The matrix
 
 
 def test_lowest_versions_are_the_bounds_of_the_metadata() -> None:
-    lowest = pins(HERE / "lowest.txt")
-    assert lowest.keys() == bounds().keys()
-    differing = {
-        name: (lowest[name], bound)
-        for name, bound in bounds().items()
-        if lowest[name] != bound and not lowest[name].startswith(f"{bound}.")
-    }
+    lowest = pins(Target(python=pythons()[0]), LOWEST)
+    bound = {name: next(s.version for s in r.specifier if s.operator == ">=") for name, r in bounds().items()}
+    assert lowest.keys() == bound.keys()
+    differing = {n: (lowest[n], b) for n, b in bound.items() if lowest[n] != b and not lowest[n].startswith(f"{b}.")}
     assert differing == {}
 
 
-def test_middle_pytorch_lies_between_the_lowest_and_is_allowed() -> None:
-    lowest, middle = (tuple(map(int, pins(HERE / f"{name}.txt")["torch"].split("."))) for name in ("lowest", "middle"))
-    assert lowest < middle
+def test_every_python_both_forms_and_both_ends_of_the_versions_are_there() -> None:
+    assert {row.python for row in INSTALLED} == {*pythons()}
+    assert {row.form for row in INSTALLED} == {"wheel", "editable"}
+    (lowest,) = (row for row in INSTALLED if row.constraints)
+    assert (lowest.constraints, lowest.python) == (LOWEST, pythons()[0])
+    free = {row.python for row in INSTALLED if not row.pins and not row.constraints}
+    assert {pythons()[0], pythons()[-1]} <= free
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.pins], ids=lambda row: row.name)
+def test_pins_lie_within_our_bounds_and_refused_are_those_that_the_doctor_warns_of(row: Row) -> None:
+    for name, version in ((r.name, next(iter(r.specifier)).version) for r in map(Requirement, row.pins)):
+        assert bounds()[name].specifier.contains(version)
+        known = any(bad == name and Requirement(name + spec).specifier.contains(version) for bad, spec in KNOWN_BAD)
+        assert known == row.refused
+
+
+def test_pytorch_before_and_after_the_excluded_one_is_tried() -> None:
+    tried = {r.specifier for row in INSTALLED for r in map(Requirement, row.pins) if r.name == "torch"}
+    versions = [Version(next(iter(specifier)).version) for specifier in tried]
+    (bad,) = (spec for name, spec in KNOWN_BAD if name == "torch")
+    excluded = Version(bad.removeprefix("==").removesuffix(".*"))
+    assert min(versions) < excluded < max(versions)
+
+
+# --- A row, in an environment that only notes what it is asked for
+
+
+@dataclass
+class Noted:
+    """Stands for an environment: commands that it knows fail or say something, all others say nothing."""
+
+    folder: Path
+    says: dict[str, str] = field(default_factory=dict)
+    fails: set[str] = field(default_factory=set)
+    ran: list[str] = field(default_factory=list)
+    kept: bool = False
+    uv = ""
+    log = Path("log.txt")
+
+    def run(self, *command: str, minutes: float) -> str:
+        self.ran.append(" ".join(command))
+        if command[0] in self.fails:
+            raise CommandError(f"status 1\n{command[0]} failed")
+        return self.says.get(command[0], "")
+
+    def exists(self) -> bool:
+        return self.kept
+
+    def copy(self, row: Row) -> None:
+        self.run("copy", minutes=1)
+
+    def create(self, row: Row) -> None:
+        self.run("create", minutes=1)
+
+    create_empty = create
+
+    def resolve(self, row: Row) -> None:
+        if "resolve" in self.says:
+            raise CommandError(self.says["resolve"])
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": "2.8.0", "nnunetv2": "2.8.1", "numpy": "2.0.0"}
+
+
+ROW = Row(name="row", python="3.12", why="reasons", pins=("torch==2.8.0",))
+TWO = (Step(name="one", command=("one",)), Step(name="two", command=("two",)))
+
+
+def call(environment: Noted, steps: Any = TWO, row: Row = ROW, fingerprint: str = "a") -> dict[str, Any]:
+    environment.ran.clear()
+    return run(row, steps, cast(Environment, environment), fingerprint, lambda text: None)
+
+
+def statuses(result: dict[str, Any]) -> dict[str, str]:
+    return {name: step["status"] for name, step in result["steps"].items()}
+
+
+def test_second_call_runs_only_what_has_not_passed(tmp_path: Path) -> None:
+    environment = Noted(tmp_path / "row", fails={"two"})
+    assert statuses(call(environment)) == {"install": "passed", "one": "passed", "two": "failed"}
+    environment.fails.clear()
+    assert statuses(call(environment)) == {"install": "passed", "one": "passed", "two": "passed"}
+    assert environment.ran == ["create", "two"]
+    call(environment)
+    assert environment.ran == []
+
+
+def test_environment_that_was_kept_is_used_again_for_the_same_product_alone(tmp_path: Path) -> None:
+    environment = Noted(tmp_path / "row", fails={"two"}, kept=True)
+    call(environment)
+    assert environment.ran == ["create", "one", "two"]
+    call(environment)
+    assert environment.ran == ["copy", "two"]
+    call(environment, fingerprint="b")
+    assert environment.ran == ["create", "one", "two"]
+
+
+def test_step_that_is_new_is_run_and_other_product_or_pins_begin_anew(tmp_path: Path) -> None:
+    environment = Noted(tmp_path / "row")
+    call(environment, TWO[:1])
+    call(environment)
+    assert environment.ran == ["create", "two"]
+    call(environment, fingerprint="b")
+    assert environment.ran == ["create", "one", "two"]
+    call(environment, row=Row(name="row", python="3.12", why="others", pins=("torch==2.8.1",)), fingerprint="b")
+    assert environment.ran == ["create", "one", "two"]
+
+
+def test_step_after_a_failed_one_runs_and_nothing_does_without_an_environment(tmp_path: Path) -> None:
+    assert statuses(call(Noted(tmp_path / "a", fails={"one"})))["two"] == "passed"
+    assert statuses(call(Noted(tmp_path / "b", fails={"create"}))) == {"install": "failed"}
+
+
+def test_step_that_the_product_does_not_offer_is_left_out(tmp_path: Path) -> None:
+    step = Step(name="new", command=("doctor", "--new"), offered=(("help",), "--new"))
+    environment = Noted(tmp_path / "row", says={"help": "--old"})
+    assert statuses(call(environment, [step]))["new"] == "left out"
+    assert environment.ran == ["create", "help"]
+    environment.says["help"] = "--old --new"
+    assert statuses(call(environment, [step]))["new"] == "passed"
+
+
+def test_counts_of_pytest_are_kept(tmp_path: Path) -> None:
+    environment = Noted(tmp_path / "row", says={"one": "....\n4 passed, 1 skipped in 3.50s\n"})
+    assert call(environment)["steps"]["one"]["said"] == "4 passed, 1 skipped"
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (
+            "The conflict is caused by:\n    The user requested torch==2.9.1\n    x depends on torch!=2.9.*\n\n",
+            "passed",
+        ),
+        ("The conflict is caused by:\n    The user requested numpy==1\n    x depends on numpy>1\n\n", "failed"),
+        ("ERROR: no space left", "failed"),
+        (None, "failed"),
+    ],
+)
+def test_row_to_refuse_passes_only_where_pip_names_the_conflict(said: str | None, status: str, tmp_path: Path) -> None:
+    row = Row(name="row", python="3.12", why="", pins=("torch==2.9.1",), refused=True)
+    environment = Noted(tmp_path / "row", says={} if said is None else {"resolve": said})
+    assert statuses(call(environment, row=row)) == {"install": status}
+
+
+def test_fingerprint_is_that_of_the_files_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_nnunet_ext_hook.py", "LICENSE", "pyproject.toml", "nnunet_ext/a.py", "tests/b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr("tests.install.versions.run.REPOSITORY", tmp_path)
+    first = product()
+    (tmp_path / "tests" / "b.py").write_text("1")
+    assert product() == first
+    (tmp_path / "nnunet_ext" / "a.py").write_text("1")
+    assert product() != first
+
+
+# --- Its table
+
+
+def test_table_shows_versions_counts_failures_and_refusals(tmp_path: Path) -> None:
+    environment = Noted(tmp_path / "row", says={"one": "4 passed in 1.00s"}, fails={"two"})
+    refused = Row(name="no", python="3.12", why="", pins=("torch==2.9.1",), refused=True)
+    conflict = "The conflict is caused by:\n    The user requested torch==2.9.1\n    x wants none\n"
+    results = [call(Noted(tmp_path / "no", says={"resolve": conflict}), row=refused), call(environment)]
+    table.write(results, (ROW, refused), TWO, tmp_path / "out")
+    text = (tmp_path / "out" / "versions.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("| row"))
+    assert "| 3.12 | 2.8.0 | 2.8.1 | 2.0.0 | wheel | 0 s | 4 passed, 0 s | FAILED |" in line
+    assert "two failed" in text
+    assert "x wants none" in text
+    assert [result["name"] for result in json.loads((tmp_path / "out" / "versions.json").read_text())] == ["row", "no"]
+
+
+def test_steps_have_names_of_their_own_and_limits() -> None:
+    assert len({step.name for step in STEPS}) == len(STEPS)
+    assert all(step.minutes <= 60 for step in STEPS)
+
+
+# --- What environments are made of
+
+
+def environment_of(folder: Path) -> Environment:
+    environment = Environment(folder=folder, base=Path(sys.executable))
+    environment.tree.mkdir(parents=True)
+    return environment
+
+
+def test_command_that_fails_or_does_not_end_says_so_and_is_logged(tmp_path: Path) -> None:
+    environment = environment_of(tmp_path)
+    assert environment.run(sys.executable, "-c", "print('well')", minutes=1) == "well\n"
+    with pytest.raises(CommandError, match=r"status 3\nbad"):
+        environment.run(sys.executable, "-c", "print('bad'); raise SystemExit(3)", minutes=1)
+    with pytest.raises(CommandError, match="none within"):
+        environment.run(sys.executable, "-c", "import time; time.sleep(60)", minutes=0.01)
+    assert "well" in environment.log.read_text(encoding="utf-8")
+
+
+def test_commands_do_not_see_the_working_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "here")
+    monkeypatch.setenv("nnUNet_raw", "here")
+    found = environment_of(tmp_path).run(sys.executable, "-c", "import os; print(sorted(os.environ))", minutes=1)
+    assert "PYTHONPATH" not in found
+    assert "nnUNet_raw" not in found
+
+
+@pytest.mark.parametrize("row", INSTALLED, ids=lambda row: row.name)
+def test_tests_stand_where_they_find_only_what_is_installed(row: Row, tmp_path: Path) -> None:
+    environment = environment_of(tmp_path)
+    environment.copy(row)
+    assert (environment.tree / "tests" / "conftest.py").is_file()
+    assert not (environment.tree / "nnunet_ext").exists()
+    assert (environment.source / "nnunet_ext" / "registry.py").is_file() == (row.form == "editable")
+
+
+def test_all_but_the_log_is_deleted(tmp_path: Path) -> None:
+    environment = environment_of(tmp_path)
+    environment.run(sys.executable, "-c", "", minutes=1)
+    (tmp_path / "environment").mkdir()
+    environment.delete()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt"]
 
 
 def test_this_python_is_found_by_its_version() -> None:
-    version = (sys.version_info[0], sys.version_info[1])
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     found = python(version) or Path(sys.executable)
-    assert output_of(str(found), "-c", "import sys; print(sys.version_info[1])") == str(version[1])
-    assert python((3, 99)) is None
+    assert output_of(str(found), "-c", "import sys; print(sys.version_info[1])") == version.partition(".")[2]
+    assert python("3.99") is None
 
 
 def test_python_on_the_path_that_refuses_to_run_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,4 +287,30 @@ def test_python_on_the_path_that_refuses_to_run_is_passed_over(tmp_path: Path, m
     kept.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "root"))
-    assert python((3, 98)) == kept
+    assert python("3.98") == kept
+
+
+# --- The command
+
+
+@pytest.mark.parametrize(("options", "left"), [([], False), (["--keep"], True)])
+def test_environments_are_deleted_unless_kept(
+    options: list[str], left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def install(environment: Environment, row: Row) -> None:
+        environment.python.parent.mkdir(parents=True)
+        environment.python.touch()
+
+    monkeypatch.setattr(Environment, "create", install)
+    monkeypatch.setattr(Environment, "versions", lambda self: {"torch": "2.8.0", "nnunetv2": "2.8.1", "numpy": "2"})
+    monkeypatch.setattr(Environment, "run", lambda self, *command, minutes: "")
+    monkeypatch.setattr("tests.install.versions.__main__.python", lambda version: Path(sys.executable))
+    asked = ["--only", INSTALLED[0].name, "--work", str(tmp_path), "--steps", "pip check", *options]
+    assert main(asked) == 0
+    assert (tmp_path / INSTALLED[0].name / "environment").exists() == left
+    assert "passed" in (tmp_path / "versions.json").read_text(encoding="utf-8")
+
+
+def test_missing_python_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.install.versions.__main__.python", lambda version: None)
+    assert main(["--only", INSTALLED[0].name, "--work", str(tmp_path)]) == 1

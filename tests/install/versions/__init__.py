@@ -1,0 +1,1 @@
+"""The product in environments of the versions that its metadata allows: ``python -m tests.install.versions``."""
