@@ -42,7 +42,7 @@ def examine(backend: str = BACKENDS[0]) -> list[Finding]:
 
 
 def _probe(python: Sequence[str], backend: str) -> list[Finding]:
-    """Run the comparison in a fresh process; one that ends it is the last finding."""
+    """Run the comparison in a fresh process; what ends it is the last finding."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "findings.jsonl")
         try:
@@ -54,21 +54,15 @@ def _probe(python: Sequence[str], backend: str) -> list[Finding]:
                 timeout=doctor.TIMEOUT,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            return [*_read(result)[0], failure("gradients", f"can't be compared: {error}", _CURE)]
-        findings, asked = _read(result)
+            cure = "see whether `nnunet-ext doctor` finds the reason"
+            return [*_read(result), failure("gradients", f"can't be compared: {error}", cure)]
+        findings = _read(result)
         if done.returncode == 0:
             return findings
-        died = doctor.no_result(python, done.returncode, done.stderr.decode("utf-8", errors="replace"))
-        return [*findings, failure(asked, died.detail, _CURE) if asked else died]
+        return [*findings, doctor.no_result(python, done.returncode, done.stderr.decode("utf-8", errors="replace"))]
 
 
-_CURE = "install another version of PyTorch with pip; see what `nnunet-ext doctor` says of this one"
-
-
-def _read(result: Path) -> tuple[list[Finding], str]:
-    """Findings so far, and what was compared after them."""
-    if not result.is_file():
-        return [], ""
-    records = [json.loads(line) for line in result.read_text(encoding="utf-8").splitlines()]
-    asked = next((record["asked"] for record in reversed(records) if "asked" in record), "")
-    return [Finding(**record) for record in records if "asked" not in record], asked
+def _read(result: Path) -> list[Finding]:
+    """Findings so far."""
+    lines = result.read_text(encoding="utf-8").splitlines() if result.is_file() else []
+    return [Finding(**json.loads(line)) for line in lines]

@@ -52,19 +52,20 @@ class Gate:
         yield from self._compared(SINGLE, [ORDINARY])
         yield from self._compared(self._mixed, [ORDINARY])
 
-    def compiled(self, backend: str, cases: Sequence[Case]) -> Iterator[Measured]:
+    def compiled(self, backend: str, cases: Sequence[Case], only: frozenset[str] | None = None) -> Iterator[Measured]:
         """As nnU-Net trains on CUDA.
 
         Args:
             backend: Of `torch.compile`.
             cases: Compared in float64; under autocast the ordinary one is.
+            only: Kinds of parts that are compiled, see `Step`.
         """
         alike: dict[tuple[bool, bool], list[Case]] = {}
         for case in cases:
             alike.setdefault((case.deep_supervision, case.shared), []).append(case)
         for group in alike.values():
-            yield from self._compared(DOUBLE, group, backend)
-        yield from self._compared(self._mixed, [ORDINARY], backend)
+            yield from self._compared(DOUBLE, group, backend, only)
+        yield from self._compared(self._mixed, [ORDINARY], backend, only)
 
     def _by_slopes(self) -> Measured:
         step = self._step(DOUBLE, ORDINARY)
@@ -72,10 +73,16 @@ class Gate:
         difference = Difference(name="all along a direction", value=value, limit=slopes.TOLERANCE)
         return Measured(case="differences of the loss", precision=DOUBLE.name, backend=None, difference=difference)
 
-    def _compared(self, precision: Precision, cases: Sequence[Case], backend: str | None = None) -> Iterator[Measured]:
+    def _compared(
+        self,
+        precision: Precision,
+        cases: Sequence[Case],
+        backend: str | None = None,
+        only: frozenset[str] | None = None,
+    ) -> Iterator[Measured]:
         """Compare cases that one step can run."""
         try:
-            step = self._step(precision, cases[0], backend)
+            step = self._step(precision, cases[0], backend, only)
             plain = step if backend is None else self._step(precision, cases[0])
         except NoTwinError:
             return
@@ -97,7 +104,9 @@ class Gate:
     def _precise(self, case: Case) -> Gradients:
         return self._step(SINGLE, case).gradients(case, kept=True)
 
-    def _step(self, precision: Precision, case: Case, backend: str | None = None) -> Step:
+    def _step(
+        self, precision: Precision, case: Case, backend: str | None = None, only: frozenset[str] | None = None
+    ) -> Step:
         return Step(
             self._source,
             precision,
@@ -105,4 +114,5 @@ class Gate:
             deep_supervision=case.deep_supervision,
             shared=case.shared,
             backend=backend,
+            only=only,
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,69 +17,89 @@ import torch
 from nnunet_ext.doctor import requirements
 from nnunet_ext.doctor.finding import Finding, failure, ok, warning
 from nnunet_ext.doctor.gpu import COMPILE
-from nnunet_ext.doctor.gradients import patterns, planted
+from nnunet_ext.doctor.gradients import patterns, planted, tiny
 from nnunet_ext.doctor.gradients.cases import COMBINED, DOUBLE, ORDINARY
 from nnunet_ext.doctor.gradients.gate import Gate, Measured
 from nnunet_ext.doctor.gradients.step import Step
-from nnunet_ext.doctor.gradients.subjects import Subject, Unbuilt, recomputes, subjects
+from nnunet_ext.doctor.gradients.subjects import Unbuilt, recomputes, subject_of, subjects
 from nnunet_ext.printable import counted, first_few, typed_line
 
 PATTERNS, SELF_TEST = "patterns of PyTorch", "self-test"
 _ANOTHER = "install another version of PyTorch with pip, then repeat this"
 _UNCOMPILED = f"export {COMPILE}=f, or {_ANOTHER}"
 
-Note = Callable[[str], None]
+# Compiling takes longest. Their kinds of steps in 2D, and with residual encoders, tests compile.
+_COMPILED = (tiny.VOLUME, tiny.CASCADE)
+_MOST = 4  # processes: each imports PyTorch, and holds a context of the GPU
 
 
 def main(result: str, backend: str) -> None:
-    """Write findings as lines of JSON, and before each what is compared, in case it ends the process."""
+    """Write findings as lines of JSON."""
     with Path(result).open("w", encoding="utf-8") as file:
-
-        def write(record: dict[str, object]) -> None:
-            file.write(json.dumps(record) + "\n")
+        for finding in findings(backend):
+            file.write(json.dumps(asdict(finding)) + "\n")
             file.flush()
-
-        for finding in findings(backend, lambda asked: write({"asked": asked})):
-            write(asdict(finding))
-        file.flush()
     os._exit(0)  # what compilers have started is not waited for
 
 
-def findings(backend: str, note: Note = lambda asked: None) -> Iterator[Finding]:
-    """Compare the gradients of every kind of step that recomputes.
+def findings(backend: str) -> Iterator[Finding]:
+    """Compare the gradients of every kind of step that recomputes, several at once where there are cores.
 
     Args:
         backend: Of `torch.compile`.
-        note: Called with what is compared next.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)  # tiny networks wait for threads longer than they compute
-    # Their TensorFloat-32 is no part of the comparison.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield _pytorch(device)
-    note(SELF_TEST)
-    yield _self_test(device, backend)
-    note(PATTERNS)
-    yield _patterns(device, backend)
-    plain: list[str] = []
-    compiled: set[str] = set()
-    for subject in subjects():
-        if isinstance(subject, Unbuilt):
-            yield warning(subject.name, f"can't be built: {subject.reason}", f"nnunet-ext check {subject.trainer}")
-            continue
-        note(subject.name)
-        try:
-            if not recomputes(Step(subject.source, DOUBLE, "cpu")):
-                plain.append(subject.name)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(_processes(), spawn, initializer=_quiet) as pool:
+        jobs: list[tuple[str, Future[Finding | None]]] = [
+            (SELF_TEST, pool.submit(_self_test, device, backend)),
+            (PATTERNS, pool.submit(_patterns, device, backend)),
+        ]
+        compiled: set[str] = set()
+        for subject in subjects():
+            if isinstance(subject, Unbuilt):
+                yield warning(subject.name, f"can't be built: {subject.reason}", f"nnunet-ext check {subject.trainer}")
                 continue
-            yield _compared(subject, device, None if subject.kinds <= compiled else backend)
+            place = (subject.trainer, subject.configuration)
+            only = subject.kinds - compiled if subject.configuration in _COMPILED else frozenset()
+            jobs.append((subject.name, pool.submit(_compared, *place, device, backend, only)))
+            compiled |= only
+        yield from _results(jobs)
+
+
+def _results(jobs: list[tuple[str, Future[Finding | None]]]) -> Iterator[Finding]:
+    plain: list[str] = []
+    for name, job in jobs:
+        try:
+            finding = job.result()
+        except BrokenProcessPool:
+            what = "a process ended by itself while this and others were compared"
+            yield failure(name, what, _ANOTHER)
+            return
         except Exception as error:
-            yield failure(subject.name, f"can't be compared: {typed_line(error)}", _UNCOMPILED)
-        compiled |= subject.kinds
+            yield failure(name, f"can't be compared: {typed_line(error)}", _UNCOMPILED)
+            continue
+        if finding is None:
+            plain.append(name)
+        else:
+            yield finding
     if plain:
-        yield ok(
-            "others", f"{counted(len(plain), 'step')} without a backward pass of own making: {first_few(plain, 2)}"
-        )
+        left_out = f"{counted(len(plain), 'step')} without a backward pass of own making"
+        yield ok("others", f"{left_out}: {first_few(plain, 2)}")
+
+
+def _processes() -> int:
+    """As many as there are cores, as far as they are worth their start."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST, count))
+
+
+def _quiet() -> None:
+    """Set up a process of the comparison."""
+    torch.set_num_threads(1)  # tiny networks wait for threads longer than they compute
+    # TensorFloat-32 is no part of the comparison.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _pytorch(device: str) -> Finding:
@@ -113,19 +136,30 @@ def _patterns(device: str, backend: str) -> Finding:
     return ok(PATTERNS, f"{count} backward passes of own making are right, compiled too")
 
 
-def _compared(subject: Subject, device: str, backend: str | None) -> Finding:
-    """Compare a step, compiled where a backend is given."""
+def _compared(trainer: str, configuration: str, device: str, backend: str, only: frozenset[str]) -> Finding | None:
+    """Compare a step, and compile what is new of it; None where it recomputes nothing.
+
+    Args:
+        trainer, configuration: Whose step it is.
+        device: "cpu" or "cuda".
+        backend: Of `torch.compile`.
+        only: Kinds of parts that are compiled.
+    """
+    setting = next(setting for setting in tiny.settings() if setting.configuration == configuration)
+    subject = subject_of(trainer, setting)
+    if not recomputes(Step(subject.source, DOUBLE, "cpu")):
+        return None
     gate = Gate(subject.source, device)
     measured = list(gate.eager(COMBINED))
     wrong = [entry for entry in measured if entry.difference.is_wrong]
     if wrong:
         return failure(subject.name, _told(wrong), f"don't train with it here: {_ANOTHER}")
-    if backend is not None:
-        measured += gate.compiled(backend, [ORDINARY])
+    if only:
+        measured += gate.compiled(backend, [ORDINARY], only)
         wrong = [entry for entry in measured if entry.difference.is_wrong]
         if wrong:
             return failure(subject.name, _told(wrong), _UNCOMPILED)
-    return ok(subject.name, _summary(measured, backend))
+    return ok(subject.name, _summary(measured, backend if only else None))
 
 
 def _told(wrong: list[Measured]) -> str:

@@ -13,9 +13,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from nnunet_ext.architectures.reversible.recomputation import everything_kept
-from nnunet_ext.doctor.gradients.cases import Case, Precision
+from nnunet_ext.doctor.gradients.cases import ORDINARY, Case, Precision
+from nnunet_ext.doctor.gradients.describe import kind
 from nnunet_ext.memory.network import training_outputs
 from nnunet_ext.memory.step import passes_of
+from nnunet_ext.protocols import CompilesParts
 
 Gradients = list[Tensor | None]  # of the parameters in their order, then of the input
 
@@ -47,6 +49,7 @@ class Step:
         device: "cpu" or "cuda".
         deep_supervision, shared: See `Case`.
         backend: Of `torch.compile`; None: nothing is compiled.
+        only: Kinds of parts that are compiled, each once; None: the step as its trainer compiles it.
 
     Raises:
         NoTwinError: weights shall be shared, and no two layers are alike.
@@ -61,6 +64,7 @@ class Step:
         deep_supervision: bool = True,
         shared: bool = False,
         backend: str | None = None,
+        only: frozenset[str] | None = None,
     ) -> None:
         self._shape, self._precision, self._device = source.shape, precision, device
         torch.manual_seed(0)
@@ -76,7 +80,18 @@ class Step:
         self.names = [name for name, _ in self.form.named_parameters()]
         if backend is not None:
             torch._dynamo.reset()  # what is compiled of other networks would count in its limits
+            self._compile(backend, only)
+
+    def _compile(self, backend: str, only: frozenset[str] | None) -> None:
+        if only is None:
             self.form.compile(backend=backend)
+            return
+        left = set(only)
+        for part, _ in passes_of(self.form, self.input(ORDINARY)):
+            if kind(trained(part)) in left:
+                left.remove(kind(trained(part)))
+                compile_ = part.compile_levels if isinstance(part, CompilesParts) else part.compile
+                compile_(backend=backend)
 
     def gradients(self, case: Case, kept: bool = False) -> Gradients:
         """Run all backward passes of a case.
@@ -145,6 +160,12 @@ def loss_of(outputs: Any, case: Case) -> Tensor:
         factors = torch.randn(y.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
         terms.append((y.square() + y * factors.to(y)).mean())
     return torch.stack(terms).sum()
+
+
+def trained(part: nn.Module) -> nn.Module:
+    """What a part of a step trains: its student, where a teacher stands beside it."""
+    found: nn.Module = getattr(part, "trained_network", part)
+    return found
 
 
 class NoTwinError(ValueError):

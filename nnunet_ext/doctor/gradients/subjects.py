@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from nnunet_ext import registry
 from nnunet_ext.doctor.gradients import tiny
 from nnunet_ext.doctor.gradients.cases import ORDINARY
-from nnunet_ext.doctor.gradients.step import Source, Step
+from nnunet_ext.doctor.gradients.describe import description, kind
+from nnunet_ext.doctor.gradients.step import Source, Step, trained
 from nnunet_ext.memory.step import passes_of
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
@@ -31,7 +32,7 @@ class Subject:
         configuration: Of the tiny plans.
         source: What it is made of.
         parts: What has a backward pass of its own, described without the size of the patch.
-        kinds: The same, described by classes that are not PyTorch's only, whatever their options, sizes and axes.
+        kinds: The same by `kind`.
     """
 
     trainer: str
@@ -102,36 +103,14 @@ def subject_of(trainer: str, setting: Setting) -> Subject:
 
     source = Source(build=build, form=form, shape=(2, setting.input_channels, *setting.patch_size))
     passes = passes_of(form(build_network()), torch.empty(source.shape))
-    parts = [getattr(part, "trained_network", part) for part, _ in passes]  # a teacher has no backward pass
+    parts = [trained(part) for part, _ in passes]
     return Subject(
         trainer=trainer,
         configuration=setting.configuration,
         source=source,
         parts=frozenset(map(description, parts)),
-        kinds=frozenset(map(_kind, parts)),
+        kinds=frozenset(map(kind, parts)),
     )
-
-
-def _kind(module: nn.Module) -> str:
-    names = {type(part).__qualname__ for part in module.modules() if not type(part).__module__.startswith("torch.")}
-    return " ".join(sorted(names))
-
-
-def description(module: nn.Module) -> str:
-    """Structure and options of a module: equal where two compute the same."""
-    lines = [repr(module)]
-    for name, part in module.named_modules():
-        options = {key: value for key, value in vars(part).items() if not key.startswith("_") and _is_option(value)}
-        lines.append(f"{name} {type(part).__qualname__} {sorted(options.items(), key=lambda item: item[0])}")
-    return "\n".join(lines)
-
-
-def _is_option(value: Any) -> bool:
-    plain = (bool, int, float, str, type(None))
-    is_plain = isinstance(value, plain) or (
-        isinstance(value, (list, tuple)) and all(isinstance(entry, plain) for entry in value)
-    )
-    return is_plain or (is_dataclass(value) and not isinstance(value, type) and " at 0x" not in repr(value))
 
 
 def recomputes(step: Step) -> bool:

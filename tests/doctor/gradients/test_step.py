@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunet_ext.doctor.gradients.cases import CASES, DOUBLE, ORDINARY, Case
+from nnunet_ext.doctor.gradients.describe import description
 from nnunet_ext.doctor.gradients.planted import WrongBackward
 from nnunet_ext.doctor.gradients.slopes import TOLERANCE, slope_error
 from nnunet_ext.doctor.gradients.step import NoTwinError, Source, Step, loss_of, share
-from nnunet_ext.doctor.gradients.subjects import description, recomputes
+from nnunet_ext.doctor.gradients.subjects import recomputes
 
 
 class Two(nn.Module):
