@@ -1,0 +1,177 @@
+"""What compares gradients in a fresh process, and writes a finding for each step."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from nnunet_ext.doctor import requirements
+from nnunet_ext.doctor.finding import Finding, failure, ok, warning
+from nnunet_ext.doctor.gpu import COMPILE
+from nnunet_ext.doctor.gradients import patterns, planted, tiny
+from nnunet_ext.doctor.gradients.cases import COMBINED, DOUBLE, ORDINARY
+from nnunet_ext.doctor.gradients.gate import Gate, Measured
+from nnunet_ext.doctor.gradients.step import Step
+from nnunet_ext.doctor.gradients.subjects import Unbuilt, recomputes, subject_of, subjects
+from nnunet_ext.printable import counted, first_few, typed_line
+
+PATTERNS, SELF_TEST = "patterns of PyTorch", "self-test"
+_ANOTHER = "install another version of PyTorch with pip, then repeat this"
+_UNCOMPILED = f"export {COMPILE}=f, or {_ANOTHER}"
+
+# Compiling takes longest. Their kinds of steps in 2D, and with residual encoders, tests compile.
+_COMPILED = (tiny.VOLUME, tiny.CASCADE)
+_MOST = 4  # processes: each imports PyTorch, and holds a context of the GPU
+
+
+def main(result: str, backend: str) -> None:
+    """Write findings as lines of JSON."""
+    with Path(result).open("w", encoding="utf-8") as file:
+        for finding in findings(backend):
+            file.write(json.dumps(asdict(finding)) + "\n")
+            file.flush()
+    os._exit(0)  # what compilers have started is not waited for
+
+
+def findings(backend: str) -> Iterator[Finding]:
+    """Compare the gradients of every kind of step that recomputes, several at once where there are cores.
+
+    Args:
+        backend: Of `torch.compile`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield _pytorch(device)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(_processes(), spawn, initializer=_quiet) as pool:
+        jobs: list[tuple[str, Future[Finding | None]]] = [
+            (SELF_TEST, pool.submit(_self_test, device, backend)),
+            (PATTERNS, pool.submit(_patterns, device, backend)),
+        ]
+        compiled: set[str] = set()
+        for subject in subjects():
+            if isinstance(subject, Unbuilt):
+                yield warning(subject.name, f"can't be built: {subject.reason}", f"nnunet-ext check {subject.trainer}")
+                continue
+            place = (subject.trainer, subject.configuration)
+            only = subject.kinds - compiled if subject.configuration in _COMPILED else frozenset()
+            jobs.append((subject.name, pool.submit(_compared, *place, device, backend, only)))
+            compiled |= only
+        yield from _results(jobs)
+
+
+def _results(jobs: list[tuple[str, Future[Finding | None]]]) -> Iterator[Finding]:
+    plain: list[str] = []
+    for name, job in jobs:
+        try:
+            finding = job.result()
+        except BrokenProcessPool:
+            what = "a process ended by itself while this and others were compared"
+            yield failure(name, what, _ANOTHER)
+            return
+        except Exception as error:
+            yield failure(name, f"can't be compared: {typed_line(error)}", _UNCOMPILED)
+            continue
+        if finding is None:
+            plain.append(name)
+        else:
+            yield finding
+    if plain:
+        left_out = f"{counted(len(plain), 'step')} without a backward pass of own making"
+        yield ok("others", f"{left_out}: {first_few(plain, 2)}")
+
+
+def _processes() -> int:
+    """As many as there are cores, as far as they are worth their start."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST, count))
+
+
+def _quiet() -> None:
+    """Set up a process of the comparison."""
+    torch.set_num_threads(1)  # tiny networks wait for threads longer than they compute
+    # TensorFloat-32 is no part of the comparison.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _pytorch(device: str) -> Finding:
+    """The version that is compared, and whether nnU-Net wants it at all."""
+    found = version("torch")
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    asked = requirements.refused_by("nnunetv2", "torch")
+    bad = requirements.known_bad("torch", found)
+    cure = f'pip install "{asked or "torch!=" + found}"'
+    if asked:
+        return warning("torch", f"{found} is excluded by nnU-Net, which asks for {asked}; {bad}".rstrip("; "), cure)
+    return warning("torch", f"{found} {bad}", cure) if bad else ok("torch", f"{found}, on the {where}")
+
+
+def _self_test(device: str, backend: str) -> Finding:
+    """Whether planted wrong gradients are found."""
+    missed = planted.missed(device, backend)
+    if missed:
+        detail = f"a wrong gradient is not found, or one is found where there is none: {', '.join(missed)}"
+        return failure(SELF_TEST, detail, f"do not rely on the rows below; {_ANOTHER}")
+    return ok(SELF_TEST, f"a planted wrong gradient is found: {', '.join(planted.PLACES)}")
+
+
+def _patterns(device: str, backend: str) -> Finding:
+    """Whether PyTorch itself treats backward passes of own making rightly."""
+    eager = list(patterns.wrong(device, None))
+    if eager:
+        return failure(PATTERNS, f"wrong gradients: {first_few(eager)}", _ANOTHER)
+    compiled = list(patterns.wrong(device, backend))
+    count = len(patterns.PATTERNS)
+    if compiled:
+        detail = f"wrong when compiled, {len(compiled)} of {count}: {first_few(compiled)}"
+        return warning(PATTERNS, detail, f"networks of your own that do so: {_UNCOMPILED}; for the others see below")
+    return ok(PATTERNS, f"{count} backward passes of own making are right, compiled too")
+
+
+def _compared(trainer: str, configuration: str, device: str, backend: str, only: frozenset[str]) -> Finding | None:
+    """Compare a step, and compile what is new of it; None where it recomputes nothing.
+
+    Args:
+        trainer, configuration: Whose step it is.
+        device: "cpu" or "cuda".
+        backend: Of `torch.compile`.
+        only: Kinds of parts that are compiled.
+    """
+    setting = next(setting for setting in tiny.settings() if setting.configuration == configuration)
+    subject = subject_of(trainer, setting)
+    if not recomputes(Step(subject.source, DOUBLE, "cpu")):
+        return None
+    gate = Gate(subject.source, device)
+    measured = list(gate.eager(COMBINED))
+    wrong = [entry for entry in measured if entry.difference.is_wrong]
+    if wrong:
+        return failure(subject.name, _told(wrong), f"don't train with it here: {_ANOTHER}")
+    if only:
+        measured += gate.compiled(backend, [ORDINARY], only)
+        wrong = [entry for entry in measured if entry.difference.is_wrong]
+        if wrong:
+            return failure(subject.name, _told(wrong), _UNCOMPILED)
+    return ok(subject.name, _summary(measured, backend if only else None))
+
+
+def _told(wrong: list[Measured]) -> str:
+    first = wrong[0]
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    off, limit = first.difference.value, first.difference.limit
+    return f"gradient of {first.difference.name} is off by {off:.1e}, allowed {limit:.0e} ({first.what}){more}"
+
+
+def _summary(measured: list[Measured], backend: str | None) -> str:
+    worst: dict[str, float] = {}
+    for entry in measured[1:]:  # after the differences of the loss
+        worst[entry.precision] = max(worst.get(entry.precision, 0.0), entry.difference.value)
+    shown = ", ".join(f"{value:.0e} in {name}" for name, value in worst.items())
+    return f"{shown}{'' if backend is None else f'; compiled by {backend} too'}"
