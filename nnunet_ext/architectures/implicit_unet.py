@@ -240,8 +240,8 @@ def _depths(convs_per_stage: int | Sequence[int] | None, n_stages: int) -> list[
     """Convolutions of each encoder stage; the last number is that of all further ones."""
     given = CONVS_PER_STAGE if convs_per_stage is None else convs_per_stage
     depths = [int(n) for n in (given if isinstance(given, Sequence) else [given])]
-    if not depths:
-        raise ValueError("convs_per_stage must be a number or one for each stage, got an empty list: leave it out.")
+    if min(depths, default=0) < 1:
+        raise ValueError(f"convs_per_stage must be at least 1, got {depths}: leave it out for those of the paper.")
     check_depths(depths, depths)
     return (depths + [depths[-1]] * n_stages)[:n_stages]
 

@@ -44,8 +44,8 @@ def fitting_features(features: Sequence[int], strides: Sequence[Sequence[int]]) 
         most -= most % step
         if most < step:
             raise ValueError(
-                f"Stage {i} of an InvertibleUNet needs {step} features or a multiple, made of channels of the stage "
-                f"above but one, got {fitting[-1]} there: use more in stage {i - 1} of features_per_stage."
+                f"Stage {i} of an InvertibleUNet needs {step} features or a multiple, made of at most "
+                f"{fitting[-1] - 1} channels of the stage above, got {fitting[-1]} there: use more in stage {i - 1}."
             )
         fitting.append(min(most, max(step, (2 * asked + step) // (2 * step) * step)))
     return fitting

@@ -261,7 +261,7 @@ class MemoryPlanner(ExperimentPlanner):
         if not candidates:
             raise ValueError(
                 f"{type(self).__name__} needs images that a network of {_FEWEST_STAGES} stages can halve twice, got a "
-                f"typical size of {list(asked[1])} voxels: use a finer target spacing."
+                f"typical size of {[round(float(n), 1) for n in asked[1]]} voxels: use a finer target spacing."
             )
         search = MemorySearch(
             target=self._target,

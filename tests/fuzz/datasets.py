@@ -94,9 +94,10 @@ class DrawnDataset:
 def datasets(draw: st.DrawFn, *, small: bool = False) -> DrawnDataset:
     """Any data set; `small`: of images that a network of full width trains on in seconds."""
     most, least = (40, 16) if small else (600, 1)
-    edges = st.one_of(st.integers(least, most), st.integers(least, most), st.integers(least, min(most, 40)))
-    shape = draw(st.tuples(edges, edges, edges))
-    if draw(st.integers(0, 4)) == 0:
+    large, thin = st.integers(20, most), st.integers(least, 20)
+    is_thin = draw(st.integers(0, 3)) == 3
+    shape = draw(st.tuples(st.one_of(large, thin) if is_thin else large, large, thin if is_thin else large))
+    if draw(st.integers(0, 4)) == 4:
         shape = (1, *shape[1:])
     spacings = st.one_of(st.just(1.0), st.floats(0.1, 10.0).map(lambda mm: round(mm, 3)))
     channels = st.lists(st.sampled_from(["CT", "T1", "rescale_to_0_1", "noNorm"]), min_size=1, max_size=5)
@@ -104,7 +105,7 @@ def datasets(draw: st.DrawFn, *, small: bool = False) -> DrawnDataset:
         shape=shape,
         spacing=draw(st.tuples(spacings, spacings, spacings)),
         channels=tuple(draw(channels)),
-        labels=draw(st.sampled_from(["labels", "labels", "regions", "ignore", "regions and ignore"])),
+        labels=draw(st.sampled_from(["labels", "regions", "ignore", "regions and ignore"])),
         classes=draw(st.integers(1, 3 if small else 12)),
         cases=draw(st.integers(2, 200)),
         varies=draw(st.sampled_from([0.0, 0.1, 0.4])),

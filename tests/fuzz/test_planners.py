@@ -80,7 +80,7 @@ def test_a_planner_plans_or_says_what_does_not_fit(
     planner = registry.resolve("planners", name)
     counted: Counter[str] = Counter()
 
-    @settings(max_examples=2 if FEW else 30)
+    @settings(max_examples=3 if FEW else 30)
     @given(datasets())
     def trial(drawn: DrawnDataset) -> None:
         number = unused_number()

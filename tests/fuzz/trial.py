@@ -84,6 +84,7 @@ def check_sentence(error: Exception) -> None:
     assert text.endswith("."), text
     assert "\n" not in text, text
     assert len(text) < 600, text
+    assert "np." not in text, text
     assert re.search(r"\bgot |\bhas |\bhold |\[\d|= \d", text), f"no value received: {text}"
     assert ": " in text or "must" in text or "need" in text, f"no cure: {text}"
 
