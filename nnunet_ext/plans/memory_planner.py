@@ -153,8 +153,8 @@ class MemoryPlanner(ExperimentPlanner):
         overwritten, which is said.
         """
         configurations = plans["configurations"]
-        if _CASCADE in configurations:
-            host = configurations["3d_fullres"]
+        host = configurations.get("3d_fullres", {})
+        if _CASCADE in configurations and "memory" in host:  # meU-net's cascade plans its own stages
             fitted = self.second_stage(host)
             if fitted["memory"] != host["memory"]:
                 configurations[_CASCADE].update({key: fitted[key] for key in _FITTED if key in fitted})

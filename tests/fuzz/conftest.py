@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-# The folders of nnU-Net that the contract tests set before it is imported, and what plans without counting.
-from tests.contract.conftest import memory_by_voxels, pytest_unconfigure, unused_number, workspace  # noqa: F401
+# The folders of nnU-Net that the contract tests set before it is imported.
+from tests.contract.conftest import pytest_unconfigure, unused_number, workspace  # noqa: F401
 
 _KEY = "fuzz"
 _COMMON: dict[str, Any] = {
@@ -22,7 +22,7 @@ _COMMON: dict[str, Any] = {
     "phases": [Phase.explicit, Phase.generate, Phase.shrink],
     "suppress_health_check": list(HealthCheck),
 }
-settings.register_profile("few", max_examples=30, derandomize=True, **_COMMON)
+settings.register_profile("few", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("fuzz", max_examples=500, **_COMMON)
 if settings.get_current_profile_name() != "fuzz":
     settings.load_profile("few")

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ext import registry
+from nnunet_ext.memory import count
+from nnunet_ext.memory.count import TrainingMemory
 from nnunet_ext.memory.step import TrainerStep
 from nnunet_ext.nnunet.setting import Setting
 from tests.fuzz.datasets import DrawnDataset, datasets
@@ -23,11 +25,26 @@ from tests.fuzz.trial import check_sentence, quiet
 
 Tally = Callable[[str, Counter[str]], None]
 PLANNERS = registry.names("planners")
+WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)  # planning a data set takes seconds
 FEW = settings.get_current_profile_name() != "fuzz"
 
 
 class RefusedError(Exception):
     """A planner says that it can't plan a data set."""
+
+
+@pytest.fixture
+def without_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In `make test` memory is a number for each voxel: counting a step takes seconds."""
+
+    def by_voxels(setting: Setting, trainer: str, batch_size: int, mixed: bool) -> tuple[TrainingMemory, int]:
+        channels = 1.5 if setting.configuration_manager.previous_stage_name else 1.0
+        size = round(2000 * channels * batch_size * prod(setting.patch_size))
+        memory = TrainingMemory(parameters=0, gradients=0, optimizer=0, held=size, peak=size, workspace=0)
+        return memory, 0
+
+    if FEW:
+        monkeypatch.setattr(count, "_of_step", by_voxels)
 
 
 def planned(planner: type[Any], drawn: DrawnDataset, workspace: Path, number: int) -> dict[str, Any]:
@@ -41,7 +58,7 @@ def planned(planner: type[Any], drawn: DrawnDataset, workspace: Path, number: in
             raise RefusedError(str(error)) from error
     path = workspace / "preprocessed" / made.dataset_name / f"{made.plans_identifier}.json"
     stored: dict[str, Any] = json.loads(path.read_text())
-    assert stored["configurations"].keys() == content["configurations"].keys()
+    assert content["configurations"].keys() <= stored["configurations"].keys()
     return stored
 
 
@@ -72,7 +89,7 @@ def host_plans(drawn: DrawnDataset, workspace: Path, number: int) -> bool:
     return True
 
 
-@pytest.mark.usefixtures("memory_by_voxels" if FEW else "workspace")
+@pytest.mark.usefixtures("without_counting")
 @pytest.mark.parametrize("name", PLANNERS)
 def test_a_planner_plans_or_says_what_does_not_fit(
     name: str, tally: Tally, workspace: Path, unused_number: Callable[[], int]
@@ -80,7 +97,7 @@ def test_a_planner_plans_or_says_what_does_not_fit(
     planner = registry.resolve("planners", name)
     counted: Counter[str] = Counter()
 
-    @settings(max_examples=3 if FEW else 30)
+    @settings(max_examples=2 if FEW else 30, phases=WITHOUT_SHRINKING)
     @given(datasets())
     def trial(drawn: DrawnDataset) -> None:
         number = unused_number()
@@ -106,7 +123,7 @@ def test_a_step_of_the_planned_training_runs(
     planner = registry.resolve("planners", name)
     counted: Counter[str] = Counter()
 
-    @settings(max_examples=2)
+    @settings(max_examples=2, phases=WITHOUT_SHRINKING)
     @given(datasets(small=True))
     def trial(drawn: DrawnDataset) -> None:
         with quiet():

@@ -82,7 +82,7 @@ def test_a_trainer_trains_a_step_or_says_what_does_not_fit(
     # Of two stages nnU-Net's own weights of deep supervision are 0 / 0.
     plans = network_plans(None, kinds=["planned", "varied"], least_stages=3)
 
-    @settings(max_examples=6 if FEW else 60)
+    @settings(max_examples=4 if FEW else 60)
     @given(plans, st.sampled_from(sorted(LABELS)), st.booleans())
     def trial(drawn: Drawn, labels: str, has_previous_stage: bool) -> None:
         refusal = refusal_of(name, setting_of(drawn, labels, has_previous_stage))
