@@ -101,10 +101,10 @@ def network_plans(
 
 @st.composite
 def _planned_strides(draw: st.DrawFn, dim: int, least_stages: int) -> list[list[int]]:
-    """As nnU-Net's planners: 1, then 2 along the axes that are long enough."""
+    """As nnU-Net's planners: 1, then 2 along the axes that are long enough, at least one of them."""
     stages = draw(st.integers(least_stages, 5))
-    halvings = [draw(st.integers(1 if axis else 0, stages - 1)) for axis in range(dim)]
-    halvings = _within(halvings, 8)
+    others = _within([draw(st.integers(0, stages - 1)) for _ in range(dim - 1)], 9 - stages)
+    halvings = [*others, stages - 1]
     first = [stages - 1 - n if draw(st.booleans()) else 0 for n in halvings]
     return [[1] * dim] + [
         [2 if at <= i < at + n else 1 for at, n in zip(first, halvings, strict=True)] for i in range(stages - 1)
