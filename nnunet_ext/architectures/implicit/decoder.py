@@ -326,7 +326,7 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """Rows of a table. Shape: (n, C), (B, K) -> (B, K, C)."""
-    return table.index_select(0, index.flatten()).view(*index.shape, -1)
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
 
 
 def _looked_up(maps: Maps, points: Tensor) -> Tensor:
