@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-install test-cluster check bench clean
+.PHONY: demo test test-slow test-install test-cluster test-integration check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnunet-ext demo
@@ -19,6 +19,10 @@ test-install: $(VENV)/.installed
 
 test-cluster: $(VENV)/.installed
 	$(BIN)/python -m pytest -m cluster --log-cli-level=INFO --log-cli-format='%(asctime)s %(message)s' --log-cli-date-format=%H:%M:%S
+
+# DATA: a folder that holds Dataset004_Hippocampus, Dataset015_BraTS or both; without it phantoms alone
+test-integration: $(VENV)/.installed
+	$(BIN)/python -m tests.integration $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
