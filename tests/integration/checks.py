@@ -105,18 +105,21 @@ def mean_dice(summary: Path, raw: RawDataset) -> float:
 
 
 def check_weights(checkpoint: Path) -> None:
-    """All weights are finite.
+    """All weights are finite, and the losses that nnU-Net logged.
 
     Raises:
         CheckError: there are none, or they are not.
     """
     if not checkpoint.is_file():
         raise CheckError(f"{checkpoint.parent.name} has no {checkpoint.name}.")
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=False)["network_weights"]
-    tensors = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
+    content = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    tensors = {key: value for key, value in content["network_weights"].items() if isinstance(value, torch.Tensor)}
     wrong = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if wrong or not tensors:
         raise CheckError(f"{checkpoint.parent.name}: weights that are not finite: {wrong[:3] or 'none at all'}.")
+    losses = {key: content["logging"][key] for key in ("train_losses", "val_losses")}
+    if not all(values and np.isfinite(values).all() for values in losses.values()):
+        raise CheckError(f"{checkpoint.parent.name}: losses that are not finite, or none: {losses}.")
 
 
 def check_model(folder: Path, splits: list[dict[str, list[str]]], raw: RawDataset) -> float:

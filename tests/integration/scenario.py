@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
+
+import numpy as np
+import torch
 
 from nnunet_ext.aims import DEFAULT
 from nnunet_ext.nnunet.teacher import VARIABLE
@@ -27,6 +31,13 @@ from tests.integration.outcome import CheckError, Outcome, outcome_of
 from tests.integration.plans import FOLDS, PLANS
 
 BEST, INFERENCE = "best", "inference"
+
+
+def seed() -> None:
+    """Make all random numbers of the next command the same in every run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +146,7 @@ class Scenario:
         for folder in (model, unseen):
             shutil.rmtree(folder, ignore_errors=True)
         chosen = ("-tr", self.scheduled, "-p", self.plans, "-device", "cpu")
+        seed()
         with self._teacher(configuration):
             for fold in FOLDS:
                 self._command("nnUNetv2_train", self.form.number, configuration, fold, *chosen, "--npz")

@@ -216,12 +216,18 @@ def test_summary_must_score_all_regions_and_no_other(mean: dict[str, float], sai
         mean_dice(tmp_path / "summary.json", raw)
 
 
-@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
-    weights = {"good": torch.ones(2), "other": torch.tensor([1.0, value]), "extra": {"no": "tensor"}}
-    torch.save({"network_weights": weights}, tmp_path / "checkpoint_final.pth")
-    if value == 1.0:
+@pytest.mark.parametrize("where", ["", "other", "train_losses", "val_losses"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_and_losses_that_are_not_finite_are_refused(where: str, value: float, tmp_path: Path) -> None:
+    weights = {"good": torch.ones(2), "other": torch.ones(2), "extra": {"no": "tensor"}}
+    losses = {"train_losses": [0.5], "val_losses": [0.5]}
+    if where == "other":
+        weights["other"] = torch.tensor([1.0, value])
+    elif where:
+        losses[where] = [value]
+    torch.save({"network_weights": weights, "logging": losses}, tmp_path / "checkpoint_final.pth")
+    if not where:
         check_weights(tmp_path / "checkpoint_final.pth")
         return
-    with pytest.raises(CheckError, match="other"):
+    with pytest.raises(CheckError, match=where):
         check_weights(tmp_path / "checkpoint_final.pth")
