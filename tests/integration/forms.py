@@ -66,9 +66,17 @@ SOURCES = (
         patch=(8, 24, 20),  # smaller than the images, so that windows overlap
         schedule="_1epochs_2iters",
     ),
-    Source(name="hippocampus", folder="Dataset004_Hippocampus", kinds=tuple(LABELS), n_training=8, n_unseen=2),
+    Source(name="hippocampus", folder="Dataset004_Hippocampus", kinds=tuple(LABELS), n_training=6, n_unseen=2),
     # Whole brains at 3 mm: nnU-Net writes and reads probabilities of all voxels, which takes minutes a trainer at 1 mm.
-    Source(name="brats", folder="Dataset015_BraTS", n_training=4, n_unseen=1, voxel=3.0, spacing=(4.0, 4.0, 4.0)),
+    Source(
+        name="brats",
+        folder="Dataset015_BraTS",
+        n_training=4,
+        n_unseen=1,
+        voxel=3.0,
+        spacing=(4.0, 4.0, 4.0),
+        patch=(24, 32, 32),
+    ),
 )
 
 

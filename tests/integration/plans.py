@@ -87,7 +87,6 @@ def _narrow(plans: dict[str, Any], patch: tuple[int, ...]) -> None:
     configurations = plans["configurations"]
     if patch:
         configurations["3d_fullres"]["patch_size"] = list(patch)
-        configurations["2d"]["patch_size"] = list(patch[-2:])
     configurations["3d_lowres"] = lowres(configurations["3d_fullres"])
     configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     for name in ("2d", "3d_fullres", "3d_lowres"):
