@@ -4,7 +4,7 @@ VENV ?= .venv
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-install test-versions test-cluster test-faults test-fuzz check check-security lock bench clean
+.PHONY: demo test test-slow test-install test-versions test-cluster test-faults test-fuzz test-integration check check-security lock bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnunet-ext demo
@@ -32,6 +32,10 @@ test-faults: $(VENV)/.installed
 # Random plans and data sets, the same ones for the same SEED.
 test-fuzz: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/fuzz -m '' -n 2 --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
+
+# DATA: a folder that holds Dataset004_Hippocampus, Dataset015_BraTS or both; without it phantoms alone
+test-integration: $(VENV)/.installed
+	$(BIN)/python -m tests.integration $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
