@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from nnunet_ext import registry
-from nnunet_ext.architectures.reversible.recomputation import everything_kept
+from nnunet_ext.architectures.common.kept import everything_kept
 from nnunet_ext.doctor.gradients import tiny
 from nnunet_ext.doctor.gradients.cases import CASES, COMBINED, DOUBLE
 from nnunet_ext.doctor.gradients.gate import Gate, Measured
 from nnunet_ext.doctor.gradients.step import Step
 from nnunet_ext.doctor.gradients.subjects import Subject, recomputes, subject_of, subjects
+from nnunet_ext.nnunet.teacher import VARIABLE as TEACHER
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.protocols import only_predicts
 from tests.contract.variants import VARIANTS
 
 TRAINERS = [name for name in registry.names("trainers") if not only_predicts(trainer_class(name))]
 SETTINGS = {setting.configuration: setting for setting in tiny.settings()}
-# PyTorch 2.5 writes no C++ for some operations in half precision.
 BACKENDS = ["aot_eager"]
 
 
@@ -44,7 +44,8 @@ ALL = (tiny.PLANE, tiny.VOLUME, tiny.RESIDUAL, tiny.CASCADE)
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
+def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(TEACHER, raising=False)
     yield
     torch._dynamo.reset()
 

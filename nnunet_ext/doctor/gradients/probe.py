@@ -10,7 +10,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from importlib.metadata import version
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -22,6 +24,7 @@ from nnunet_ext.doctor.gradients.cases import COMBINED, DOUBLE, ORDINARY
 from nnunet_ext.doctor.gradients.gate import Gate, Measured
 from nnunet_ext.doctor.gradients.step import Step
 from nnunet_ext.doctor.gradients.subjects import Unbuilt, recomputes, subject_of, subjects
+from nnunet_ext.nnunet.teacher import VARIABLE as TEACHER
 from nnunet_ext.printable import counted, first_few, typed_line
 
 PATTERNS, SELF_TEST = "patterns of PyTorch", "self-test"
@@ -35,6 +38,7 @@ _MOST = 4  # processes: each imports PyTorch, and holds a context of the GPU
 
 def main(result: str, backend: str) -> None:
     """Write findings as lines of JSON."""
+    os.environ.pop(TEACHER, None)  # a trained teacher belongs to plans of its own
     with Path(result).open("w", encoding="utf-8") as file:
         for finding in findings(backend):
             file.write(json.dumps(asdict(finding)) + "\n")
@@ -95,8 +99,16 @@ def _processes() -> int:
     return max(1, min(_MOST, count))
 
 
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
 def _quiet() -> None:
-    """Set up a process of the comparison."""
+    """Set up a process of the comparison; it ends with the one that started it, which may be killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        Thread(target=_end_after, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)  # tiny networks wait for threads longer than they compute
     # TensorFloat-32 is no part of the comparison.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

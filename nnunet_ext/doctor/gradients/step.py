@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from nnunet_ext.architectures.reversible.recomputation import everything_kept
+from nnunet_ext.architectures.common.kept import everything_kept
 from nnunet_ext.doctor.gradients.cases import ORDINARY, Case, Precision
 from nnunet_ext.doctor.gradients.describe import kind
 from nnunet_ext.memory.network import training_outputs

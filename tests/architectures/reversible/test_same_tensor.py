@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.checkpointed.repeated import repeated
+from nnunet_ext.architectures.common.kept import everything_kept
 from nnunet_ext.architectures.reversible.chain import Chain
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling
-from nnunet_ext.architectures.reversible.recomputation import everything_kept, run_recomputed
+from nnunet_ext.architectures.reversible.recomputation import run_recomputed
 from nnunet_ext.architectures.reversible.transitions import Head, Tap
 
 DIM = 4
