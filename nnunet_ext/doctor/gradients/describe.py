@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+_BETWEEN = "; "
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -31,7 +32,12 @@ def kind(module: nn.Module) -> str:
         for name, value in _options(part)
         if isinstance(value, str) or is_dataclass(value)
     }
-    return " ".join(sorted(classes | options))
+    return f"{' '.join(sorted(classes))}{_BETWEEN}{' '.join(sorted(options))}"
+
+
+def classes_of(kind_: str) -> str:
+    """The classes alone."""
+    return kind_.partition(_BETWEEN)[0]
 
 
 def _options(part: nn.Module) -> list[tuple[str, Any]]:

@@ -52,20 +52,24 @@ class Gate:
         yield from self._compared(SINGLE, [ORDINARY])
         yield from self._compared(self._mixed, [ORDINARY])
 
-    def compiled(self, backend: str, cases: Sequence[Case], only: frozenset[str] | None = None) -> Iterator[Measured]:
+    def compiled(
+        self, backend: str, cases: Sequence[Case], only: frozenset[str] | None = None, with_autocast: bool = True
+    ) -> Iterator[Measured]:
         """As nnU-Net trains on CUDA.
 
         Args:
             backend: Of `torch.compile`.
             cases: Compared in float64; under autocast the ordinary one is.
             only: Kinds of parts that are compiled, see `Step`.
+            with_autocast: Whether it is compiled under autocast too.
         """
         alike: dict[tuple[bool, bool], list[Case]] = {}
         for case in cases:
             alike.setdefault((case.deep_supervision, case.shared), []).append(case)
         for group in alike.values():
             yield from self._compared(DOUBLE, group, backend, only)
-        yield from self._compared(self._mixed, [ORDINARY], backend, only)
+        if with_autocast:
+            yield from self._compared(self._mixed, [ORDINARY], backend, only)
 
     def _by_slopes(self) -> Measured:
         step = self._step(DOUBLE, ORDINARY)

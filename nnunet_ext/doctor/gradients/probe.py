@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,9 +21,10 @@ from nnunet_ext.doctor.finding import Finding, failure, ok, warning
 from nnunet_ext.doctor.gpu import COMPILE
 from nnunet_ext.doctor.gradients import patterns, planted, tiny
 from nnunet_ext.doctor.gradients.cases import COMBINED, DOUBLE, ORDINARY
+from nnunet_ext.doctor.gradients.describe import classes_of
 from nnunet_ext.doctor.gradients.gate import Gate, Measured
 from nnunet_ext.doctor.gradients.step import Step
-from nnunet_ext.doctor.gradients.subjects import Unbuilt, recomputes, subject_of, subjects
+from nnunet_ext.doctor.gradients.subjects import Subject, Unbuilt, recomputes, subject_of, subjects
 from nnunet_ext.nnunet.teacher import VARIABLE as TEACHER
 from nnunet_ext.printable import counted, first_few, typed_line
 
@@ -31,8 +32,6 @@ PATTERNS, SELF_TEST = "patterns of PyTorch", "self-test"
 _ANOTHER = "install another version of PyTorch with pip, then repeat this"
 _UNCOMPILED = f"export {COMPILE}=f, or {_ANOTHER}"
 
-# Compiling takes longest. Their kinds of steps in 2D, and with residual encoders, tests compile.
-_COMPILED = (tiny.VOLUME, tiny.CASCADE)
 _MOST = 4  # processes: each imports PyTorch, and holds a context of the GPU
 
 
@@ -44,6 +43,44 @@ def main(result: str, backend: str) -> None:
             file.write(json.dumps(asdict(finding)) + "\n")
             file.flush()
     os._exit(0)  # what compilers have started is not waited for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """What is compiled of a step.
+
+    Args:
+        backend: Of `torch.compile`.
+        only: Kinds of parts; none: nothing is compiled.
+        with_autocast: Whether under autocast too.
+    """
+
+    backend: str
+    only: frozenset[str]
+    with_autocast: bool
+
+
+class _Plan:
+    """Chooses what is compiled, which takes longest: in 3D each kind once, under autocast each set of classes once.
+
+    Of a cascade's second stage only what has other classes. 2D and residual encoders are compiled by tests.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: set[str] = set()
+        self._classes: set[str] = set()
+
+    def of(self, subject: Subject, backend: str) -> Compilation:
+        only: frozenset[str] = frozenset()
+        if subject.configuration == tiny.VOLUME:
+            only = subject.kinds - self._kinds
+        elif subject.configuration == tiny.CASCADE:
+            only = frozenset(kind for kind in subject.kinds if classes_of(kind) not in self._classes)
+        classes = set(map(classes_of, only))
+        found = Compilation(backend=backend, only=only, with_autocast=not classes <= self._classes)
+        self._kinds |= only
+        self._classes |= classes
+        return found
 
 
 def findings(backend: str) -> Iterator[Finding]:
@@ -60,15 +97,14 @@ def findings(backend: str) -> Iterator[Finding]:
             (SELF_TEST, pool.submit(_self_test, device, backend)),
             (PATTERNS, pool.submit(_patterns, device, backend)),
         ]
-        compiled: set[str] = set()
+        plan = _Plan()
         for subject in subjects():
             if isinstance(subject, Unbuilt):
                 yield warning(subject.name, f"can't be built: {subject.reason}", f"nnunet-ext check {subject.trainer}")
                 continue
             place = (subject.trainer, subject.configuration)
-            only = subject.kinds - compiled if subject.configuration in _COMPILED else frozenset()
-            jobs.append((subject.name, pool.submit(_compared, *place, device, backend, only)))
-            compiled |= only
+            compilation = plan.of(subject, backend)
+            jobs.append((subject.name, pool.submit(_compared, *place, device, compilation)))
         yield from _results(jobs)
 
 
@@ -148,14 +184,13 @@ def _patterns(device: str, backend: str) -> Finding:
     return ok(PATTERNS, f"{count} backward passes of own making are right, compiled too")
 
 
-def _compared(trainer: str, configuration: str, device: str, backend: str, only: frozenset[str]) -> Finding | None:
-    """Compare a step, and compile what is new of it; None where it recomputes nothing.
+def _compared(trainer: str, configuration: str, device: str, compilation: Compilation) -> Finding | None:
+    """Compare a step; None where it recomputes nothing.
 
     Args:
         trainer, configuration: Whose step it is.
         device: "cpu" or "cuda".
-        backend: Of `torch.compile`.
-        only: Kinds of parts that are compiled.
+        compilation: What is compiled of it.
     """
     setting = next(setting for setting in tiny.settings() if setting.configuration == configuration)
     subject = subject_of(trainer, setting)
@@ -166,12 +201,13 @@ def _compared(trainer: str, configuration: str, device: str, backend: str, only:
     wrong = [entry for entry in measured if entry.difference.is_wrong]
     if wrong:
         return failure(subject.name, _told(wrong), f"don't train with it here: {_ANOTHER}")
-    if only:
-        measured += gate.compiled(backend, [ORDINARY], only)
+    backend = compilation.backend if compilation.only else None
+    if backend is not None:
+        measured += gate.compiled(backend, [ORDINARY], compilation.only, compilation.with_autocast)
         wrong = [entry for entry in measured if entry.difference.is_wrong]
         if wrong:
             return failure(subject.name, _told(wrong), _UNCOMPILED)
-    return ok(subject.name, _summary(measured, backend if only else None))
+    return ok(subject.name, _summary(measured, backend))
 
 
 def _told(wrong: list[Measured]) -> str:

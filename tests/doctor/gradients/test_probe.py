@@ -12,9 +12,12 @@ import pytest
 from nnunet_ext import doctor
 from nnunet_ext.doctor import gradients, requirements
 from nnunet_ext.doctor.finding import Finding, ok
-from nnunet_ext.doctor.gradients import probe
+from nnunet_ext.doctor.gradients import probe, tiny
 from nnunet_ext.doctor.gradients.compare import Difference
 from nnunet_ext.doctor.gradients.gate import Gate, Measured
+from nnunet_ext.doctor.gradients.planted import Planted
+from nnunet_ext.doctor.gradients.step import Source
+from nnunet_ext.doctor.gradients.subjects import Subject
 from nnunet_ext.errors import UsageError
 
 
@@ -31,7 +34,8 @@ def recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
 def compared(monkeypatch: pytest.MonkeyPatch, eager: float, compiled: float) -> Finding | None:
     monkeypatch.setattr(Gate, "eager", lambda *_: iter([measured(0.0), measured(eager)]))
     monkeypatch.setattr(Gate, "compiled", lambda *_: iter([measured(compiled, "aot_eager")]))
-    return probe._compared("nnUNetTrainer", "2d", "cpu", "aot_eager", frozenset({"new"}))
+    compilation = probe.Compilation(backend="aot_eager", only=frozenset({"new"}), with_autocast=True)
+    return probe._compared("nnUNetTrainer", "2d", "cpu", compilation)
 
 
 @pytest.mark.usefixtures("recomputing")
@@ -128,3 +132,25 @@ def test_whole_comparison_finds_nothing_here() -> None:
     found = gradients.examine()
     assert [finding for finding in found if finding.level == "failure"] == []
     assert len(found) > 10
+
+
+def test_each_kind_is_compiled_once_and_under_autocast_each_set_of_classes() -> None:
+    def subject(configuration: str, *kinds: str) -> Subject:
+        source = Source(build=lambda _: Planted(None), form=lambda network: network, shape=(1,))
+        empty: frozenset[str] = frozenset()
+        return Subject(trainer="X", configuration=configuration, source=source, parts=empty, kinds=frozenset(kinds))
+
+    plan = probe._Plan()
+    found = [
+        plan.of(subject(*given), "aot_eager")
+        for given in (
+            (tiny.VOLUME, "A; x"),
+            (tiny.VOLUME, "A; x", "A; y"),
+            (tiny.VOLUME, "A; y", "B; "),
+            (tiny.VOLUME, "A; y", "B; "),
+            (tiny.PLANE, "C; "),
+            (tiny.CASCADE, "A; z", "C; "),
+        )
+    ]
+    assert [set(entry.only) for entry in found] == [{"A; x"}, {"A; y"}, {"B; "}, set(), set(), {"C; "}]
+    assert [entry.with_autocast for entry in found if entry.only] == [True, False, True, True]
