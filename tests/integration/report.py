@@ -31,7 +31,8 @@ def write_report(matrix: Matrix) -> tuple[str, int]:
     for scenario in scenarios:
         for step, outcome in matrix.cells(scenario).items():
             cells[scenario.trainer, scenario.form.name, scenario.plans, step] = outcome
-    text = "\n".join([*_head(cells), *_tables(scenarios, cells), *_sentences(cells)]) + "\n"
+    missing = sum(len(scenario.steps) for scenario in scenarios) - len(cells)
+    text = "\n".join([*_head(cells, missing), *_tables(scenarios, cells), *_sentences(cells)]) + "\n"
     content = {
         "date": str(date.today()),
         "machine": {"cpu_cores": os.cpu_count(), "architecture": platform.machine()},
@@ -54,12 +55,13 @@ def _one_cell_a_line(content: dict[str, object]) -> str:
     return head + ',\n "cells": [\n' + ",\n".join(f"  {json.dumps(cell)}" for cell in cells) + "\n ]\n}\n"
 
 
-def _head(cells: Cells) -> list[str]:
+def _head(cells: Cells, missing: int) -> list[str]:
     counts = Counter(cell.status for cell in cells.values())
     minutes = sum(cell.seconds for cell in cells.values()) / 60
+    unfinished = f", {missing} are not run yet" if missing else ""
     return [
         f"{len(cells)} cells: {counts['pass']} pass, {counts['documented']} end in a documented NotImplementedError, "
-        f"{counts['fail']} fail; {minutes:.0f} minutes in all. Python {platform.python_version()}, "
+        f"{counts['fail']} fail{unfinished}; {minutes:.0f} minutes in all. Python {platform.python_version()}, "
         f"PyTorch {torch.__version__}, nnU-Net {version('nnunetv2')}, {date.today()}.",
         "",
     ]

@@ -68,6 +68,14 @@ def test_failed_cell_is_shown_with_its_error_and_in_the_exit_status(
     printed = capsys.readouterr().out
     assert f"| `{TRAINING}` | ok | **FAIL** (1) |" in printed
     assert "1. fail: no weights" in printed
+    assert "1 fail, 4 are not run yet" in printed
+
+
+def test_report_of_what_is_done_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Matrix, "run", lambda self, on_cell: pytest.fail("is run"))
+    asked = ["--output", str(tmp_path), "--forms", "phantom-plain", "--trainers", TRAINING]
+    assert main([*asked, "--report"]) == 0
+    assert "0 fail, 6 are not run yet" in (tmp_path / "integration.md").read_text()
 
 
 def test_a_cell_that_needs_a_failed_one_is_not_run_and_the_best_is_sought_among_those_that_passed(
