@@ -41,7 +41,8 @@ def test_a_trainer_passes_all_cells_once_and_one_that_only_predicts_says_so(
     asked = ["--output", str(tmp_path), "--forms", "phantom-regions-ignore", "--trainers", TRAINING, *PREDICTING]
     assert main(asked) == 0
     content = json.loads((tmp_path / "integration.json").read_text())
-    found = {(cell["trainer"], cell["step"]): cell["status"] for cell in content["cells"]}
+    rows = content["scenarios"]
+    found = {(row["trainer"], step): cell[0] for row in rows for step, cell in row["cells"].items()}
     steps = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres", "best", "inference")
     wanted = {(TRAINING, step): "pass" for step in steps}
     wanted |= {(name, step): "documented" for name in PREDICTING for step in steps}
