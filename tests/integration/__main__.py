@@ -21,10 +21,11 @@ from tests.integration.scenario import Scenario
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the matrix; return the exit status."""
-    matrix = parse(arguments)
+    matrix, report_only = parse(arguments)
     matrix.output.mkdir(parents=True, exist_ok=True)
     try:
-        matrix.run(tell)
+        if not report_only:
+            matrix.run(tell)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def parse(arguments: Sequence[str] | None) -> Matrix:
-    """Read the options."""
+def parse(arguments: Sequence[str] | None) -> tuple[Matrix, bool]:
+    """Read the options: what is to be run, and whether only to tell what is done."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.integration", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,15 +44,15 @@ def parse(arguments: Sequence[str] | None) -> Matrix:
     parser.add_argument("--output", type=Path, default=Path("integration-output"), help="folder of all that is made")
     parser.add_argument("--forms", nargs="+", metavar="FORM", choices=names, help=f"of {', '.join(names)}")
     parser.add_argument("--trainers", nargs="+", metavar="TRAINER", choices=all_trainers(), help="default: all")
+    parser.add_argument("--report", action="store_true", help="run nothing, tell what is done")
     asked = parser.parse_args(arguments)
     data = _data_folder(asked.data)
     there = [form for form in FORMS if not form.source.folder or (data and (data / form.source.folder).is_dir())]
     forms = [form for form in FORMS if form.name in asked.forms] if asked.forms else there
     if data and there == [form for form in FORMS if not form.source.folder]:
         parser.error(f"--data must be a folder that holds Dataset004_Hippocampus or Dataset015_BraTS, got {data}")
-    return Matrix(
-        output=asked.output.resolve(), data=data, forms=tuple(forms), trainers=tuple(asked.trainers or all_trainers())
-    )
+    trainers = tuple(asked.trainers or all_trainers())
+    return Matrix(output=asked.output.resolve(), data=data, forms=tuple(forms), trainers=trainers), asked.report
 
 
 def _data_folder(named: Path | None) -> Path | None:

@@ -7,7 +7,6 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 
@@ -27,39 +26,47 @@ Cells = dict[tuple[str, str, str, str], Outcome]  # trainer, form, plans, step
 def write_report(matrix: Matrix) -> tuple[str, int]:
     """Write integration.json and integration.md; return the text and how many cells failed."""
     scenarios = [scenario for form in matrix.forms for scenario in matrix.scenarios(form)]
-    cells: Cells = {}
-    for scenario in scenarios:
-        for step, outcome in matrix.cells(scenario).items():
-            cells[scenario.trainer, scenario.form.name, scenario.plans, step] = outcome
-    text = "\n".join([*_head(cells), *_tables(scenarios, cells), *_sentences(cells)]) + "\n"
-    content = {
-        "date": str(date.today()),
-        "machine": {"cpu_cores": os.cpu_count(), "architecture": platform.machine()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "nnunetv2")}},
-        "code": code(),
-        "cells": [
-            {"form": form, "trainer": trainer, "plans": plans, "step": step, **asdict(outcome)}
-            for (trainer, form, plans, step), outcome in cells.items()
-        ],
-    }
-    (matrix.output / "integration.json").write_text(_one_cell_a_line(content), encoding="utf-8")
+    found = {_key(scenario): matrix.cells(scenario) for scenario in scenarios}
+    cells = {(*key, step): outcome for key, of in found.items() for step, outcome in of.items()}
+    missing = sum(len(scenario.steps) for scenario in scenarios) - len(cells)
+    text = "\n".join([*_head(cells, missing), *_tables(scenarios, cells), *_sentences(cells)]) + "\n"
+    (matrix.output / "integration.json").write_text(_json(found), encoding="utf-8")
     (matrix.output / "integration.md").write_text(text, encoding="utf-8")
     return text, sum(outcome.status == "fail" for outcome in cells.values())
 
 
-def _one_cell_a_line(content: dict[str, object]) -> str:
-    cells = content.pop("cells")
-    assert isinstance(cells, list)
-    head = json.dumps(content, indent=1)[:-2]
-    return head + ',\n "cells": [\n' + ",\n".join(f"  {json.dumps(cell)}" for cell in cells) + "\n ]\n}\n"
+def _key(scenario: Scenario) -> tuple[str, str, str]:
+    return scenario.trainer, scenario.form.name, scenario.plans
 
 
-def _head(cells: Cells) -> list[str]:
+def _json(found: dict[tuple[str, str, str], dict[str, Outcome]]) -> str:
+    """A line per trainer and data set."""
+    head = {
+        "date": str(date.today()),
+        "machine": {"cpu_cores": os.cpu_count(), "architecture": platform.machine()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "nnunetv2")}},
+        "code": code(),
+        "cell": ["status", "text", "seconds"],
+    }
+    lines = [
+        json.dumps({"form": form, "trainer": trainer, "plans": plans, "cells": _rows(cells)})
+        for (trainer, form, plans), cells in found.items()
+        if cells
+    ]
+    return json.dumps(head, indent=1)[:-2] + ',\n "scenarios": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def _rows(cells: dict[str, Outcome]) -> dict[str, list[str | float]]:
+    return {step: [cell.status, cell.text, cell.seconds] for step, cell in cells.items()}
+
+
+def _head(cells: Cells, missing: int) -> list[str]:
     counts = Counter(cell.status for cell in cells.values())
     minutes = sum(cell.seconds for cell in cells.values()) / 60
+    unfinished = f", {missing} are not run yet" if missing else ""
     return [
         f"{len(cells)} cells: {counts['pass']} pass, {counts['documented']} end in a documented NotImplementedError, "
-        f"{counts['fail']} fail; {minutes:.0f} minutes in all. Python {platform.python_version()}, "
+        f"{counts['fail']} fail{unfinished}; {minutes:.0f} minutes in all. Python {platform.python_version()}, "
         f"PyTorch {torch.__version__}, nnU-Net {version('nnunetv2')}, {date.today()}.",
         "",
     ]

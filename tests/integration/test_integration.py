@@ -41,7 +41,8 @@ def test_a_trainer_passes_all_cells_once_and_one_that_only_predicts_says_so(
     asked = ["--output", str(tmp_path), "--forms", "phantom-regions-ignore", "--trainers", TRAINING, *PREDICTING]
     assert main(asked) == 0
     content = json.loads((tmp_path / "integration.json").read_text())
-    found = {(cell["trainer"], cell["step"]): cell["status"] for cell in content["cells"]}
+    rows = content["scenarios"]
+    found = {(row["trainer"], step): cell[0] for row in rows for step, cell in row["cells"].items()}
     steps = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres", "best", "inference")
     wanted = {(TRAINING, step): "pass" for step in steps}
     wanted |= {(name, step): "documented" for name in PREDICTING for step in steps}
@@ -68,6 +69,14 @@ def test_failed_cell_is_shown_with_its_error_and_in_the_exit_status(
     printed = capsys.readouterr().out
     assert f"| `{TRAINING}` | ok | **FAIL** (1) |" in printed
     assert "1. fail: no weights" in printed
+    assert "1 fail, 4 are not run yet" in printed
+
+
+def test_report_of_what_is_done_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Matrix, "run", lambda self, on_cell: pytest.fail("is run"))
+    asked = ["--output", str(tmp_path), "--forms", "phantom-plain", "--trainers", TRAINING]
+    assert main([*asked, "--report"]) == 0
+    assert "0 fail, 6 are not run yet" in (tmp_path / "integration.md").read_text()
 
 
 def test_a_cell_that_needs_a_failed_one_is_not_run_and_the_best_is_sought_among_those_that_passed(
