@@ -7,6 +7,7 @@ training from weights that are not its own looks like any other.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,10 @@ _CONTENT: Mapping[str, type | tuple[type, ...]] = {
     "optimizer_state": Mapping,
     "logging": Mapping,
     "init_args": Mapping,
-    "current_epoch": int,
+    "current_epoch": Integral,
     "_best_ema": object,
 }
+_OLD = b"\x80\x02"  # a bare pickle: the format of PyTorch before 1.6, without checksums
 _SHOWN = 3  # names of weights in a message
 
 
@@ -58,6 +60,9 @@ def check_continuable(path: Path, trainer: HostTrainer) -> None:
             "weights give it to -pretrained_weights."
         )
     _check_weights(path, content, trainer, cure)
+    theirs, mine = (_planned(a, "dataset_name") for a in (content["init_args"], trainer.my_init_kwargs))
+    if theirs != mine:  # renamed, or another one
+        trainer.print_to_log_file(f"{path} was trained on {theirs}: its training goes on with {mine}.")
     name = content.get("trainer_name")
     if name != type(trainer).__name__:
         trainer.print_to_log_file(f"{path} was written by {name}: its training goes on as {type(trainer).__name__}.")
@@ -79,8 +84,10 @@ def check_places(folder: Path) -> None:
 def _read(path: Path, cure: str) -> Mapping[str, Any]:
     """Content of a checkpoint, in which all that is needed is there."""
     try:
-        check_whole(path)  # PyTorch does not look at checksums
-        content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)  # as nnU-Net does next
+        is_old = path.is_file() and _starts_with(path, _OLD)
+        if not is_old:
+            check_whole(path)  # PyTorch does not look at checksums
+        content = torch.load(path, map_location="cpu", weights_only=False, mmap=not is_old)  # as nnU-Net does next
     except Exception as error:  # whatever a damaged file makes the unpickler meet
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(f"{path} is not a whole checkpoint of nnU-Net ({reason}): {cure}.") from error
@@ -91,13 +98,18 @@ def _read(path: Path, cure: str) -> Mapping[str, Any]:
     return found
 
 
+def _starts_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
 def _others(content: Mapping[str, Any], trainer: HostTrainer) -> list[str]:
     """In what a checkpoint's training is another one than this."""
     arguments, mine = content["init_args"], trainer.my_init_kwargs
     pairs = {
         "fold": (arguments.get("fold"), mine.get("fold")),
         "configuration": (arguments.get("configuration"), mine.get("configuration")),
-        **{key: (_planned(arguments, key), _planned(mine, key)) for key in ("plans_name", "dataset_name")},
+        "plans_name": (_planned(arguments, "plans_name"), _planned(mine, "plans_name")),
     }
     return [f"{key} {theirs}, not {own}" for key, (theirs, own) in pairs.items() if str(theirs) != str(own)]
 
@@ -111,7 +123,8 @@ def _check_weights(path: Path, content: Mapping[str, Any], trainer: HostTrainer,
     """See that weights are those of the network, and numbers."""
     wanted = unwrapped(trainer.network).state_dict()
     found = {key if key in wanted else key.removeprefix("module."): w for key, w in content["network_weights"].items()}
-    odd = [key for key in {**wanted, **found} if _shape(wanted.get(key)) != _shape(found.get(key))]
+    keys = [key for key in {**wanted, **found} if not key.endswith("_extra_state")]  # which networks translate
+    odd = [key for key in keys if _shape(wanted.get(key)) != _shape(found.get(key))]
     if odd:
         raise UsageError(
             f"{path} does not fit the network of {type(trainer).__name__} with these plans, it was written by "

@@ -37,7 +37,7 @@ def explained(folder: Path, again: str) -> Iterator[None]:
                 "killed it, mostly because memory ran out. Take fewer processes (nnUNet_n_proc_DA) or more memory, "
                 f"then call again with {again}."
             ) from error
-        free = shutil.disk_usage(folder).free
+        free = _free(folder)
         # Libraries report a full disk as errors of their own.
         if getattr(error, "errno", None) in _FULL or (free < _LOW and not isinstance(error, UsageError)):
             path = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder
@@ -46,6 +46,14 @@ def explained(folder: Path, again: str) -> Iterator[None]:
                 f"can't write {path} ({reason}; {free // 2**10} KB are free): make room, then call again with {again}."
             ) from error
         raise
+
+
+def _free(folder: Path) -> int:
+    """Bytes; many where the file system does not say."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return _LOW
 
 
 def check_predictions(folder: Path, ending: str) -> None:

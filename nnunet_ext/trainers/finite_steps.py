@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnunet_ext.errors import UsageError
 from nnunet_ext.trainers.unwrapped import unwrapped
@@ -17,50 +19,75 @@ if TYPE_CHECKING:
 else:
     HostTrainer = object
 
-_PATIENCE = 50  # steps in a row without a finite loss, after which a training ends
+_PATIENCE = 50  # bad steps of a network in a row, after which a training ends
 _LINES = 5  # of single steps in the log of an epoch
+_LEAST_SCALE = 2.0**-14  # of gradients; below it what float16 holds of them is noise, from 2^-127 on infinite
+
+
+def or_nan(loss: Tensor) -> Tensor:
+    """A loss whose gradient is NaN where it is not finite itself: an infinite cross-entropy has a finite one."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 class FiniteStepsMixin(HostTrainer):
     """Trains on after a step whose loss or gradients are NaN or infinite, as if it had not been.
 
-    On CUDA nnU-Net's gradient scaler leaves such a step out; elsewhere nnU-Net would make all weights NaN, and
-    everywhere the running statistics of batch norm. Where the image itself is at fault, the training ends: what is
-    wrong on the disk comes back. Waits for the device no more than nnU-Net does, which fetches each step's loss.
-    Stands before ``nnUNetTrainer`` in the bases of a trainer.
+    On CUDA nnU-Net's gradient scaler leaves out steps whose gradients are not finite; elsewhere nnU-Net would make all
+    weights NaN, and everywhere the running statistics of batch norm. Where the stored image itself is at fault, or
+    nothing else comes any more, the training ends. Waits for the device no more than nnU-Net does, which fetches each
+    step's loss. Stands before ``nnUNetTrainer`` in the bases of a trainer.
     """
 
-    _left_out = 0  # steps of this epoch
-    _in_a_row = 0  # steps without a finite loss
+    _steps = _left_out = 0  # of this epoch; a cascade's branches take one each
+    _is_dropped = False  # the present step, by `_before_step`
+    _in_a_row: dict[int, int]  # network -> bad steps
     _scale: float | None = None  # of the gradients, at the start of the epoch
-    _statistics: Sequence[tuple[Tensor, Tensor]] = ()  # of batch norm: running, as at the start of the epoch
+    _seen_by: Any = None  # the optimiser whose steps are looked at
+    _statistics: tuple[list[Tensor], list[Tensor]] = ([], [])  # of batch norm: running, and before the present step
 
     def initialize(self) -> None:
-        """Initialise as nnU-Net does, and look at gradients before the optimiser takes them."""
+        """Initialise as nnU-Net does."""
         super().initialize()
-        self.optimizer.register_step_pre_hook(self._before_step)
+        self._in_a_row = {}
+        if isinstance(self.loss, nn.Module):
+            self.loss.register_forward_hook(lambda _, __, loss: or_nan(loss))
+
+    @property
+    def _scales(self) -> bool:
+        return self.grad_scaler is not None and self.grad_scaler.is_enabled()
 
     def on_train_epoch_start(self) -> None:
-        """Start as nnU-Net does, and keep what a step can spoil beside the weights."""
+        """Start as nnU-Net does, and count anew."""
         super().on_train_epoch_start()
-        self._left_out = 0
-        self._scale = None if self.grad_scaler is None else self.grad_scaler.get_scale()
-        self._statistics = [(x, x.clone()) for x in _running_statistics(self.network)]
+        self._steps = self._left_out = 0
+        self._scale = self.grad_scaler.get_scale() if self._scales else None
+        running = list(_running_statistics(self.network))
+        self._statistics = running, [x.clone() for x in running]
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Train as nnU-Net does.
 
         Raises:
-            UsageError: the stored image of a case is not finite, or no loss has been for many steps.
+            UsageError: the stored image of a case is not finite, or no step has been for long.
         """
+        if self._seen_by is not self.optimizer:
+            self._seen_by = self.optimizer
+            self.optimizer.register_step_pre_hook(self._before_step)
+        running, kept = self._statistics
+        if running:
+            torch._foreach_copy_(kept, running)
+        self._is_dropped = False
         result = super().train_step(batch)
-        if np.isfinite(result["loss"]).all():
-            self._in_a_row = 0
-        else:
-            self._in_a_row += 1
-            self._left_out += self.grad_scaler is not None  # else counted before the optimiser's step
-            self._restore_statistics()
-            self._explain(batch)
+        self._steps += 1
+        has_loss = bool(np.isfinite(result["loss"]).all())
+        if has_loss and not self._is_dropped:
+            self._in_a_row[id(self.network)] = 0
+            return result
+        self._left_out += 1
+        self._in_a_row[id(self.network)] = self._in_a_row.get(id(self.network), 0) + 1
+        if running:
+            torch._foreach_copy_(running, kept)
+        self._explain(batch, "loss" if not has_loss else "gradient")
         return result
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
@@ -73,49 +100,68 @@ class FiniteStepsMixin(HostTrainer):
                 output if np.isfinite(output["loss"]).all() else {**output, "loss": mean} for output in train_outputs
             ]
         super().on_train_epoch_end(train_outputs)
-        if self._left_out:
+        left_out, steps = self._over_ranks(self._left_out, self._steps)
+        if left_out:
             self.print_to_log_file(
-                f"{self._left_out} of {len(losses)} steps changed nothing: loss or gradients were NaN or infinite."
+                f"{left_out} of {steps} steps changed nothing: loss or gradients were NaN or infinite."
             )
         if self._scale is not None and (scale := self.grad_scaler.get_scale()) < self._scale:
             self.print_to_log_file(
                 f"Gradient scaler: from {self._scale:g} to {scale:g} in this epoch, each halving is a step left out."
             )
+            self._check_scale()
+
+    def _over_ranks(self, *counts: int) -> list[int]:
+        """Sums over all ranks, of which one writes the log."""
+        total = torch.tensor(counts, device=self.device)
+        if self.is_ddp:
+            dist.all_reduce(total)
+        return total.tolist()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Without a gradient scaler: no gradients, no step."""
-        if self.grad_scaler is not None:
+        if self._scales:
             return
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = [torch.linalg.vector_norm(p.grad) for p in trained]
         if norms and not torch.stack(norms).sum().isfinite():
-            self._left_out += 1
+            self._is_dropped = True
             for parameter in trained:
                 parameter.grad = None
 
-    def _restore_statistics(self) -> None:
-        for running, kept in self._statistics:
-            if not running.isfinite().all():
-                running.copy_(kept)
+    def _check_scale(self) -> None:
+        """See that float16 still holds something of the gradients.
 
-    def _explain(self, batch: dict[str, Any]) -> None:
+        Raises:
+            UsageError: too many steps were left out.
+        """
+        if self._scales and (scale := self.grad_scaler.get_scale()) < _LEAST_SCALE:
+            raise UsageError(
+                f"gradients in float16 need a scale of at least {_LEAST_SCALE:g}, got {scale:g} in epoch "
+                f"{self.current_epoch}, after as many steps left out: the checkpoints in {self.output_folder} are "
+                "whole. Continue from the last one (--c); where it comes back, train anew with a lower learning rate."
+            )
+
+    def _explain(self, batch: dict[str, Any], what: str) -> None:
         images: Tensor = batch.get("whole_patch", batch["data"])
         finite = images.isfinite().flatten(1).all(1).tolist()
-        keys = batch.get("keys")
-        if keys is None:
-            keys = ["(unknown)"] * len(finite)
-        damaged = [str(key) for key, is_finite in zip(keys, finite, strict=True) if not is_finite]
+        keys = [] if batch.get("keys") is None else [str(key) for key in batch["keys"]]
+        damaged = [keys[i] if i < len(keys) else f"sample {i}" for i, is_finite in enumerate(finite) if not is_finite]
         for key in damaged:
             self._check_stored(key)
-        if self._in_a_row >= _PATIENCE:
+        if damaged and self._scales and not self.is_ddp:  # no overflow; ranks must agree on a scale
+            self.grad_scaler.update(self.grad_scaler.get_scale() / self.grad_scaler.get_backoff_factor())
+        self._check_scale()
+        in_a_row = self._in_a_row[id(self.network)]
+        if in_a_row >= _PATIENCE:
             raise UsageError(
-                f"a training needs finite losses, got NaN or infinity in {self._in_a_row} steps in a row, epoch "
-                f"{self.current_epoch}: the checkpoints in {self.output_folder} are whole and older than this. "
+                f"a training needs finite losses and gradients, got others in {in_a_row} steps in a row, epoch "
+                f"{self.current_epoch}: the checkpoints in {self.output_folder} are whole and none is of these steps. "
                 "Continue from the last one (--c); where it comes back, train anew with a lower learning rate."
             )
         if self._left_out <= _LINES:
             where = f"augmentation of {', '.join(damaged)} gave NaN or infinity" if damaged else "the batch is finite"
-            self.print_to_log_file(f"A step is left out, its loss is NaN or infinite: {where}.")
+            self.print_to_log_file(f"A step is left out, its {what} is NaN or infinite: {where}.")
 
     def _check_stored(self, key: str) -> None:
         """See whether the preprocessed image of a case is finite.
@@ -137,6 +183,6 @@ class FiniteStepsMixin(HostTrainer):
 
 
 def _running_statistics(network: nn.Module) -> Iterator[Tensor]:
-    for name, buffer in unwrapped(network).named_buffers():
-        if buffer.is_floating_point() and name.rpartition(".")[2].startswith("running_"):
-            yield buffer
+    for module in unwrapped(network).modules():
+        if isinstance(module, _BatchNorm):
+            yield from module.buffers(recurse=False)

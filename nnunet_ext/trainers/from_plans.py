@@ -100,7 +100,7 @@ def _check_named_classes(arguments: Mapping[str, Any], names: Sequence[str]) -> 
                 f"{', '.join(arguments) or 'them'}: plan the data set again."
             )
         path = arguments[name]
-        if path is not None and not isinstance(_located(path), type):
+        if path is not None and not callable(_located(path)):
             raise ValueError(
                 f"{name} must be null or the dotted path of a class, got {path!r:.80}: correct the plans, or plan the "
                 "data set again."

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop, downsample_labels
 from nnunet_ext.architectures.expanded.patch import Size, divisors, standard_patch
 from nnunet_ext.trainers.autocast import without_cache
+from nnunet_ext.trainers.finite_steps import or_nan
 from nnunet_ext.trainers.passes import TwoPasses
 from nnunet_ext.trainers.softmax_weighted_ce import Form, weight_classes
 from nnunet_ext.trainers.unwrapped import unwrapped
@@ -132,7 +133,7 @@ class MeUNetTrainerMixin(HostTrainer):
         def expand(*_: Any) -> None:
             hook.remove()  # the expanded pass runs a copy of the network, with its hooks
             expanded = self._backward_expanded(data, target)
-            self.loss = lambda output, labels: (1 - weight) * loss(output, labels) + expanded
+            self.loss = lambda output, labels: or_nan((1 - weight) * loss(output, labels) + expanded)
 
         hook = self.network.register_forward_pre_hook(expand)
         try:

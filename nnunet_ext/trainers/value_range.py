@@ -46,7 +46,10 @@ class ValueRangeMixin(HostTrainer):
         with torch.no_grad(), nnunet_autocast(self.device):
             if not torch.is_autocast_enabled(self.device.type):
                 return
-            found = largest_activations(unwrapped(self.network), image.to(self.device))
+            try:
+                found = largest_activations(unwrapped(self.network), image.to(self.device))
+            except torch.OutOfMemoryError:  # validation itself may be compiled, and need less
+                return
         name, value = max(found.items(), key=lambda entry: entry[1], default=("", 0.0))
         if value > max(_NEAR * FLOAT16_ENDS, 2 * self._largest_told):
             self._largest_told = value
@@ -66,21 +69,24 @@ def largest_activations(network: nn.Module, image: Tensor, dtype: torch.dtype = 
         dtype: What counts.
 
     Returns:
-        Name of the part -> value; infinity where it gave that, or NaN.
+        Name of the part, of one that is not in the network its class -> value; infinity where it gave that, or NaN.
     """
     found: dict[str, Tensor] = {}
+    names = {id(part): name for name, part in network.named_modules()}
 
-    def note(name: str, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dtype == dtype and output.numel():
-            value = output.detach().abs().amax().float().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    def note(part: nn.Module, _: Any, output: Any) -> None:
+        is_leaf = next(part.children(), None) is None
+        if is_leaf and isinstance(output, Tensor) and output.dtype == dtype and output.numel():
+            low, high = torch.aminmax(output.detach())  # without a copy, and NaN where there is one
+            value = torch.maximum(-low, high).float().nan_to_num(nan=float("inf"), posinf=float("inf"))
+            name = names.get(id(part), type(part).__name__)
             found[name] = torch.maximum(found[name], value) if name in found else value
 
-    parts = [(name, part) for name, part in network.named_modules() if next(part.children(), None) is None]
-    hooks = [part.register_forward_hook(lambda _, __, y, name=name: note(name, y)) for name, part in parts]
+    # Not on its parts: a network that fuses itself would not where hooks look into it.
+    hook = nn.modules.module.register_module_forward_hook(note)
     try:
         network(image)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     values = torch.stack([*found.values()]).tolist() if found else []
     return dict(zip(found, values, strict=True))

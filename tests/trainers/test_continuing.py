@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,8 +83,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "it lacks network_weights, optimizer_state": lambda path: torch.save([1], path),
     "it lacks logging": lambda path: changed(path, lambda content: content.pop("logging")),
     r"\(fold 1, not 0\)": lambda path: torch.save(Trainer(path.parent, fold=1).content(), path),
-    "dataset_name Dataset005_y, not": lambda path: changed(
-        path, lambda content: content["init_args"]["plans"].update(dataset_name="Dataset005_y")
+    "plans_name otherPlans, not": lambda path: changed(
+        path, lambda content: content["init_args"]["plans"].update(plans_name="otherPlans")
     ),
     "does not fit the network of Trainer.*has 2 other weights": lambda path: torch.save(
         Trainer(path.parent, channels=4).content(), path
@@ -137,3 +138,14 @@ def test_a_folder_or_lost_link_by_the_name_of_a_checkpoint_is_refused(name: str,
     (tmp_path / name).symlink_to(tmp_path / "gone")
     with pytest.raises(UsageError, match=rf"{name} is missing: move it away"):
         check_places(tmp_path)
+
+
+def test_what_nnunet_can_continue_is_not_refused(tmp_path: Path) -> None:
+    trainer, path = Trainer(tmp_path), tmp_path / "checkpoint_latest.pth"
+    content = trainer.content()
+    content["current_epoch"] = np.int64(3)
+    content["network_weights"]["_extra_state"] = {"of": "an older version"}
+    content["init_args"]["plans"] = {**content["init_args"]["plans"], "dataset_name": "Dataset004_old"}
+    torch.save(content, path, _use_new_zipfile_serialization=False)  # as PyTorch before 1.6
+    check_continuable(path, trainer)
+    assert any("was trained on Dataset004_old" in line for line in trainer.said)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -52,6 +53,8 @@ class NormStatistics:
         over = self.in_training if training else self.in_evaluation
         if over is None or prod(coarsest) * (1 if over == "sample" else len(x)) != 1:
             return
+        if over == "batch" and dist.is_available() and dist.is_initialized():
+            return  # nnU-Net makes it one over all processes when the network is built
         where = "each sample" if over == "sample" else "the batch"
         raise ValueError(
             f"Norms need more than one voxel in the coarsest feature map of {where}, got a batch of {len(x)} and a "

@@ -54,21 +54,23 @@ def check_operation(name: str, operation: type[Any] | None, options: Mapping[str
     said = f"{operation.__name__} with {dict(options)!r:.80}"
     cure = "use what nnU-Net plans, instance norm, LeakyReLU and no dropout"
     try:
-        layer = operation(*([_CHANNELS] if name == "norm_op" else []), **options).eval()
-        found = _tried(layer, dim)
+        channels = options.get("num_parameters", _CHANNELS)  # of PReLU
+        channels = channels if isinstance(channels, int) and channels > 1 else _CHANNELS
+        layer = operation(*([channels] if name == "norm_op" else []), **options).eval()
+        found = _tried(layer, channels, dim)
     except _OBJECTIONS as error:
         raise ValueError(
             f"{name} must run on feature maps of {dim} axes, got {said}, which objects ({typed_line(error):.200}): "
             f"{cure}."
         ) from error
-    if not isinstance(found, Tensor) or tuple(found.shape) != (1, _CHANNELS, *[2] * dim):
+    if not isinstance(found, Tensor) or tuple(found.shape) != (1, channels, *[2] * dim):
         raise ValueError(f"{name} must keep the shape of a feature map, got {said}, which does not: {cure}.")
     _check_numbers(name, layer)
 
 
-def _tried(layer: nn.Module, dim: int) -> Any:
+def _tried(layer: nn.Module, channels: int, dim: int) -> Any:
     with torch.no_grad():  # in evaluation, so that no random number is drawn
-        return layer(torch.zeros(1, _CHANNELS, *[2] * dim))
+        return layer(torch.zeros(1, channels, *[2] * dim))
 
 
 def _check_numbers(name: str, layer: nn.Module) -> None:

@@ -16,6 +16,7 @@ DOUBLE_LIMIT = 1e-9
 SINGLE_LIMIT = 1e-2
 # Under autocast a gradient may be as far from plain autograd's as a few times what low precision itself does to it.
 MIXED_TIMES, MIXED_LIMIT = 4.0, 0.1
+MIXED_MOST = 0.4  # a gradient of half the size is off by 0.5
 # Of the root mean square over all gradients: smaller ones, as of a bias before a norm, are rounding in low precision.
 _FLOORS = {"double": 1e-3, "single": 1e-2, "mixed": 0.1}
 
@@ -60,7 +61,7 @@ def in_mixed(names: Sequence[str], found: Gradients, plain: Gradients, precise: 
         precise: Those of plain autograd in float32.
     """
     noise = distances(plain, precise, _FLOORS["mixed"])
-    limits = [MIXED_TIMES * value + MIXED_LIMIT for value in noise]
+    limits = [min(MIXED_TIMES * value + MIXED_LIMIT, MIXED_MOST) for value in noise]
     return _furthest(names, distances(found, plain, _FLOORS["mixed"]), limits)
 
 
