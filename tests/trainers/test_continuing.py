@@ -145,7 +145,8 @@ def test_what_nnunet_can_continue_is_not_refused(tmp_path: Path) -> None:
     content = trainer.content()
     content["current_epoch"] = np.int64(3)
     content["network_weights"]["_extra_state"] = {"of": "an older version"}
-    content["init_args"]["plans"] = {**content["init_args"]["plans"], "dataset_name": "Dataset004_old"}
+    plans = {**content["init_args"]["plans"], "dataset_name": "Dataset004_old"}
+    content["init_args"] = {**content["init_args"], "plans": plans}
     torch.save(content, path, _use_new_zipfile_serialization=False)  # as PyTorch before 1.6
     check_continuable(path, trainer)
     assert any("was trained on Dataset004_old" in line for line in trainer.said)
