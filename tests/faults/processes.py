@@ -126,6 +126,8 @@ def _live(job: Callable[[], object], log: Path) -> None:
     status = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background ignores
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):
             os.dup2(output, stream)
