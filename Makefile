@@ -1,9 +1,10 @@
 # make demo, make test, make check and make bench set up .venv themselves; only Python 3.10+, pip and make are needed.
 PYTHON ?= python3
 VENV ?= .venv
+SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-install test-versions test-cluster check check-security lock bench clean
+.PHONY: demo test test-slow test-install test-versions test-cluster test-faults test-fuzz test-integration check check-security lock bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnunet-ext demo
@@ -23,6 +24,18 @@ test-versions: $(VENV)/.installed
 
 test-cluster: $(VENV)/.installed
 	$(BIN)/python -m pytest -m cluster --log-cli-level=INFO --log-cli-format='%(asctime)s %(message)s' --log-cli-date-format=%H:%M:%S
+
+# Kills, full disks, signals and damaged checkpoints, drawn from SEED; summary in faults-output/.
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults --seed $(SEED) --output faults-output
+
+# Random plans and data sets, the same ones for the same SEED.
+test-fuzz: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/fuzz -m '' -n 2 --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
+
+# DATA: a folder that holds Dataset004_Hippocampus, Dataset015_BraTS or both; without it phantoms alone
+test-integration: $(VENV)/.installed
+	$(BIN)/python -m tests.integration $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -106,6 +106,7 @@ class HostTrainer:
     inference_allowed_mirroring_axes: Any  # tuple of int, or None
     is_cascaded: bool
     disable_checkpointing: bool
+    was_initialized: bool
     enable_deep_supervision: bool
     output_folder: str
     preprocessed_dataset_folder: str
@@ -141,6 +142,10 @@ class HostTrainer:
 
     def on_epoch_end(self) -> None:
         """Log the epoch, save checkpoints."""
+        raise NotImplementedError
+
+    def on_train_epoch_start(self) -> None:
+        """Prepare for training patches."""
         raise NotImplementedError
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:

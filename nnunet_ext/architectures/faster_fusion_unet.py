@@ -23,9 +23,11 @@ from torch.nn.utils import parametrize
 
 from nnunet_ext.architectures.common.copying import convert_in_place, copied
 from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
 from nnunet_ext.architectures.common.onednn import is_exporting, is_observed, is_transformed
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
+from nnunet_ext.architectures.common.plan_values import options_checked
 from nnunet_ext.architectures.fusion.blocks import Downsample, FasterFusionBlock, Form, FusedBlock, Geometry
 from nnunet_ext.architectures.fusion.folding import fold_batch_norms
 from nnunet_ext.architectures.fusion.snapshot import Snapshot
@@ -67,6 +69,7 @@ class FasterFusionUNet(nn.Module):
             than two stages, even kernels, a depth below 1, an unknown option; in forward, another patch.
     """
 
+    @options_checked
     def __init__(
         self,
         input_channels: int,
@@ -84,7 +87,7 @@ class FasterFusionUNet(nn.Module):
         super().__init__()
         if decoder_split not in ("up", "both"):
             raise ValueError(f'decoder_split must be "up" or "both", got {decoder_split!r}.')
-        plan = PlanArguments(**plan_arguments)
+        plan = PlanArguments.of(plan_arguments)
         if batch_norm:
             kept = {k: v for k, v in plan.norm_op_kwargs.items() if k in ("eps", "momentum")}
             plan = replace(plan, norm_op=get_matching_batchnorm(dimension=plan.dim), norm_op_kwargs=kept)
@@ -101,6 +104,7 @@ class FasterFusionUNet(nn.Module):
         self._weights_in_channels_last = False
         if form is not None:
             self._fuse_in_place(form)
+        self.norm_statistics = NormStatistics.of(self)
 
     def _replace(
         self,
@@ -142,7 +146,7 @@ class FasterFusionUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
-        check_patch_size(x, self.patch_divisors)
+        check_patch_size(x, self.patch_divisors, self.norm_statistics, self.training)
         network = self._fused_twin() if self.form is None and self._predicts_fused(x) else self
         return network._logits(x)
 

@@ -12,16 +12,23 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
 from nnunet_ext.architectures.common.onednn import is_exporting, is_transformed
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
-from nnunet_ext.architectures.common.plan_sizes import check_stages, per_stage_and_axis
+from nnunet_ext.architectures.common.plan_sizes import (
+    check_depths,
+    check_stages,
+    check_weights,
+    patch_divisors,
+    per_stage_and_axis,
+)
+from nnunet_ext.architectures.common.plan_values import options_checked
 from nnunet_ext.architectures.implicit.decoder import Maps, PointDecoder
 from nnunet_ext.architectures.implicit.point_sampling import points_per_patch
 from nnunet_ext.architectures.implicit.sparse_inference import Mesh, Refinement, SparsePrediction, dense_logits
@@ -64,6 +71,7 @@ class ImplicitUNet(nn.Module):
             or type.
     """
 
+    @options_checked
     def __init__(
         self,
         input_channels: int,
@@ -90,13 +98,14 @@ class ImplicitUNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(decoder_width, decoder_depth, frequencies, mesh_spacing, dropout, n_points, max_stride)
-        plan = PlanArguments(**plan_arguments)
+        plan = PlanArguments.of(plan_arguments)
         check_stages("U-Net", plan.n_stages, least=1)
         self.dim, kernels = plan.dim, plan.kernels()
         steps = per_stage_and_axis("strides", plan.conv_op, plan.strides, plan.n_stages)
-        cumulative = [tuple(int(n) for n in row) for row in np.cumprod(steps, axis=0)]
+        cumulative = [tuple(patch_divisors(steps[: i + 1])) for i in range(plan.n_stages)]
         n_used = max(1, sum(max(stride) <= max_stride for stride in cumulative))
-        features = plan.features()[:n_used]
+        features, depths = plan.features()[:n_used], _depths(convs_per_stage, n_used)
+        check_weights(features, kernels[:n_used], steps[:n_used], depths)
         self.encoder = PlainConvEncoder(
             input_channels,
             n_used,
@@ -104,7 +113,7 @@ class ImplicitUNet(nn.Module):
             plan.conv_op,
             kernels[:n_used],
             steps[:n_used],
-            _depths(convs_per_stage, n_used),
+            depths,
             plan.conv_bias,
             plan.norm_op,
             plan.norm_op_kwargs,
@@ -133,9 +142,13 @@ class ImplicitUNet(nn.Module):
         )
         self._assumed_share: float | None = None
         self._refined_cells = self._cells = 0
+        self.coarsest_stride, self.norm_statistics = cumulative[n_used - 1], NormStatistics.of(self)
 
     def forward(self, x: Tensor, points: Tensor | None = None) -> Tensor:
         """Return dense logits, or those at points."""
+        if not is_exporting():
+            coarsest = [-(-n // stride) for n, stride in zip(x.shape[2:], self.coarsest_stride, strict=True)]
+            self.norm_statistics.check(x, coarsest, self.training)
         return self._decode(self.encoder(x), points, tuple(x.shape[2:]))
 
     @torch.compiler.disable  # sizes depend on the data; the encoder is compiled
@@ -224,12 +237,12 @@ class ImplicitUNet(nn.Module):
 
 
 def _depths(convs_per_stage: int | Sequence[int] | None, n_stages: int) -> list[int]:
-    """Convolutions of each encoder stage."""
-    if isinstance(convs_per_stage, int):
-        return [convs_per_stage] * n_stages
-    depths = list(CONVS_PER_STAGE if convs_per_stage is None else convs_per_stage)
-    if min(depths) < 1:
-        raise ValueError(f"convs_per_stage must be at least 1, got {convs_per_stage}.")
+    """Convolutions of each encoder stage; the last number is that of all further ones."""
+    given = CONVS_PER_STAGE if convs_per_stage is None else convs_per_stage
+    depths = [int(n) for n in (given if isinstance(given, Sequence) else [given])]
+    if min(depths, default=0) < 1:
+        raise ValueError(f"convs_per_stage must be at least 1, got {depths}: leave it out for those of the paper.")
+    check_depths(depths, depths)
     return (depths + [depths[-1]] * n_stages)[:n_stages]
 
 
@@ -237,7 +250,10 @@ def _spacing(mesh_spacing: int | Sequence[int], cumulative: Sequence[tuple[int, 
     """Mesh spacing per axis: that of the first map coarse enough, so axes of thick slices have a finer mesh."""
     if not isinstance(mesh_spacing, int):
         if len(mesh_spacing) != len(cumulative[0]):
-            raise ValueError(f"mesh_spacing needs {len(cumulative[0])} numbers, one per axis, got {mesh_spacing}.")
+            raise ValueError(
+                f"mesh_spacing needs {len(cumulative[0])} numbers, one per axis, got {list(mesh_spacing)}: or give one "
+                "for all."
+            )
         return tuple(mesh_spacing)
     coarse = next((s for s in cumulative if max(s) >= mesh_spacing), None)
     if coarse is None:
@@ -256,16 +272,18 @@ def _check_options(
 ) -> None:
     """Refuse options out of their range."""
     spacings = [mesh_spacing] if isinstance(mesh_spacing, int) else list(mesh_spacing)
-    lowest = {
-        "decoder_width": (width, 1),
-        "decoder_depth": (depth, 1),
-        "frequencies": (0 if frequencies is None else frequencies, 0),
-        "mesh_spacing": (min(spacings), 1),
-        "n_points": (n_points, 1),
-        "max_stride": (max_stride, 1),
+    ranges = {
+        "decoder_width": (width, 1, 4096),
+        "decoder_depth": (depth, 1, 64),
+        "frequencies": (0 if frequencies is None else frequencies, 0, 64),
+        "mesh_spacing": (min(spacings, default=1), 1, None),
+        "n_points": (n_points, 1, None),
+        "max_stride": (max_stride, 1, None),
     }
-    for name, (value, least) in lowest.items():
+    for name, (value, least, most) in ranges.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if most is not None and value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}: leave it out for that of the paper.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in 0 to below 1, got {dropout}.")

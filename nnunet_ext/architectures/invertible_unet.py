@@ -17,11 +17,13 @@ from typing import Any, Literal
 from torch import nn
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
+from nnunet_ext.architectures.common.plan_values import options_checked
 from nnunet_ext.architectures.reversible.coupling import ExactRange
 from nnunet_ext.architectures.reversible.levels import Ascend, Descend, Squeeze
 from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec, group_elements
 from nnunet_ext.architectures.reversible.transitions import Head
-from nnunet_ext.architectures.reversible.vae_branch import VAEBranch, VAENetwork
+from nnunet_ext.architectures.reversible.vae_branch import VAEBranch, VAENetwork, reconstructed_channels
 
 _logger = logging.getLogger("nnunet_ext")
 
@@ -43,7 +45,7 @@ def fitting_features(features: Sequence[int], strides: Sequence[Sequence[int]]) 
         if most < step:
             raise ValueError(
                 f"Stage {i} of an InvertibleUNet needs {step} features or a multiple, made of at most "
-                f"{fitting[-1] - 1} channels of the stage above: use more than {fitting[-1]} in stage {i - 1}."
+                f"{fitting[-1] - 1} channels of the stage above, got {fitting[-1]} there: use more in stage {i - 1}."
             )
         fitting.append(min(most, max(step, (2 * asked + step) // (2 * step) * step)))
     return fitting
@@ -146,6 +148,7 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
             that are too few, both or neither of n_conv_per_stage and n_blocks_per_stage, exact mode with mixing.
     """
 
+    @options_checked
     def __init__(
         self,
         input_channels: int,
@@ -166,10 +169,10 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
             raise ValueError(f'resampling must be "orthogonal" or "squeeze", got {resampling!r}.')
         if exact and resampling != "squeeze":
             raise ValueError('exact=True needs resampling="squeeze", got "orthogonal", which rounds.')
-        plan = ReversiblePlan(**plan_arguments)
+        plan = ReversiblePlan.of(plan_arguments)
         self.stages = plan.stages(blocks_per_stage, _fit)
         self.input_channels = input_channels
-        self.image_channels = input_channels if image_channels is None else image_channels
+        self.image_channels = reconstructed_channels(image_channels, input_channels)
         self.reversible, self.exact = reversible, exact
         self.group_elements = group_elements(plan)
         self.exact_range = ExactRange()
@@ -178,6 +181,7 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         self.encoder = Encoder(input_channels, plan, self.stages, coupling, mixing)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, mixing, deep_supervision)
         self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None
+        self.norm_statistics = NormStatistics.of(self)
 
 
 def _fit(features: list[int], strides: list[list[int]]) -> list[int]:

@@ -20,8 +20,10 @@ from torch.nn import functional
 from nnunet_ext.architectures.checkpointed.levels import Recompute
 from nnunet_ext.architectures.checkpointed.unet import networks
 from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
+from nnunet_ext.architectures.common.plan_values import options_checked
 
 BRANCHES = 2
 _STATE = "mean.seg_layers._extra_state"
@@ -54,6 +56,7 @@ class DualMeUNet(nn.Module):
             than two stages, even kernels, a depth below 1; in forward, another patch.
     """
 
+    @options_checked
     def __init__(
         self,
         input_channels: int,
@@ -65,18 +68,19 @@ class DualMeUNet(nn.Module):
         **plan_arguments: Any,
     ) -> None:
         super().__init__()
-        plan = PlanArguments(**plan_arguments)
+        plan = PlanArguments.of(plan_arguments)
         self.branches = nn.ModuleList(
             host_unet(plan, input_channels, num_classes, deep_supervision, networks(recompute)) for _ in range(BRANCHES)
         )
         first: Any = self.branches[0]
         self.patch_divisors = patch_divisors(first.encoder.strides)
+        self.norm_statistics = NormStatistics.of(self)
         # What has this name nnU-Net's `-pretrained_weights` neither asks for nor takes.
         self.mean = nn.ModuleDict({"seg_layers": Mean(regions)})
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
-        check_patch_size(x, self.patch_divisors)
+        check_patch_size(x, self.patch_divisors, self.norm_statistics, self.training)
         outputs = [branch(x) for branch in self.branches]
         mean = self.mean["seg_layers"]
         if isinstance(outputs[0], Tensor):

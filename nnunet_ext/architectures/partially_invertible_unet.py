@@ -16,11 +16,13 @@ from dynamic_network_architectures.building_blocks.helper import get_matching_po
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
+from nnunet_ext.architectures.common.plan_values import options_checked
 from nnunet_ext.architectures.reversible.decoder import StagedDecoder
 from nnunet_ext.architectures.reversible.mixed_precision import lowered
 from nnunet_ext.architectures.reversible.stages import CouplingSpec, ReversiblePlan, StageSpec, group_elements
 from nnunet_ext.architectures.reversible.transitions import Down, Join
-from nnunet_ext.architectures.reversible.vae_branch import VAEBranch, VAENetwork
+from nnunet_ext.architectures.reversible.vae_branch import VAEBranch, VAENetwork, reconstructed_channels
 
 _INTERPOLATED = 8  # channels that are interpolated at a time
 
@@ -120,6 +122,7 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
             a depth below 1, both or neither of n_conv_per_stage and n_blocks_per_stage.
     """
 
+    @options_checked
     def __init__(
         self,
         input_channels: int,
@@ -135,10 +138,10 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
         **plan_arguments: Any,
     ) -> None:
         super().__init__()
-        plan = ReversiblePlan(**plan_arguments)
+        plan = ReversiblePlan.of(plan_arguments)
         self.stages = plan.stages(blocks_per_stage)
         self.input_channels = input_channels
-        self.image_channels = input_channels if image_channels is None else image_channels
+        self.image_channels = reconstructed_channels(image_channels, input_channels)
         self.reversible, self.exact = reversible, exact
         self.group_elements = group_elements(plan)
         coupling = CouplingSpec(reversible=reversible, exact=exact, preactivation=preactivation)
@@ -146,3 +149,4 @@ class PartiallyInvertibleUNet(VAENetwork, CountedFeatureMaps):
         self.encoder = Encoder(input_channels, plan, self.stages, coupling)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
         self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None
+        self.norm_statistics = NormStatistics.of(self)

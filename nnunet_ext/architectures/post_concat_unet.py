@@ -19,8 +19,10 @@ from torch.nn import functional
 
 from nnunet_ext.architectures.checkpointed.levels import Recomputation, Recompute
 from nnunet_ext.architectures.common.host_unet import host_unet, initialize_as_host
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
+from nnunet_ext.architectures.common.plan_values import options_checked
 from nnunet_ext.architectures.expanded.partial_pass import downsample_labels
 
 Resampling = Literal["nearest", "max"]
@@ -55,6 +57,7 @@ class PostConcatUNet(nn.Module):
             forward, an input without the prior, or another patch.
     """
 
+    @options_checked
     def __init__(
         self,
         input_channels: int,
@@ -77,7 +80,7 @@ class PostConcatUNet(nn.Module):
             raise ValueError(f'fusion must be "post" or "pre", got {fusion!r}.')
         if prior_resampling not in ("nearest", "max"):
             raise ValueError(f'prior_resampling must be "nearest" or "max", got {prior_resampling!r}.')
-        plan = PlanArguments(**plan_arguments)
+        plan = PlanArguments.of(plan_arguments)
         self.input_channels, self.prior_channels = input_channels, prior_channels
         self.joined_channels = prior_channels if fusion == "post" else 0  # that join in the decoder
         host = host_unet(plan, input_channels - self.joined_channels, num_classes, deep_supervision)
@@ -92,6 +95,7 @@ class PostConcatUNet(nn.Module):
                 self.joined_channels,
                 prior_resampling,
             )
+        self.norm_statistics = NormStatistics.of(self)
         self.recomputation = None if recompute is None else Recomputation.of(self.encoder, recompute, None)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -102,7 +106,7 @@ class PostConcatUNet(nn.Module):
                 f"{self.prior_channels} of the previous stage's segmentation, got {x.shape[1]} in all: predict with "
                 "the previous stage first, then give its folder (-prev_stage_predictions)."
             )
-        check_patch_size(x, self.patch_divisors)
+        check_patch_size(x, self.patch_divisors, self.norm_statistics, self.training)
         image, prior = x.split([self.input_channels - self.joined_channels, self.joined_channels], dim=1)
         priors = (prior,) if self.joined_channels else ()
         if self.recomputation is None or not self.recomputation.applies_to(self):

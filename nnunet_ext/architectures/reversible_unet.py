@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_ext.architectures.common.feature_maps import CountedFeatureMaps
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
 from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
+from nnunet_ext.architectures.common.plan_values import options_checked
 from nnunet_ext.architectures.reversible.decoder import StagedDecoder
 from nnunet_ext.architectures.reversible.network import ChainNetwork
 from nnunet_ext.architectures.reversible.recomputation import uncompiled
@@ -43,14 +45,18 @@ class Encoder(nn.Module):
         )
         self.stages = nn.ModuleList(coupling.sequence(plan, stage, stage.encoder_blocks) for stage in stages)
 
-    def check_patch(self, x: Tensor) -> None:
-        """Refuse an image that the strides do not divide.
+    def check_patch(self, x: Tensor, norms: NormStatistics) -> None:
+        """Refuse an image that the strides do not divide, or whose coarsest feature map is too small.
+
+        Args:
+            x: Batch of images.
+            norms: What the network's norms need of that map.
 
         Raises:
-            ValueError: names the divisor of each axis.
+            ValueError: names the divisor of each axis, or patch and batch.
         """
         strides = [transition.stride for transition in self.transitions if isinstance(transition, _ConvNd)]
-        check_patch_size(x, patch_divisors(strides))
+        check_patch_size(x, patch_divisors(strides), norms, self.training)
 
     @property
     def enter(self) -> nn.Module | None:
@@ -106,6 +112,7 @@ class ReversibleUNet(ChainNetwork, CountedFeatureMaps):
             a depth below 1, both or neither of n_conv_per_stage and n_blocks_per_stage.
     """
 
+    @options_checked
     def __init__(
         self,
         input_channels: int,
@@ -119,7 +126,7 @@ class ReversibleUNet(ChainNetwork, CountedFeatureMaps):
         **plan_arguments: Any,
     ) -> None:
         super().__init__()
-        plan = ReversiblePlan(**plan_arguments)
+        plan = ReversiblePlan.of(plan_arguments)
         self.stages = plan.stages(blocks_per_stage)
         self.input_channels = input_channels
         self.reversible, self.exact = reversible, exact
@@ -128,11 +135,12 @@ class ReversibleUNet(ChainNetwork, CountedFeatureMaps):
         self.exact_range = coupling.exact_range
         self.encoder = Encoder(input_channels, plan, self.stages, coupling)
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, deep_supervision)
+        self.norm_statistics = NormStatistics.of(self)
 
     @uncompiled
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits; in training with deep supervision a list, largest first."""
-        self.encoder.check_patch(x)
+        self.encoder.check_patch(x, self.norm_statistics)
         logits = list(self.chain()(x))[::-1]
         return logits if self.decoder.deep_supervision else logits[0]
 

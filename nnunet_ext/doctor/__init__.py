@@ -91,7 +91,7 @@ def _probe(python: Sequence[str]) -> list[Finding]:
                     timeout=TIMEOUT,
                 )
                 fate = f"ends the process, status {done.returncode}"
-                died = _no_result(python, done.returncode, done.stderr.decode("utf-8", errors="replace"))
+                died = no_result(python, done.returncode, done.stderr.decode("utf-8", errors="replace"))
             except (OSError, subprocess.TimeoutExpired) as error:
                 fate = f"takes longer than {TIMEOUT:g} s"
                 died = failure("checks", f"can't be run: {error}", f"see whether {shlex.join(python)} starts")
@@ -103,7 +103,8 @@ def _probe(python: Sequence[str]) -> list[Finding]:
         fatal[subject] = fate
 
 
-def _no_result(python: Sequence[str], status: int, stderr: str) -> Finding:
+def no_result(python: Sequence[str], status: int, stderr: str) -> Finding:
+    """Say what ended a process of checks, by the last line that it wrote."""
     last = (stderr.strip().splitlines() or ["no message"])[-1]
     if re.search(r"No module named '?nnunet_ext", last):
         return failure(

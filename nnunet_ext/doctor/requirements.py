@@ -63,6 +63,21 @@ def known_bad(name: str, found: str) -> str:
     )
 
 
+def refused_by(by: str, name: str) -> str:
+    """What an installed distribution asks of another whose version it excludes; empty where it does not.
+
+    Args:
+        by: Name of the distribution that asks.
+        name: Name of the other one.
+    """
+    try:
+        lines = [line for asked, line in _asked(distribution(by)) if asked == name]
+        found = version(name)
+    except PackageNotFoundError:
+        return ""
+    return next((line for line in lines if not satisfies(found, line)), "")
+
+
 def installed() -> dict[str, Distribution]:
     """This package and what it asks for, and what that asks for: by name, as far as it is installed."""
     found: dict[str, Distribution] = {}

@@ -153,8 +153,8 @@ class MemoryPlanner(ExperimentPlanner):
         overwritten, which is said.
         """
         configurations = plans["configurations"]
-        if _CASCADE in configurations:
-            host = configurations["3d_fullres"]
+        host = configurations.get("3d_fullres", {})
+        if _CASCADE in configurations and "memory" in host:  # meU-net's cascade plans its own stages
             fitted = self.second_stage(host)
             if fitted["memory"] != host["memory"]:
                 configurations[_CASCADE].update({key: fitted[key] for key in _FITTED if key in fitted})
@@ -261,7 +261,7 @@ class MemoryPlanner(ExperimentPlanner):
         if not candidates:
             raise ValueError(
                 f"{type(self).__name__} needs images that a network of {_FEWEST_STAGES} stages can halve twice, got a "
-                f"typical size of {list(asked[1])} voxels: use a finer target spacing."
+                f"typical size of {[round(float(n), 1) for n in asked[1]]} voxels: use a finer target spacing."
             )
         search = MemorySearch(
             target=self._target,

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ext.files import remove_partials, whole_file
 from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
+from nnunet_ext.trainers.continuing import check_continuable, check_places
+from nnunet_ext.trainers.explaining import check_predictions, explained
 from nnunet_ext.trainers.fold_lock import only_training
+from nnunet_ext.trainers.several_gpus import is_first
 
 if TYPE_CHECKING:
     from nnunet_ext.protocols import HostTrainer
@@ -37,13 +42,15 @@ class AtomicCheckpointMixin(HostTrainer):
         """Train as nnU-Net does, while no other training can write to this fold.
 
         Raises:
-            UsageError: another training does.
+            UsageError: another training does, or the name of a checkpoint is taken.
         """
-        if self.local_rank != 0:  # the first rank writes, and holds the lock for all
-            super().run_training()
-            return
         folder = Path(self.output_folder)
+        if not is_first(self):  # it writes, and holds the lock for all
+            with explained(folder, "--c"):
+                super().run_training()
+            return
         with only_training(folder) as is_alone:
+            check_places(folder)
             if not is_alone:
                 self.print_to_log_file(
                     f"The file system of {folder} has no locks: see to it that no second training uses this folder."
@@ -51,9 +58,10 @@ class AtomicCheckpointMixin(HostTrainer):
             remove_partials(folder, of_living=is_alone)
             (folder / SAVE_REQUEST).unlink(missing_ok=True)
             if self._best_so_far is not None:
-                with whole_file(folder / "checkpoint_best.pth") as part:
+                with self._replaced(folder / "checkpoint_best.pth") as part:
                     shutil.copyfile(self._best_so_far, part)
-            super().run_training()
+            with explained(folder, "--c"):
+                super().run_training()
 
     def on_epoch_end(self) -> None:
         """Log and save as nnU-Net does, the latest checkpoint also where a file in the fold's folder asks for it.
@@ -67,7 +75,7 @@ class AtomicCheckpointMixin(HostTrainer):
             super().on_epoch_end()
         finally:
             self.save_every = usual
-        if is_asked and self.local_rank == 0:
+        if is_asked and is_first(self):
             request.unlink(missing_ok=True)
 
     def save_checkpoint(self, filename: str) -> None:
@@ -76,30 +84,54 @@ class AtomicCheckpointMixin(HostTrainer):
         Raises:
             OSError: it can't be written; the previous checkpoint stays.
         """
-        if self.local_rank != 0 or self.disable_checkpointing:  # nnU-Net writes nothing
+        if not is_first(self) or self.disable_checkpointing:  # nnU-Net writes nothing
             super().save_checkpoint(filename)
             return
-        path = Path(filename)
+        with self._replaced(Path(filename)) as part:
+            super().save_checkpoint(str(part))
+
+    @contextmanager
+    def _replaced(self, path: Path) -> Iterator[Path]:
+        """Give a name to write a checkpoint under; an error goes to the log too."""
         try:
             with whole_file(path) as part:
-                super().save_checkpoint(str(part))
+                yield part
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             sentence = _failure(path, error)
             self.print_to_log_file(sentence, also_print_to_console=False)
             raise OSError(sentence) from error  # the last line of the traceback
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does.
+
+        Raises:
+            UsageError: the disk is full, a prediction is cut off.
+        """
+        folder = Path(self.output_folder)
+        with explained(folder, "--val"):
+            super().perform_actual_validation(save_probabilities)
+        if is_first(self):
+            check_predictions(folder / "validation", self.dataset_json["file_ending"])
 
     def load_checkpoint(self, *arguments: Any, **options: Any) -> None:
         """Load as nnU-Net does; the best moving average counts the epoch after which the file was written.
 
         nnU-Net writes ``checkpoint_latest.pth`` before it looks whether that epoch is the best: a kill between both
         leaves a ``checkpoint_best.pth`` of an earlier epoch, so that a training copies the file that it continues.
+
+        Raises:
+            UsageError: the file is damaged, or of another training.
         """
+        source = arguments[0] if arguments else None
+        if isinstance(source, str):
+            if not self.was_initialized:
+                self.initialize()
+            check_continuable(Path(source), self)
         super().load_checkpoint(*arguments, **options)
         noted, logged = self._best_ema, self.logger.get_checkpoint()["ema_fg_dice"]
         values = [v for v in (noted, *logged) if v is not None and not math.isnan(v)]
         self._best_ema = max(values, default=None)
         is_best = self._best_ema != noted and logged[-1] == self._best_ema
-        source = arguments[0] if arguments else None
         self._best_so_far = Path(source) if is_best and isinstance(source, str) else None
 
 

@@ -19,8 +19,9 @@ from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.teacher import KEY, VARIABLE, Request, find_teacher, teaching_folds
 from nnunet_ext.protocols import HasTrainingForm
+from nnunet_ext.trainers.autocast import nnunet_autocast
 from nnunet_ext.trainers.distillation_loss import DistillationLoss, Lesson
-from nnunet_ext.trainers.teachers import Teachers, nnunet_autocast, of_plans, read_teachers, untrained
+from nnunet_ext.trainers.teachers import Teachers, of_plans, read_teachers, untrained
 from nnunet_ext.trainers.unlabelled import MixedDataset, is_unlabelled, preprocess
 
 if TYPE_CHECKING:

@@ -108,6 +108,7 @@ class DistillationLoss(nn.Module):
 
     def _note(self, hard: Tensor, divergences: Tensor, has_labels: bool) -> None:
         terms = torch.stack([hard.detach().float(), divergences.detach().mean()])
+        terms = torch.where(terms.isfinite().all(), terms, 0)  # else the step is left out
         self._sums = terms if self._sums is None else self._sums + terms
         self._steps, self._labelled = self._steps + 1, self._labelled + has_labels
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pydoc
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -60,7 +61,8 @@ def build_from_plans(
         options: Arguments that are stronger than those of the plans.
 
     Raises:
-        ValueError: the plans belong to a network whose arguments `network_class` does not have.
+        ValueError: the plans belong to a network whose arguments `network_class` does not have, or name a class that
+            is none.
     """
     planned = configuration_manager.network_arch_init_kwargs
     arguments: dict[str, Any] = {**{k: v for k, v in planned.items() if k not in without}, **options}
@@ -71,12 +73,42 @@ def build_from_plans(
             f"{', '.join(unknown)}: use plans of nnU-Net's default planner, of its ResEnc planners, or of this "
             "network's own planner (-p)."
         )
+    named = configuration_manager.network_arch_init_kwargs_req_import
+    imported = [key for key in dict.fromkeys(named) if key not in without]
+    _check_named_classes(arguments, imported)
     return get_network_from_plans(
         f"{network_class.__module__}.{network_class.__name__}" if network_class else name,
         arguments,
-        [key for key in configuration_manager.network_arch_init_kwargs_req_import if key not in without],
+        imported,
         num_input_channels,
         num_output_channels,
         allow_init=True,
         deep_supervision=enable_deep_supervision,
     )
+
+
+def _check_named_classes(arguments: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse names of classes that nnU-Net would take for none, or fail at without a word of the plans.
+
+    Raises:
+        ValueError: names the argument and its value.
+    """
+    for name in names:
+        if name not in arguments:
+            raise ValueError(
+                f"_kw_requires_import must name arguments of arch_kwargs, got {name!r}, which is none of "
+                f"{', '.join(arguments) or 'them'}: plan the data set again."
+            )
+        path = arguments[name]
+        if path is not None and not callable(_located(path)):
+            raise ValueError(
+                f"{name} must be null or the dotted path of a class, got {path!r:.80}: correct the plans, or plan the "
+                "data set again."
+            )
+
+
+def _located(path: Any) -> Any:
+    try:
+        return pydoc.locate(path) if isinstance(path, str) else None
+    except pydoc.ErrorDuringImport:
+        return None

@@ -14,6 +14,7 @@ from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_po
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 from nnunet_ext.trainers.dense_check import check_against_dense
 from nnunet_ext.trainers.from_plans import build_from_plans
+from nnunet_ext.trainers.several_gpus import is_first
 from nnunet_ext.trainers.unwrapped import unwrapped
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class ImplicitTrainerMixin(HostTrainer):
         implicit_network(self.network).refined_share(reset=True)
         super().perform_actual_validation(save_probabilities)
         self._log_refined_share("of the validation cases")
-        if self.local_rank == 0 and implicit_network(self.network).sparse:
+        if is_first(self) and implicit_network(self.network).sparse:
             self._log_dense_check()
 
     def _log_dense_check(self) -> None:

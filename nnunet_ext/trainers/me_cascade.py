@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
@@ -20,11 +21,12 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
-from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop
+from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass
 from nnunet_ext.architectures.expanded.patch import Size, divisors, expanded_patch, standard_patch
 from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin, plan_standard_patch
 from nnunet_ext.trainers.passes import InTurn
 from nnunet_ext.trainers.priors import first_stage
+from nnunet_ext.trainers.several_gpus import is_first
 from nnunet_ext.trainers.unwrapped import unwrapped
 
 
@@ -40,7 +42,7 @@ class Branch:
     """
 
     network: nn.Module
-    whole: Callable[[Tensor], Any]
+    whole: Any
     expanded: ExpandedPass
     patch: Size
 
@@ -128,7 +130,7 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
     def _check_priors(self, *datasets: Any) -> None:
         stage = first_stage(self)
         stage.check_labels(self.dataset_json)
-        stage.check(datasets, self.label_manager.foreground_labels, read=self.local_rank == 0)
+        stage.check(datasets, self.label_manager.foreground_labels, read=is_first(self))
 
     def prepare_passes(self, network: Any) -> None:
         """Tell the network of regions, and prepare its branches."""
@@ -142,29 +144,31 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         ]
         self.print_to_log_file(f"Dual meU-net: expanded patches {[list(size) for size in sizes]}.")
 
-    def accumulate_gradients(self, data: Tensor, target: Tensor) -> Tensor:
-        """Add up the gradients of both patches, branch by branch; return the mean loss.
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A step of each branch in turn, as if it were the network; return the mean loss."""
+        if self.is_cascaded:
+            return super().train_step(batch)
+        data, target = self.on_device(batch)
+        return {"loss": np.mean([self._branch_step(branch, batch, data, target) for branch in self.branches])}
 
-        Args:
-            data: The larger expanded patch, (B, C, *kP).
-            target: Its labels at full resolution.
-        """
-        losses = [
-            self._accumulate_branch(branch, *(centre_crop(x, branch.patch) for x in (data, target)))
-            for branch in self.branches
-        ]
-        if self.is_ddp:
-            self._average_over_ranks()
-        return torch.stack(losses).mean()
+    def _branch_step(self, branch: Branch, batch: dict[str, Any], data: Tensor, target: Tensor) -> Any:
+        """meU-net's step of one branch, not through DDP's wrapper, which waits for both branches."""
+        dual = self.network
+        self.network, self.expanded_pass = branch.whole, branch.expanded
+        self.is_expanded = not self.one_pass and branch.patch != self.standard_patch
+        hook = branch.whole.register_forward_hook(self._average_after) if self.is_ddp else None
+        try:
+            return super().train_step(self.centre_batch(batch, data, target, branch.patch))["loss"]
+        finally:
+            if hook is not None:
+                hook.remove()
+            self.network, self.is_expanded = dual, True
 
-    def _accumulate_branch(self, branch: Branch, data: Tensor, target: Tensor) -> Tensor:
-        """meU-net's passes of one branch, not through DDP's wrapper, which waits for both branches."""
-        if self.one_pass or branch.patch == self.standard_patch:
-            return self.backward(branch.whole, self.standard_loss, data, target, 1.0)
-        weight = self.expanded_weight
-        expanded = self.backward(branch.expanded, self.expanded_loss, data, target, weight)
-        data, target = (centre_crop(x, self.standard_patch) for x in (data, target))
-        return expanded + self.backward(branch.whole, self.standard_loss, data, target, 1 - weight)
+    def _average_after(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Average the gradients over the ranks when the backward pass of this output has ended."""
+        first = output[0] if isinstance(output, (list, tuple)) else output
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        first.register_hook(lambda _: queue(self._average_over_ranks))
 
     def _average_over_ranks(self) -> None:
         """What DDP does with gradients, once they are whole, in one message."""
@@ -174,11 +178,6 @@ class MeCascadeTrainerMixin(MeUNetTrainerMixin):
         together /= dist.get_world_size()
         for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-    def clip_gradients(self) -> None:
-        """Clip as nnU-Net does, each branch by itself."""
-        for branch in self.branches:
-            torch.nn.utils.clip_grad_norm_(branch.network.parameters(), 12)
 
 
 def _changes_prior(transform: Any) -> bool:

@@ -7,18 +7,20 @@ both and not their sum; gradients are the same, because instance norm has no sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.expanded.partial_pass import ExpandedPass, centre_crop, downsample_labels
 from nnunet_ext.architectures.expanded.patch import Size, divisors, standard_patch
+from nnunet_ext.trainers.autocast import without_cache
+from nnunet_ext.trainers.finite_steps import or_nan
 from nnunet_ext.trainers.passes import TwoPasses
 from nnunet_ext.trainers.softmax_weighted_ce import Form, weight_classes
 from nnunet_ext.trainers.unwrapped import unwrapped
@@ -97,54 +99,56 @@ class MeUNetTrainerMixin(HostTrainer):
         return expanded
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Backward passes of both patches, then one step of the optimiser."""
+        """nnU-Net's own step on the standard patch, with the gradients of the expanded one added before."""
         if not self.is_expanded:
             return super().train_step(batch)
+        data, target = self.on_device(batch)
+        with self._joined(data, target):
+            result: dict[str, Any] = super().train_step(self.centre_batch(batch, data, target, self.standard_patch))
+        return result
+
+    def on_device(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Images and labels at full resolution; the coarser labels follow from these."""
         target = batch["target"]
-        target = target[0] if isinstance(target, list) else target  # the coarser ones follow from it
-        data, target = (x.to(self.device, non_blocking=True) for x in (batch["data"], target))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.accumulate_gradients(data, target)
-        self.update_weights()
-        return {"loss": loss.cpu().numpy()}
+        target = target[0] if isinstance(target, list) else target
+        return batch["data"].to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
 
-    def accumulate_gradients(self, data: Tensor, target: Tensor) -> Tensor:
-        """Add up the gradients of both patches.
+    def centre_batch(self, batch: dict[str, Any], data: Tensor, target: Tensor, size: Size) -> dict[str, Any]:
+        """What nnU-Net's loader would give for the centre of a patch."""
+        data, target = (centre_crop(x, size) for x in (data, target))
+        levels = [downsample_labels(target, s) for s in self._level_strides()]
+        labels = levels if isinstance(batch["target"], list) else target
+        return {"whole_patch": batch["data"], **batch, "data": data, "target": labels}
 
-        Args:
-            data: The expanded patch, (B, C, *kP).
-            target: Its labels at full resolution.
+    @contextmanager
+    def _joined(self, data: Tensor, target: Tensor) -> Iterator[None]:
+        """nnU-Net's step in here is that of the joint loss.
 
-        Returns:
-            The joint loss.
+        Its `zero_grad` comes first, then this hook, then its forward pass. Not through DDP's wrapper: like a pass
+        under `no_sync`, the expanded one adds to the gradients of this rank, which DDP averages in the standard pass
+        (tests/trainers/test_me_unet_ddp.py).
         """
-        weight = self.expanded_weight
-        # Not through DDP's wrapper: like a pass under `no_sync`, it adds to the gradients of this rank, which DDP
-        # averages in the standard pass (tests/trainers/test_me_unet_ddp.py).
-        expanded = self.backward(self.expanded_pass, self.expanded_loss, data, target, weight)
-        data, target = (centre_crop(x, self.standard_patch) for x in (data, target))
-        return expanded + self.backward(self.network, self.standard_loss, data, target, 1 - weight)
+        loss, weight = self.loss, self.expanded_weight
 
-    def backward(
-        self,
-        network: Callable[[Tensor], Any],
-        loss_of: Callable[[Any, Tensor], Tensor],
-        data: Tensor,
-        target: Tensor,
-        weight: float,
-    ) -> Tensor:
-        """Forward and backward pass of one patch; return its weighted loss, detached."""
-        on_cuda = self.device.type == "cuda"  # as in nnU-Net
-        with torch.autocast("cuda") if on_cuda else dummy_context():
-            loss = weight * loss_of(network(data), target)
-        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+        def expand(*_: Any) -> None:
+            hook.remove()  # the expanded pass runs a copy of the network, with its hooks
+            expanded = self._backward_expanded(data, target)
+            self.loss = lambda output, labels: or_nan((1 - weight) * loss(output, labels) + expanded)
+
+        hook = self.network.register_forward_pre_hook(expand)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.loss = loss
+
+    def _backward_expanded(self, data: Tensor, target: Tensor) -> Tensor:
+        """Forward and backward pass of the expanded patch; return its weighted loss, detached."""
+        with without_cache(self.device):
+            loss = self.expanded_weight * self.expanded_loss(self.expanded_pass(data), target)
+        with torch.autocast(self.device.type, enabled=False):  # as nnU-Net
+            (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
         return loss.detach()
-
-    def standard_loss(self, output: Any, target: Tensor) -> Tensor:
-        """nnU-Net's loss of the full network, `target` at full resolution."""
-        if not isinstance(output, (list, tuple)):
-            return self.loss(output, target)
-        return self.loss(output, [downsample_labels(target, s) for s in self._level_strides()])
 
     def expanded_loss(self, output: Any, target: Tensor) -> Tensor:
         """The same loss of level 2, or of all levels from the second on; `target` at full resolution."""
@@ -157,21 +161,6 @@ class MeUNetTrainerMixin(HostTrainer):
         return DeepSupervisionWrapper(loss, weights / weights.sum())(
             output, [downsample_labels(target, s) for s in strides]
         )
-
-    def update_weights(self) -> None:
-        """Clip the gradients and step, as nnU-Net does."""
-        if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-        self.clip_gradients()
-        if self.grad_scaler is None:
-            self.optimizer.step()
-        else:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-
-    def clip_gradients(self) -> None:
-        """Clip as nnU-Net does."""
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Validate at kP sample by sample: a full batch could need more memory than the training step."""

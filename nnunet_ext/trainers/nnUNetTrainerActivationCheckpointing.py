@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunet_ext.architectures.checkpointed.levels import Recompute
 from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet, CheckpointedResidualEncoderUNet
-from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
 from nnunet_ext.trainers.compiled_ddp import CompiledCheckpointsMixin
-from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
+from nnunet_ext.trainers.core import CoreTrainer
 
 _NETWORKS = {"PlainConvUNet": CheckpointedPlainConvUNet, "ResidualEncoderUNet": CheckpointedResidualEncoderUNet}
 
 
-class nnUNetTrainerActivationCheckpointing(
-    CompiledCheckpointsMixin, AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer
-):
+class nnUNetTrainerActivationCheckpointing(CompiledCheckpointsMixin, CoreTrainer):
     """nnU-Net's network of the plans, default or ResEnc, whose stages the backward pass computes once more.
 
     Parameters, checkpoints and results are those of nnU-Net's default trainer; memory is less, time more.

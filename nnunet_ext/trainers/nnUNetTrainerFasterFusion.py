@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
-from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.core import CoreTrainer
 from nnunet_ext.trainers.from_plans import builds
-from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 
 
-class nnUNetTrainerFasterFusion(AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer):
+class nnUNetTrainerFasterFusion(CoreTrainer):
     """FasterFusion (Heinrich, Hagenah 2023) from 160 channels on: 3.5 times fewer parameters, hardly faster.
 
     Prediction runs the fused network by itself; so does validation where nnU-Net does not compile.

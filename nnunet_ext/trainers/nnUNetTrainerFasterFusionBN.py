@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
 from nnunet_ext.architectures.faster_fusion_unet import FasterFusionUNet
-from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.core import CoreTrainer
 from nnunet_ext.trainers.from_plans import builds
-from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 
 
-class nnUNetTrainerFasterFusionBN(AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer):
+class nnUNetTrainerFasterFusionBN(CoreTrainer):
     """FasterFusion from 128 channels on with batch norm everywhere: 4.3 times fewer parameters, norms folded.
 
     Prediction runs the fused network by itself, without any norm; so does validation where nnU-Net does not compile.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.core import CoreTrainer
 from nnunet_ext.trainers.from_plans import builds
-from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 
 
 def half_features(configuration_manager: ConfigurationManager) -> list[int]:
@@ -25,7 +23,7 @@ def half_features(configuration_manager: ConfigurationManager) -> list[int]:
     return [n // 2 for n in features]
 
 
-class nnUNetTrainerHalfWidth(AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer):
+class nnUNetTrainerHalfWidth(CoreTrainer):
     """nnU-Net's network of the plans with half of the features: a quarter of parameters and operations.
 
     What a method saves beyond this is its own merit.

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunet_ext.architectures.checkpointed.levels import Recompute
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
-from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.core import CoreTrainer
 from nnunet_ext.trainers.from_plans import build_from_plans
 from nnunet_ext.trainers.me_cascade import MeCascadeTrainerMixin
-from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 from nnunet_ext.trainers.vae import image_channels
 
 
-class nnUNetTrainerMeCascade(MeCascadeTrainerMixin, AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer):
+class nnUNetTrainerMeCascade(MeCascadeTrainerMixin, CoreTrainer):
     """meU-net's cascade (Wang et al. 2022): `DualMeUNet` in stage 1, `PostConcatUNet` in stage 2.
 
     nnU-Net looks for stage 1 under the name of the same trainer, so that one trains both; the plans of

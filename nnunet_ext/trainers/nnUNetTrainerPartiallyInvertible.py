@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
 from nnunet_ext.architectures.partially_invertible_unet import PartiallyInvertibleUNet
-from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
+from nnunet_ext.trainers.core import CoreTrainer
 from nnunet_ext.trainers.from_plans import builds
-from nnunet_ext.trainers.several_gpus import SeveralGPUsMixin
 from nnunet_ext.trainers.vae import VAETrainerMixin, image_channels
 
 
-class nnUNetTrainerPartiallyInvertible(VAETrainerMixin, AtomicCheckpointMixin, SeveralGPUsMixin, nnUNetTrainer):
+class nnUNetTrainerPartiallyInvertible(VAETrainerMixin, CoreTrainer):
     """Partially-InvRes with the VAE branch (Yamazaki et al. 2021), with nnU-Net's own schedule and augmentation.
 
     Runs with default and ResEnc plans, and with those of `PartiallyInvertibleUNetPlanner`.

@@ -13,6 +13,12 @@ else:
     HostTrainer = object
 
 
+def is_first(trainer: HostTrainer) -> bool:
+    """Whether this process is the one that writes: the first of all machines, where nnU-Net counts these."""
+    rank: int = getattr(trainer, "global_rank", trainer.local_rank)
+    return rank == 0
+
+
 class SeveralGPUsMixin(HostTrainer):
     """For ``nnUNetv2_train -num_gpus``; stands before ``nnUNetTrainer`` in the bases of a trainer."""
 

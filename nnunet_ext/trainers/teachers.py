@@ -20,6 +20,7 @@ from nnunet_ext.nnunet.model_folder import ModelFolder
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.teacher import check_fits
 from nnunet_ext.printable import one_line
+from nnunet_ext.trainers.autocast import nnunet_autocast
 from nnunet_ext.trainers.from_plans import build_from_plans
 from nnunet_ext.trainers.unlabelled import is_unlabelled
 
@@ -208,8 +209,3 @@ def _try(network: nn.Module, student: Setting, folder: Path, device: torch.devic
             f"the teacher {folder} must give finite logits of {wanted}, got {tuple(said.shape)}, finite: "
             f"{bool(said.isfinite().all())}: name another teacher."
         )
-
-
-def nnunet_autocast(device: torch.device) -> torch.autocast:
-    """Autocast as nnU-Net trains: in float16 on CUDA, else off."""
-    return torch.autocast(device.type, enabled=device.type == "cuda")

@@ -46,6 +46,8 @@ class VAELoss(nn.Module):
         segmentation = self.segmentation(output[0], target)
         l2, kl = output[1].losses(self.kl_per)
         terms = [term.detach() for term in (segmentation, l2, kl, torch.ones_like(l2))]
+        is_finite = torch.stack([term.float() for term in terms]).isfinite().all()  # else the step is left out
+        terms = [torch.where(is_finite, term, 0) for term in terms]
         self.sums = [a + b for a, b in zip(self.sums, terms, strict=True)] if self.sums else terms
         total: Tensor = segmentation + self.l2_weight * l2 + self.kl_weight * kl
         return total
@@ -56,6 +58,8 @@ class VAELoss(nn.Module):
             return None
         *sums, steps = (float(value) for value in self.sums)
         self.sums = []
+        if not steps:
+            return None
         segmentation, l2, kl = (value / steps for value in sums)
         return segmentation, l2, kl
 

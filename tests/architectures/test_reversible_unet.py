@@ -94,7 +94,7 @@ def test_blocks_per_stage_overrides_the_plans_per_resolution() -> None:
         ({"features_per_stage": [4, 7, 8]}, "stage 1 has 7 features; use 6 or 8"),
         ({"features_per_stage": [4, 6]}, r"features_per_stage needs one number or 3 of them .* got \[4, 6\]"),
         ({"n_stages": 1}, "at least 2 stages, got n_stages=1"),
-        ({"conv_op": nn.Conv2d}, "need 2 numbers per stage for Conv2d"),
+        ({"conv_op": nn.Conv2d, "norm_op": None}, "need 2 numbers per stage for Conv2d"),
         ({"kernel_sizes": 2}, r"Kernels must be odd .* stage 0 has kernel size \[2, 2, 2\]"),
         ({"n_blocks_per_stage": [1, 1, 1]}, "either n_conv_per_stage"),
         ({"n_conv_per_stage": None}, "either n_conv_per_stage"),

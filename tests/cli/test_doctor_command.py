@@ -7,6 +7,7 @@ import json
 import pytest
 
 from nnunet_ext import cli, doctor
+from nnunet_ext.doctor import gradients
 from nnunet_ext.doctor.finding import Finding, failure, ok, warning
 
 GOOD, DOUBTFUL, BAD = (
@@ -68,3 +69,20 @@ def test_quiet_prints_failures_only(
     assert printed.splitlines() == lines
     assert status == int(bool(lines))
     assert len(json.loads(run(findings, monkeypatch, capsys, "--quiet", "--json")[1])) == int(bool(lines))
+
+
+@pytest.mark.parametrize(("arguments", "backend"), [([], "aot_eager"), (["inductor"], "inductor")])
+def test_gradients_are_compared_instead_and_asked_for_by_backend(
+    arguments: list[str], backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(gradients, "examine", lambda given: asked.append(given) or [GOOD, BAD])
+    status, printed = run([], monkeypatch, capsys, "--gradients", *arguments, "--quiet", "--json")
+    assert asked == [backend]
+    assert status == 1
+    assert [record["subject"] for record in json.loads(printed)] == ["c"]
+
+
+def test_gradients_and_a_dataset_are_refused_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--gradients", "--dataset", "4"]) == 2
+    assert "call the doctor twice" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The standard commands in processes of their own: plan, train, kill, continue, predict."""
+"""The standard commands in processes of their own: plan, train, terminate, continue, predict."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import SimpleITK as sitk
 import torch
 
 from tests.conftest import console_script
+from tests.faults.processes import members
 
 TRAINER = "nnUNetTrainerReversible_6epochs_1iters"
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -27,7 +29,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float) -> No
         time.sleep(0.05)
 
 
-def test_planned_trained_killed_continued_and_predicted(
+def test_planned_trained_terminated_continued_and_predicted(
     dataset: Callable[[str], int], workspace: Path, command: Command, tmp_path: Path
 ) -> None:
     identifier = dataset("labels")
@@ -41,8 +43,17 @@ def test_planned_trained_killed_continued_and_predicted(
         process = subprocess.Popen([script, *map(str, training)], stdout=log, stderr=log, start_new_session=True)
         try:
             wait_for(fold / "checkpoint_latest.pth", process, 300)
+            assert len(members(process.pid)) > 1
+            process.terminate()
+            assert process.wait() == -signal.SIGTERM
+            end = time.monotonic() + 60
+            while members(process.pid) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert members(process.pid) == []  # its augmentation processes have ended too
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            for left in {process.pid, *members(process.pid)}:
+                with suppress(ProcessLookupError):
+                    os.kill(left, signal.SIGKILL)
             process.wait()
     reached = torch.load(fold / "checkpoint_latest.pth", weights_only=False)["current_epoch"]
     assert 0 < reached < 6

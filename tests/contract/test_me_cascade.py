@@ -28,8 +28,9 @@ from nnunet_ext.trainers.nnUNetTrainerMeCascadeCheckpointing import nnUNetTraine
 from nnunet_ext.trainers.nnUNetTrainerMeCascadeOnePass import nnUNetTrainerMeCascadeOnePass
 from nnunet_ext.trainers.nnUNetTrainerMeUNet import nnUNetTrainerMeUNet
 from nnunet_ext.trainers.priors import FirstStage
+from tests.contract.gradients import gradients_of
 from tests.contract.plans import sizes
-from tests.contract.test_me_unet import batch_of
+from tests.contract.test_me_unet import batch_of, targets
 
 CPU = torch.device("cpu")
 CONTEXT, POST = "3d_me_context", "3d_post_concat"
@@ -81,30 +82,26 @@ def ready(trainer: Any) -> Any:
     return trainer
 
 
-def one_pass(trainer: Any, data: torch.Tensor, target: torch.Tensor) -> None:
-    """nnU-Net's own step of the network at full resolution."""
-    trainer.backward(trainer.network, trainer.standard_loss, data, target, 1.0)
-
-
 @pytest.mark.parametrize(
-    ("kind", "cascade", "step"),
+    ("kind", "cascade", "alone_class"),
     [
-        ("labels", nnUNetTrainerMeCascade, nnUNetTrainerMeUNet.accumulate_gradients),
-        ("regions", nnUNetTrainerMeCascade, nnUNetTrainerMeUNet.accumulate_gradients),
-        ("ignore", nnUNetTrainerMeCascade, nnUNetTrainerMeUNet.accumulate_gradients),
-        ("labels", nnUNetTrainerMeCascadeOnePass, one_pass),
+        ("labels", nnUNetTrainerMeCascade, nnUNetTrainerMeUNet),
+        ("regions", nnUNetTrainerMeCascade, nnUNetTrainerMeUNet),
+        ("ignore", nnUNetTrainerMeCascade, nnUNetTrainerMeUNet),
+        ("labels", nnUNetTrainerMeCascadeOnePass, nnUNetTrainer),
     ],
 )
 def test_each_branch_gets_the_gradients_of_a_network_of_its_own(
-    kind: str, cascade: type, step: Callable[..., Any], trainer_of: Callable[..., Any]
+    kind: str, cascade: type, alone_class: type, trainer_of: Callable[..., Any]
 ) -> None:
     ours = ready(trainer_of(CONTEXT, kind, cascade, patch=28))
     assert [branch.patch for branch in ours.branches] == [(24, 24, 24), (28, 28, 28)]
     batch = batch_of(ours)
     ours.network.double()
-    ours.accumulate_gradients(batch["data"].double(), batch["target"][0])
+    batch["data"] = batch["data"].double()
+    by_parameter = dict(zip(ours.network.parameters(), gradients_of(ours, batch), strict=True))
     for branch in ours.branches:
-        alone = trainer_of(CONTEXT, kind, nnUNetTrainerMeUNet, patch=branch.patch[0])
+        alone = trainer_of(CONTEXT, kind, alone_class, patch=branch.patch[0])
         alone.plans_manager.plans["configurations"][CONTEXT]["architecture"]["network_class_name"] = (
             "dynamic_network_architectures.architectures.unet.PlainConvUNet"
         )
@@ -115,9 +112,9 @@ def test_each_branch_gets_the_gradients_of_a_network_of_its_own(
         alone.network.double()
         margin = (28 - branch.patch[0]) // 2
         centre = (..., *[slice(margin, 28 - margin)] * 3)
-        step(alone, batch["data"].double()[centre], batch["target"][0][centre])
-        for found, wanted in zip(branch.network.parameters(), alone.network.parameters(), strict=True):
-            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-7, atol=1e-10)
+        cropped = {"data": batch["data"][centre], "target": targets(alone, batch["target"][0][centre])}
+        for parameter, wanted in zip(branch.network.parameters(), gradients_of(alone, cropped), strict=True):
+            torch.testing.assert_close(by_parameter[parameter], wanted, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("configuration", [CONTEXT, POST])
@@ -137,14 +134,18 @@ def test_checkpointing_needs_less_and_changes_no_gradient(configuration: str, tr
 
 
 def test_gradients_are_clipped_branch_by_branch(trainer_of: Callable[..., Any]) -> None:
+    def norms(clip: bool) -> list[float]:
+        found = dict(zip(trainer.network.parameters(), gradients_of(trainer, batch, clip), strict=True))
+        of_branches = ([found[p].flatten() for p in branch.network.parameters()] for branch in trainer.branches)
+        return [float(torch.cat(gradients).norm()) for gradients in of_branches]
+
     trainer = ready(trainer_of(CONTEXT))
-    for branch, value in zip(trainer.branches, (1e3, 1e-3), strict=True):
+    batch = batch_of(trainer)
+    for branch, norm, wanted in zip(trainer.branches, norms(clip=False), (100, 1), strict=True):
         for parameter in branch.network.parameters():
-            parameter.grad = torch.full_like(parameter, value)
-    trainer.clip_gradients()
-    norms = [torch.cat([p.grad.flatten() for p in branch.network.parameters()]).norm() for branch in trainer.branches]
-    assert float(norms[0]) == pytest.approx(12, rel=1e-3)
-    assert norms[1] < 1
+            parameter.register_hook(lambda gradient, factor=wanted / norm: gradient * factor)
+    assert norms(clip=False) == pytest.approx([100, 1], rel=1e-3)
+    assert norms(clip=True) == pytest.approx([12, 1], rel=1e-3)
 
 
 def test_a_step_of_two_branches_peaks_like_one_branch(trainer_of: Callable[..., Any]) -> None:

@@ -15,6 +15,8 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from benchmarks.planners import FINGERPRINTS, write_dataset
+from nnunet_ext.memory.count import TrainingMemory
 from nnunet_ext.plans.me_cascade_planner import MeCascadePlanner
 from nnunet_ext.trainers.me_unet import plan_standard_patch
 from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
@@ -114,3 +116,21 @@ def test_too_shallow_a_network_gets_no_cascade_and_says_so() -> None:
     with pytest.warns(UserWarning, match="at least 3 stages, 2d has fewer: it gets no cascade"):
         found = MeCascadePlanner.with_stages({"2d": {"patch_size": [8, 8]}}, {"labels": {"background": 0}})
     assert found == {"2d": {"patch_size": [8, 8]}}
+
+
+@pytest.mark.usefixtures("memory_by_voxels")
+def test_large_images_that_get_nnunets_own_cascade_too_are_planned(
+    workspace: Path, unused_number: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = TrainingMemory(parameters=0, gradients=0, optimizer=0, held=0, peak=1, workspace=0)
+    monkeypatch.setattr("nnunet_ext.plans.me_cascade_planner.training_memory", lambda *_: memory)
+    number = unused_number()
+    write_dataset(workspace, number, FINGERPRINTS["ct"])
+    planner = MeCascadePlanner(number, 8)
+    planner.plan_experiment()
+    path = workspace / "preprocessed" / planner.dataset_name / f"{planner.plans_identifier}.json"
+    plans = PlansManager(json.loads(path.read_text()))
+    cascade, base = (plans.get_configuration(name) for name in ("3d_cascade_fullres", "3d_fullres"))
+    assert cascade.previous_stage_name == "3d_lowres"
+    assert (cascade.patch_size, cascade.batch_size) == (base.patch_size, base.batch_size)
+    assert {"3d_me_context", "3d_post_concat"} < set(plans.available_configurations)

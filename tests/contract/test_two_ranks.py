@@ -44,7 +44,7 @@ TRAINERS = [
 
 def own(name: str) -> tuple[Any, ...]:
     """What a trainer does otherwise than nnU-Net's own in a step or in validation."""
-    methods = ("train_step", "accumulate_gradients", "perform_actual_validation")
+    methods = ("train_step", "_branch_step", "perform_actual_validation")
     found = (getattr(trainer_class(name), method, None) for method in methods)
     shared = trainer_class(f"{registry.CORE_TRAINER}_1epochs")
     return tuple(m for m in found if m and m is not getattr(shared, m.__name__, None))
@@ -358,7 +358,9 @@ def test_rank_without_a_case_to_validate_lets_the_other_validate(trainer: str, s
     training, _ = stopped(trainer)
     alone = replace(training, fold=1)
     alone.folder.mkdir(exist_ok=True)
-    shutil.copy(training.folder / "checkpoint_latest.pth", alone.folder / "checkpoint_final.pth")
+    checkpoint = torch.load(training.folder / "checkpoint_latest.pth", weights_only=False)
+    checkpoint["init_args"]["fold"] = 1  # that of another fold would be refused
+    torch.save(checkpoint, alone.folder / "checkpoint_final.pth")
     alone.run(only_run_validation=True)
     assert [*alone.segmentations()] == [f"{case}.nii.gz" for case in VALIDATED[1]]
     assert (alone.folder / "validation" / "summary.json").is_file()

@@ -45,7 +45,7 @@ class Audit:
             return [*found, counts]
         named = ", ".join(sorted(self.unknown)[:5]) + (", ..." if len(self.unknown) > 5 else "")
         reason = f"NOT AUDITED: {len(self.unknown)} packages, PyPI's JSON API had no answer for them ({named})"
-        cure = "call `make check-security` where https://pypi.org/pypi/NAME/VERSION/json can be reached"
+        cure = "call `make check-security` where PyPI's JSON API can be reached"
         return [*found, counts, reason, cure]
 
 

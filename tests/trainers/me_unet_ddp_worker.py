@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +17,7 @@ from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.trainers.me_cascade import Branch, MeCascadeTrainerMixin
 from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin
 from nnunet_ext.trainers.unwrapped import unwrapped
+from tests.contract.gradients import gradients_of
 from tests.contract.plans import arguments
 from tests.ranks import SIZE
 
@@ -23,11 +25,13 @@ NETWORKS = {"PlainConvUNet": PlainConvUNet, "ReversibleUNet": ReversibleUNet, "D
 STEPS = 3
 
 
-class Step(MeUNetTrainerMixin):
+class Step(MeUNetTrainerMixin, nnUNetTrainer):
     """The step alone, with a loss whose gradient is that of a mean over the batch."""
 
+    is_cascaded, is_expanded = False, True
+
     def __init__(self, network: nn.Module) -> None:
-        self.device, self.grad_scaler = torch.device("cpu"), None
+        self.device, self.grad_scaler, self.optimizer = torch.device("cpu"), None, None
         self.network, self.is_ddp = network, isinstance(network, DistributedDataParallel)
         self.standard_patch = (8, 8, 8)
         self.configuration_manager = SimpleNamespace(pool_op_kernel_sizes=arguments("3d")["strides"])
@@ -56,19 +60,21 @@ def build(name: str) -> nn.Module:
     return NETWORKS[name](input_channels=2, num_classes=3, deep_supervision=True, **arguments("3d")).train()
 
 
+def batch_of(data: Tensor, target: Tensor) -> dict[str, Any]:
+    return {"data": data, "target": [target]}  # the coarser ones follow from it
+
+
 def run(rank: int, name: str, compiled: bool, options: dict[str, Any]) -> None:
     """Steps on this rank's half of the batch; gradients must equal those of one process on the whole."""
     torch.manual_seed(1)
     data, target = torch.randn(2 * SIZE, 2, 16, 16, 16), torch.randn(2 * SIZE, 1, 16, 16, 16)
     step = CascadeStep if name == "DualMeUNet" else Step
-    alone = step(build(name))
-    alone.accumulate_gradients(data, target)
+    wanted = gradients_of(step(build(name)), batch_of(data, target))
     network = build(name)
     inner = torch.compile(network, backend="aot_eager") if compiled else network
     ours = step(DistributedDataParallel(inner, **options))
     mine = slice(2 * rank, 2 * rank + 2)
     for _ in range(STEPS):  # DDP builds its buckets anew after the first
-        network.zero_grad(set_to_none=True)
-        ours.accumulate_gradients(data[mine], target[mine])
-        for found, wanted in zip(network.parameters(), alone.network.parameters(), strict=True):
-            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-5)
+        found = gradients_of(ours, batch_of(data[mine], target[mine]))
+        for ours_of, wanted_of in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours_of, wanted_of, rtol=1e-3, atol=1e-5)

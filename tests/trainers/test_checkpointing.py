@@ -14,6 +14,7 @@ import pytest
 from nnunet_ext.errors import UsageError
 from nnunet_ext.files import partial
 from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
+from nnunet_ext.trainers import checkpointing
 from nnunet_ext.trainers.checkpointing import AtomicCheckpointMixin
 from nnunet_ext.trainers.fold_lock import only_training
 from tests.conftest import KilledPartial
@@ -32,13 +33,16 @@ class Logger:
 class Host:
     """What the mixin needs of nnU-Net's trainer."""
 
-    disable_checkpointing = False
+    disable_checkpointing = is_ddp = False
+    was_initialized = True
     save_every, current_epoch = 50, 3
     _best_ema: float | None = None
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
+    def __init__(self, folder: Path, rank: int = 0, global_rank: int | None = None) -> None:
         self.output_folder = str(folder)
-        self.local_rank = rank
+        self.local_rank = rank  # on its machine, where nnU-Net counts all of them as well
+        if global_rank is not None:
+            self.global_rank = global_rank
         self.said: list[str] = []
         self.content = b"whole"
         self.logger = Logger([])
@@ -47,7 +51,7 @@ class Host:
         self.said += text
 
     def save_checkpoint(self, filename: str) -> None:
-        if self.local_rank == 0 and not self.disable_checkpointing:
+        if getattr(self, "global_rank", self.local_rank) == 0 and not self.disable_checkpointing:
             Path(filename).write_bytes(self.content)
 
     def load_checkpoint(self, content: dict[str, Any]) -> None:
@@ -67,15 +71,15 @@ class Trainer(AtomicCheckpointMixin, Host):
     """As our trainers are made."""
 
 
-@pytest.mark.parametrize("rank", [1, 7])
-def test_other_ranks_touch_no_file(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [{"rank": 1}, {"rank": 7}, {"rank": 0, "global_rank": 4}])
+def test_other_ranks_touch_no_file(ranks: dict[str, int], tmp_path: Path) -> None:
     good, half = tmp_path / "checkpoint_latest.pth", tmp_path / "checkpoint_latest.pth.partial"
     good.write_bytes(b"good")
     half.write_bytes(b"ha")
     own = partial(good)  # of the first rank, which writes just now
     own.write_bytes(b"ha")
     before = {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
-    trainer = Trainer(tmp_path, rank)
+    trainer = Trainer(tmp_path, **ranks)
     trainer.save_checkpoint(str(good))
     trainer.run_training()
     assert {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()} == before
@@ -219,6 +223,7 @@ def test_best_checkpoint_that_a_kill_prevented_is_made_from_the_latest(
         self._best_ema, self.logger = noted, Logger(logged)
 
     monkeypatch.setattr(Host, "load_checkpoint", load)
+    monkeypatch.setattr(checkpointing, "check_continuable", lambda path, trainer: None)
     latest, best = tmp_path / "checkpoint_latest.pth", tmp_path / "checkpoint_best.pth"
     latest.write_bytes(b"latest")
     best.write_bytes(b"best")

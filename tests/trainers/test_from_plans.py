@@ -42,3 +42,42 @@ def test_plans_of_another_kind_of_network_are_refused() -> None:
     plans = configuration(ReversibleUNet, n_conv_per_stage=[1, 1], embed_dim=96)
     with pytest.raises(ValueError, match=r"plans are for .*ReversibleUNet and hold embed_dim: use plans of nnU-Net"):
         build_from_plans(ReversibleUNet, plans, 1, 2, True)
+
+
+@pytest.mark.parametrize(
+    "path", ["torch.nn.NoSuch", "no.such.Module", "torch.nn", "torch.relu", "", 3, True, ["torch.nn.Conv2d"], {}]
+)
+@pytest.mark.parametrize("name", ["norm_op", "conv_op"])
+def test_a_name_that_is_no_class_is_refused_and_not_taken_for_none(name: str, path: Any) -> None:
+    plans = configuration(ReversibleUNet, n_conv_per_stage=[1, 1], **{name: path})
+    with pytest.raises(ValueError, match=rf"{name} must be null or the dotted path of a class, got .*: correct"):
+        build_from_plans(ReversibleUNet, plans, 1, 2, True)
+
+
+def test_a_module_that_fails_to_import_is_no_class(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_layers.py").write_text("import no_such_package_anywhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    plans = configuration(ReversibleUNet, n_conv_per_stage=[1, 1], norm_op="broken_layers.Norm")
+    with pytest.raises(ValueError, match="norm_op must be null or the dotted path"):
+        build_from_plans(ReversibleUNet, plans, 1, 2, True)
+
+
+@pytest.mark.parametrize("imported", [["no_such"], ["n_stages"], ["conv_op", "conv_op", "no_such"]])
+def test_what_is_to_be_imported_must_be_there_and_have_a_path(imported: list[str]) -> None:
+    plans = configuration(ReversibleUNet, n_conv_per_stage=[1, 1])
+    plans.configuration["architecture"]["_kw_requires_import"] = imported
+    with pytest.raises(ValueError, match=r"(must name arguments of arch_kwargs|n_stages must be null or)"):
+        build_from_plans(ReversibleUNet, plans, 1, 2, True)
+
+
+def test_a_name_that_is_said_twice_is_imported_once() -> None:
+    plans = configuration(ReversibleUNet, n_conv_per_stage=[1, 1])
+    plans.configuration["architecture"]["_kw_requires_import"] *= 2
+    assert isinstance(build_from_plans(ReversibleUNet, plans, 1, 2, True), ReversibleUNet)
+
+
+@pytest.mark.parametrize("name", ["input_channels", "num_classes", "self"])
+def test_what_nnunet_gives_itself_is_refused_in_plans(name: str) -> None:
+    plans = configuration(ReversibleUNet, n_conv_per_stage=[1, 1], **{name: 3})
+    with pytest.raises(ValueError, match=f"hold {name}: use plans of nnU-Net"):
+        build_from_plans(ReversibleUNet, plans, 1, 2, True)

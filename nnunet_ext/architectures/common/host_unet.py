@@ -36,7 +36,14 @@ def host_unet(
     plan.check("U-Net")
     is_plain = plan.n_blocks_per_stage is None
     other = "n_blocks_per_stage" if is_plain else "n_conv_per_stage"
-    arguments = {key: value for key, value in vars(plan).items() if key != other}
+    encoder, decoder = plan.depths("U-Net")
+    arguments = {key: value for key, value in vars(plan).items() if key != other} | {
+        "features_per_stage": plan.features(),
+        "kernel_sizes": plan.kernels(),
+        "strides": plan.steps(),
+        "n_conv_per_stage" if is_plain else "n_blocks_per_stage": encoder,
+        "n_conv_per_stage_decoder": decoder,
+    }
     network = networks[0] if is_plain else networks[1]
     return network(input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **arguments)
 

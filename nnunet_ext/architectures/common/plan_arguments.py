@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter, signature
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from nnunet_ext.architectures.common.operations import check_conv, check_operation
 from nnunet_ext.architectures.common.plan_sizes import (
     check_depths,
     check_first_stride,
     check_norm,
     check_odd,
     check_stages,
+    check_weights,
     check_whole,
     per_stage_and_axis,
     per_stage_list,
 )
+from nnunet_ext.architectures.common.plan_values import check_values
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PerStage = int | Sequence[int]
 PerStageAndAxis = int | Sequence[int | Sequence[int]]
-_OPTIONS = ("norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs")
+_OPERATIONS = ("norm_op", "dropout_op", "nonlin")
+_GIVEN = {"self", "input_channels", "num_classes"}  # by nnU-Net, never by plans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,8 @@ class PlanArguments:
         nonlin, nonlin_kwargs: Nonlinearity; None: none.
 
     Raises:
-        ValueError: a norm that takes more than channels.
+        ValueError: a value of another type, a convolution of other than two or three axes, a norm that takes more than
+            channels, a layer that can't run on the feature maps.
     """
 
     n_stages: int
@@ -65,9 +73,32 @@ class PlanArguments:
     nonlin_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in _OPERATIONS:
+            options = getattr(self, f"{name}_kwargs")  # None in plans
+            object.__setattr__(self, f"{name}_kwargs", {} if options is None else options)
+        check_values(get_type_hints(type(self)), vars(self))
+        check_conv(self.conv_op)
         check_norm(self.norm_op)
-        for name in _OPTIONS:  # None in plans
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        for name in _OPERATIONS:
+            object.__setattr__(self, f"{name}_kwargs", dict(getattr(self, f"{name}_kwargs")))
+            check_operation(name, getattr(self, name), getattr(self, f"{name}_kwargs"), self.dim)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Take keyword arguments of a network.
+
+        Raises:
+            ValueError: one is missing or unknown; see the class.
+        """
+        known = {item.name: item.default is MISSING and item.default_factory is MISSING for item in fields(cls)}
+        missing = [name for name, is_needed in known.items() if is_needed and name not in arguments]
+        unknown = sorted(set(arguments) - set(known))
+        if missing or unknown:
+            raise ValueError(
+                f"Plans of a U-Net hold {', '.join(known)}, got {', '.join(sorted(arguments)) or 'none'} (missing: "
+                f"{', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}): plan the data set again."
+            )
+        return cls(**arguments)
 
     @property
     def dim(self) -> int:
@@ -140,14 +171,18 @@ class PlanArguments:
             kind: What the network is called in a message.
 
         Raises:
-            ValueError: sizes that do not fit n_stages or are out of range, fewer than two stages.
+            ValueError: sizes that do not fit n_stages or are out of range, fewer than two stages, more weights than a
+                machine holds.
         """
         check_stages(kind, self.n_stages)
-        self.features(), self.kernels(), self.steps(), self.depths(kind)
+        encoder, decoder = self.depths(kind)
+        depths = [down + up for down, up in zip(encoder, [*decoder[::-1], 0], strict=True)]
+        check_weights(self.features(), self.kernels(), self.steps(), depths)
 
 
 def parameters_of(network: type[nn.Module]) -> set[str]:
-    """Keyword arguments of a network's constructor, with those of plans where it takes them together."""
+    """Keyword arguments that plans may hold for a network's constructor, with those that it takes together."""
     own = signature(network.__init__).parameters
     together = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in own.values())
-    return {*own, *(item.name for item in fields(PlanArguments) if together)}
+    named = {name for name, parameter in own.items() if parameter.kind is not Parameter.VAR_KEYWORD}
+    return {*(named - _GIVEN), *(item.name for item in fields(PlanArguments) if together)}

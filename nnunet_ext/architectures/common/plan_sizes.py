@@ -10,12 +10,21 @@ from typing import Any
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, maybe_convert_scalar_to_list
 from torch import Tensor, nn
 
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
 from nnunet_ext.architectures.common.onednn import is_exporting
+
+_MOST_STAGES = 100
+_MOST_BLOCKS = 1000  # of a stage
+_MOST_WEIGHTS = 10**10  # 40 GB, more than any GPU trains
 
 
 def per_stage_list(name: str, values: Any, n: int) -> list[Any]:
-    """Repeat one value `n` times; check the length of a list."""
-    if isinstance(values, int):
+    """Repeat one value `n` times; check the length of a list.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    if isinstance(values, Integral):
         return [values] * n
     if len(values) != n:
         raise ValueError(f"{name} needs one number or {n} of them (n_stages), got {list(values)}.")
@@ -74,13 +83,17 @@ def check_norm(norm_op: type[nn.Module] | None) -> None:
 
 
 def check_stages(kind: str, n_stages: int, least: int = 2) -> None:
-    """Refuse a network without a decoder.
+    """Refuse a network without a decoder, and one without end.
 
     Raises:
-        ValueError: fewer stages than `least`.
+        ValueError: fewer stages than `least`, or more than any patch can have.
     """
     if n_stages < least:
         raise ValueError(f"A {kind} needs at least {least} stages, got n_stages={n_stages}: plan a larger patch.")
+    if n_stages > _MOST_STAGES:
+        raise ValueError(
+            f"A {kind} has at most {_MOST_STAGES} stages, got n_stages={n_stages}: plan the data set again."
+        )
 
 
 def check_odd(kernels: Sequence[Sequence[int]]) -> None:
@@ -101,12 +114,38 @@ def check_depths(encoder: Sequence[int], decoder: Sequence[int]) -> None:
     """Refuse stages without a block; numbers finest first in the encoder, coarsest first in the decoder.
 
     Raises:
-        ValueError: a stage has none.
+        ValueError: a stage has none, or more than any network has.
     """
     if min(*encoder, *decoder) < 1:
         raise ValueError(
             f"Every stage needs at least one block, got encoder {list(encoder)}, decoder {list(decoder)}: use 1 or "
             "more."
+        )
+    if max(*encoder, *decoder) > _MOST_BLOCKS:
+        raise ValueError(
+            f"A stage has at most {_MOST_BLOCKS} blocks, got encoder {list(encoder)}, decoder {list(decoder)}: use "
+            "what nnU-Net plans."
+        )
+
+
+def check_weights(
+    features: Sequence[int], kernels: Sequence[Sequence[int]], strides: Sequence[Sequence[int]], depths: Sequence[int]
+) -> None:
+    """Refuse a network that no machine holds, before it is made.
+
+    Args:
+        features, kernels, strides, depths: Sizes of each stage, finest first.
+
+    Raises:
+        ValueError: says about how many weights there would be.
+    """
+    stages = zip(features, kernels, strides, depths, strict=True)
+    found = sum(n * n * (depth * prod(kernel) + prod(stride)) for n, kernel, stride, depth in stages)
+    if found > _MOST_WEIGHTS:
+        raise ValueError(
+            f"A network has at most {_MOST_WEIGHTS:.0e} weights, got features {list(features)}, kernels "
+            f"{[list(k) for k in kernels]!r:.80} and strides {[list(s) for s in strides]!r:.80} of about {found:.0e}: "
+            "use fewer features, or what nnU-Net plans."
         )
 
 
@@ -115,11 +154,17 @@ def patch_divisors(strides: Sequence[Sequence[int]]) -> list[int]:
     return [prod(axis) for axis in zip(*strides, strict=True)]
 
 
-def check_patch_size(x: Tensor, divisors: Sequence[int]) -> None:
+def check_patch_size(x: Tensor, divisors: Sequence[int], norms: NormStatistics, training: bool) -> None:
     """Refuse an image that the strides do not divide; not in export, whose sizes are no numbers.
 
+    Args:
+        x: Batch of images.
+        divisors: What each axis must be a multiple of.
+        norms: What the network's norms need of the coarsest feature map.
+        training: Whether the network is in training mode.
+
     Raises:
-        ValueError: names the divisor of each axis.
+        ValueError: names the divisor of each axis, or a coarsest feature map of one voxel.
     """
     if is_exporting():
         return
@@ -128,3 +173,4 @@ def check_patch_size(x: Tensor, divisors: Sequence[int]) -> None:
             f"The patch must be divisible by {list(divisors)}, the product of the strides, got {list(x.shape[2:])}: "
             "use the patch of nnU-Net's plans, or round it up."
         )
+    norms.check(x, [size // divisor for size, divisor in zip(x.shape[2:], divisors, strict=True)], training)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.dropout import _DropoutNd
 
+from nnunet_ext.architectures.common.kept import is_everything_kept
 from nnunet_ext.architectures.common.onednn import is_transformed
 
 MAX_FREQUENCIES = 10  # octaves of the paper
@@ -65,7 +66,12 @@ class ReLUDropout(_DropoutNd):
         """Apply both."""
         if is_transformed():
             return F.dropout(x.relu(), self.p, self.training)
-        y: Tensor = _ReLUDropout.apply(x, self.p if self.training else 0.0)
+        p = self.p if self.training else 0.0
+        if is_everything_kept():  # the same random numbers, the gradient by autograd
+            with torch.no_grad():
+                passed = _ReLUDropout.apply(x, p) > 0
+            return torch.where(passed, x, 0) / (1 - p)
+        y: Tensor = _ReLUDropout.apply(x, p)
         return y
 
 
@@ -326,7 +332,7 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """Rows of a table. Shape: (n, C), (B, K) -> (B, K, C)."""
-    return table.index_select(0, index.flatten()).view(*index.shape, -1)
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
 
 
 def _looked_up(maps: Maps, points: Tensor) -> Tensor:

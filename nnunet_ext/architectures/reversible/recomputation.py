@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
+from nnunet_ext.architectures.common.kept import is_everything_kept
 from nnunet_ext.architectures.common.onednn import is_exporting, is_transformed
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
@@ -22,8 +23,8 @@ Held = dict[str, Any]  # what a module calls `_parameters` or `_buffers`
 
 
 def can_recompute() -> bool:
-    """Whether gradients are wanted, and by nothing that needs all of the graph: export, tracing, `torch.func`."""
-    return torch.is_grad_enabled() and not is_exporting() and not is_transformed()
+    """Whether gradients are wanted, and by nothing that needs all of the graph: export, `torch.func`, a reference."""
+    return torch.is_grad_enabled() and not is_exporting() and not is_transformed() and not is_everything_kept()
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunet_ext.architectures.common.plan_arguments import PerStage, PlanArguments
-from nnunet_ext.architectures.common.plan_sizes import check_patch_size, check_stages, patch_divisors
+from nnunet_ext.architectures.common.plan_sizes import check_stages, check_weights
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling, ExactRange
 from nnunet_ext.architectures.reversible.frugal import FrugalLeakyReLU
 from nnunet_ext.architectures.reversible.sequence import ReversibleSequence
@@ -93,14 +93,15 @@ class ReversiblePlan(PlanArguments):
         encoder, decoder = self.depths("reversible network", blocks_per_stage)
         features, kernels, steps = self.features(), self.kernels(), self.steps()
         features = fit(features, steps) if fit else features
+        upwards = [*decoder[::-1], 0]  # the coarsest stage has no decoder
+        check_weights(features, kernels, steps, [down + up for down, up in zip(encoder, upwards, strict=True)])
         for i, channels in enumerate(features):
             if channels % 2:
                 raise ValueError(
                     f"Reversible stages split their channels in two halves: stage {i} has {channels} features; "
                     f"use {max(2, channels - 1)} or {channels + 1} in features_per_stage {features}."
                 )
-        # The coarsest stage has no decoder.
-        stages = zip(features, kernels, steps, encoder, [*decoder[::-1], 0], strict=True)
+        stages = zip(features, kernels, steps, encoder, upwards, strict=True)
         return [
             StageSpec(channels=n, kernel_size=kernel, stride=stride, encoder_blocks=down, decoder_blocks=up)
             for n, kernel, stride, down, up in stages
@@ -156,12 +157,3 @@ def samples_are_independent(norm_op: type[nn.Module] | None, norm_op_kwargs: Map
 def group_elements(plan: ReversiblePlan) -> int | None:
     """Elements that are recomputed together; None where the norm mixes samples."""
     return GROUP_ELEMENTS if plan.samples_are_independent else None
-
-
-def check_patch(x: Tensor, stages: Sequence[StageSpec]) -> None:
-    """Refuse an image that the strides do not divide.
-
-    Raises:
-        ValueError: names the divisor of each axis.
-    """
-    check_patch_size(x, patch_divisors([stage.stride for stage in stages]))

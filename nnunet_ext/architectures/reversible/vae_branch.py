@@ -15,9 +15,11 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 
 from nnunet_ext.architectures.common.copying import copied
+from nnunet_ext.architectures.common.norm_statistics import NormStatistics
+from nnunet_ext.architectures.common.plan_sizes import check_patch_size, patch_divisors
 from nnunet_ext.architectures.reversible.network import ChainNetwork
 from nnunet_ext.architectures.reversible.recomputation import run_recomputed, uncompiled
-from nnunet_ext.architectures.reversible.stages import ReversiblePlan, StageSpec, check_patch
+from nnunet_ext.architectures.reversible.stages import ReversiblePlan, StageSpec
 
 KLPer = Literal["voxel", "latent"]
 
@@ -60,11 +62,14 @@ class VAENetwork(ChainNetwork):
 
     vae: VAEBranch | None
     image_channels: int
+    norm_statistics: NormStatistics
 
     @uncompiled
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Reconstruction]:
         """Return logits; in training with deep supervision a list, with the VAE branch also its reconstruction."""
-        check_patch(x, self.stages)
+        check_patch_size(
+            x, patch_divisors([stage.stride for stage in self.stages]), self.norm_statistics, self.training
+        )
         with_vae = self.vae is not None and self.training
         found = list(self.chain(with_vae)(x))
         logits = found[:0:-1] if with_vae else found[::-1]
@@ -97,6 +102,22 @@ class VAENetwork(ChainNetwork):
                 "into the network without the branch (the trainer's NoVAE variant)."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def reconstructed_channels(asked: int | None, input_channels: int) -> int:
+    """Channels of the image that are reconstructed, the first ones; None: all.
+
+    Raises:
+        ValueError: the image does not have so many, or there would be none.
+    """
+    if asked is None:
+        return input_channels
+    if not 1 <= asked <= input_channels:
+        raise ValueError(
+            f"image_channels are the first of input_channels and at least one, got {asked} of {input_channels}: leave "
+            "it out to reconstruct all."
+        )
+    return asked
 
 
 class VAEBranch(nn.Module):
