@@ -208,7 +208,7 @@ def test_fingerprint_is_that_of_the_files_that_are_installed(tmp_path: Path, mon
 
 
 def test_table_shows_versions_counts_failures_and_refusals(tmp_path: Path) -> None:
-    environment = Noted(tmp_path / "row", says={"one": "4 passed in 1.00s"}, fails={"two"})
+    environment = Noted(tmp_path / "row", says={"one": "4 passed, 9 deselected in 1.00s"}, fails={"two"})
     refused = Row(name="no", python="3.12", why="", pins=("torch==2.9.1",), refused=True)
     conflict = "The conflict is caused by:\n    The user requested torch==2.9.1\n    x wants none\n"
     results = [call(Noted(tmp_path / "no", says={"resolve": conflict}), row=refused), call(environment)]
