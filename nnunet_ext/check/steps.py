@@ -143,8 +143,10 @@ def training_step(run: Trial) -> str:
     weights = {name: p for name, p in trainer.network.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in weights.items()}
     gradients: dict[str, Tensor | None] = {}
-    hook = trainer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: p.grad for name, p in weights.items()})
+    hook = trainer.optimizer.register_step_pre_hook(  # of several steps, as of a cascade's branches, any that has one
+        lambda *_: gradients.update(
+            {name: gradients.get(name) if p.grad is None else p.grad for name, p in weights.items()}
+        )
     )
     run.losses["train"] = trainer.train_step(next(trainer.dataloader_train))
     hook.remove()

@@ -49,7 +49,7 @@ class FiniteStepsMixin(HostTrainer):
         """Initialise as nnU-Net does."""
         super().initialize()
         self._in_a_row = {}
-        if isinstance(self.loss, nn.Module):
+        if isinstance(getattr(self, "loss", None), nn.Module):
             self.loss.register_forward_hook(lambda _, __, loss: or_nan(loss))
 
     @property

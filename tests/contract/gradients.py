@@ -16,6 +16,9 @@ class Recorder:
         self.parameters = list(network.parameters())
         self.taken: dict[int, Tensor] = {}
 
+    def register_step_pre_hook(self, hook: Any) -> None:
+        """Nobody looks at these steps."""
+
     def zero_grad(self, set_to_none: bool) -> None:
         assert set_to_none
         for parameter in self.parameters:

@@ -75,11 +75,19 @@ def ended(processes: list[int], seconds: float) -> bool:
     return not living(processes)
 
 
+def _heed() -> None:
+    """Heed what a suite in the background, as under `nohup`, ignores."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
 @pytest.mark.parametrize("main", [ALONE, RANK])
 def test_no_process_outlives_a_training_that_a_signal_ends(number: signal.Signals, main: str) -> None:
     code = TRAINING.format(mixin="EndsTogetherMixin, ", main=main, is_ddp=main == RANK)
-    training = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    training = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_heed
+    )
     assert training.stdout is not None
     processes = [int(word) for word in training.stdout.readline().split()]
     try:

@@ -45,7 +45,7 @@ def test_plans_of_another_kind_of_network_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["torch.nn.NoSuch", "no.such.Module", "torch.nn", "torch.relu", "", 3, True, ["torch.nn.Conv2d"], {}]
+    "path", ["torch.nn.NoSuch", "no.such.Module", "torch.nn", "torch.pi", "", 3, True, ["torch.nn.Conv2d"], {}]
 )
 @pytest.mark.parametrize("name", ["norm_op", "conv_op"])
 def test_a_name_that_is_no_class_is_refused_and_not_taken_for_none(name: str, path: Any) -> None:
