@@ -70,7 +70,6 @@ def _cases(bench: Bench, training: Training) -> list[Case]:
         Case(name="a folder in its place", spoil=_folder, words="must be a file"),
         Case(name="weights that are NaN", spoil=_nan, words="diverged"),
         Case(name="other plans", spoil=partial(_plans, plans_name="nnUNetOtherPlans"), words="plans_name"),
-        Case(name="another data set", spoil=partial(_plans, dataset_name="Dataset999_x"), words="dataset_name"),
         Case(name="a pickle of something else", spoil=_pickle, words="not a whole checkpoint"),
         Case(
             name="a list saved by PyTorch", spoil=lambda path: torch.save([1], path), words="it lacks network_weights"
