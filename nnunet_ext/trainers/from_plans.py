@@ -9,6 +9,7 @@ from typing import Any
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from nnunet_ext.architectures.common.plan_arguments import parameters_of
 
@@ -76,6 +77,7 @@ def build_from_plans(
     named = configuration_manager.network_arch_init_kwargs_req_import
     imported = [key for key in dict.fromkeys(named) if key not in without]
     _check_named_classes(arguments, imported)
+    check_residual_norm(network_class.__name__ if network_class else name, arguments)
     return get_network_from_plans(
         f"{network_class.__module__}.{network_class.__name__}" if network_class else name,
         arguments,
@@ -85,6 +87,28 @@ def build_from_plans(
         allow_init=True,
         deep_supervision=enable_deep_supervision,
     )
+
+
+def check_residual_norm(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse plans that nnU-Net's residual U-Net can't be initialised with: it sets norms before a sum to zero.
+
+    Args:
+        name: Dotted path of the plans' network.
+        arguments: Its keyword arguments in the plans.
+
+    Raises:
+        ValueError: the norm is none of PyTorch's with weights.
+    """
+    norm = _located(arguments.get("norm_op"))
+    is_torchs = isinstance(norm, type) and issubclass(norm, _NormBase)
+    if name.rpartition(".")[2] != "ResidualEncoderUNet" or not (norm is None or is_torchs):
+        return
+    options = arguments.get("norm_op_kwargs") or {}
+    if norm is None or not options.get("affine", issubclass(norm, _BatchNorm)):
+        raise ValueError(
+            f"nnU-Net's ResidualEncoderUNet needs a norm with weights, got norm_op {arguments.get('norm_op')!r:.80} "
+            f"with {dict(options)!r:.80}: use what nnU-Net plans, instance norm with affine true."
+        )
 
 
 def _check_named_classes(arguments: Mapping[str, Any], names: Sequence[str]) -> None:

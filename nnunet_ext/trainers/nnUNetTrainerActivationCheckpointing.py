@@ -10,6 +10,7 @@ from nnunet_ext.architectures.checkpointed.levels import Recompute
 from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet, CheckpointedResidualEncoderUNet
 from nnunet_ext.trainers.compiled_ddp import CompiledCheckpointsMixin
 from nnunet_ext.trainers.core import CoreTrainer
+from nnunet_ext.trainers.from_plans import check_residual_norm
 
 _NETWORKS = {"PlainConvUNet": CheckpointedPlainConvUNet, "ResidualEncoderUNet": CheckpointedResidualEncoderUNet}
 
@@ -40,7 +41,7 @@ class nnUNetTrainerActivationCheckpointing(CompiledCheckpointsMixin, CoreTrainer
         """Build the network of the plans, for training and prediction.
 
         Raises:
-            ValueError: the plans are for another network.
+            ValueError: the plans are for another network, or residual blocks have no norm with weights.
         """
         name = configuration_manager.network_arch_class_name
         network = _NETWORKS.get(name.rpartition(".")[2])
@@ -49,6 +50,7 @@ class nnUNetTrainerActivationCheckpointing(CompiledCheckpointsMixin, CoreTrainer
                 f"Activation checkpointing recomputes the stages of {' and '.join(_NETWORKS)}, but these plans are for "
                 f"{name}: use plans of nnU-Net's default or ResEnc planners (-p), or the trainer of that network (-tr)."
             )
+        check_residual_norm(name, configuration_manager.network_arch_init_kwargs)
         return get_network_from_plans(
             f"{network.__module__}.{network.__name__}",
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nnunet_ext.trainers.core import CoreTrainer
+from nnunet_ext.trainers.from_plans import builds
 from nnunet_ext.trainers.me_unet import MeUNetTrainerMixin
 
 
@@ -12,3 +13,5 @@ class nnUNetTrainerMeUNet(MeUNetTrainerMixin, CoreTrainer):
     The patch of the plans is the large one. Network and checkpoints are those of nnU-Net's default trainer. What only
     the large patch shows full resolution does not learn: for that take `nnUNetTrainerMeUNetOnePass`.
     """
+
+    build_network_architecture = builds(None)

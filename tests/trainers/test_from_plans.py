@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
-from nnunet_ext.trainers.from_plans import build_from_plans
+from nnunet_ext.trainers.from_plans import build_from_plans, check_residual_norm
 from tests.settings import tiny
 
 
@@ -81,3 +82,21 @@ def test_what_nnunet_gives_itself_is_refused_in_plans(name: str) -> None:
     plans = configuration(ReversibleUNet, n_conv_per_stage=[1, 1], **{name: 3})
     with pytest.raises(ValueError, match=f"hold {name}: use plans of nnU-Net"):
         build_from_plans(ReversibleUNet, plans, 1, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("norm", "options", "is_refused"),
+    [
+        (None, None, True),
+        ("torch.nn.InstanceNorm3d", {"eps": 1e-5}, True),
+        ("torch.nn.InstanceNorm3d", {"affine": True}, False),
+        ("torch.nn.BatchNorm3d", {}, False),
+        ("torch.nn.BatchNorm3d", {"affine": False}, True),
+        ("collections.OrderedDict", None, False),  # of others: nnU-Net's to judge
+    ],
+)
+def test_residual_blocks_need_a_norm_with_weights(norm: Any, options: Any, is_refused: bool) -> None:
+    arguments = {"norm_op": norm, "norm_op_kwargs": options}
+    check_residual_norm("a.b.PlainConvUNet", arguments)
+    with pytest.raises(ValueError, match=r"needs a norm with weights, got .*: use") if is_refused else nullcontext():
+        check_residual_norm("a.b.ResidualEncoderUNet", arguments)
