@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_ext.files import remove_partials, whole_file
 from nnunet_ext.nnunet.checkpoints import SAVE_REQUEST
-from nnunet_ext.trainers.continuing import check_continuable, check_places
+from nnunet_ext.trainers.continuing import check_continuable, check_places, latest_of
 from nnunet_ext.trainers.explaining import check_predictions, explained
 from nnunet_ext.trainers.fold_lock import only_training
 from nnunet_ext.trainers.several_gpus import is_first
@@ -114,7 +114,9 @@ class AtomicCheckpointMixin(HostTrainer):
             check_predictions(folder / "validation", self.dataset_json["file_ending"])
 
     def load_checkpoint(self, *arguments: Any, **options: Any) -> None:
-        """Load as nnU-Net does; the best moving average counts the epoch after which the file was written.
+        """Load as nnU-Net does, the best checkpoint where it is newer than the latest one that is asked for.
+
+        The best moving average counts the epoch after which the file was written.
 
         nnU-Net writes ``checkpoint_latest.pth`` before it looks whether that epoch is the best: a kill between both
         leaves a ``checkpoint_best.pth`` of an earlier epoch, so that a training copies the file that it continues.
@@ -126,7 +128,9 @@ class AtomicCheckpointMixin(HostTrainer):
         if isinstance(source, str):
             if not self.was_initialized:
                 self.initialize()
+            source = str(latest_of(Path(source), self))
             check_continuable(Path(source), self)
+            arguments = (source, *arguments[1:])
         super().load_checkpoint(*arguments, **options)
         noted, logged = self._best_ema, self.logger.get_checkpoint()["ema_fg_dice"]
         values = [v for v in (noted, *logged) if v is not None and not math.isnan(v)]

@@ -68,6 +68,31 @@ def check_continuable(path: Path, trainer: HostTrainer) -> None:
         trainer.print_to_log_file(f"{path} was written by {name}: its training goes on as {type(trainer).__name__}.")
 
 
+def latest_of(path: Path, trainer: HostTrainer) -> Path:
+    """Find what a training has reached: nnU-Net continues its latest checkpoint, though a best one may be newer.
+
+    It saves the latest every ``save_every`` epochs, 50 by default, and the best whenever there is one.
+
+    Args:
+        path: File that nnU-Net is about to load.
+        trainer: Who loads it.
+
+    Returns:
+        The fold's best checkpoint, where `path` is its latest and of an earlier epoch; else `path`.
+    """
+    best, folder = path.with_name(BEST_CHECKPOINT), Path(trainer.output_folder)
+    if path.name != LATEST_CHECKPOINT or path.parent.resolve() != folder.resolve() or not best.is_file():
+        return path
+    try:
+        reached, epoch = (_read(file, "")["current_epoch"] for file in (path, best))
+    except UsageError:  # what is wrong with the latest is told by who looks at it; without a best one it goes on
+        return path
+    if epoch <= reached:
+        return path
+    trainer.print_to_log_file(f"{best} is of epoch {epoch}, {path.name} of {reached}: the training goes on from it.")
+    return best
+
+
 def check_places(folder: Path) -> None:
     """See that no checkpoint's name in a fold's folder is taken by something else than a file.
 

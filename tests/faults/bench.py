@@ -101,12 +101,11 @@ class Bench:
         told = training.told()
         for path in sorted(training.folder.glob("checkpoint_*.pth")):
             self._check_file(path, told, outcome, fault)
-        saved = [note["epoch"] for note in told if note.get("saved") in CHECKPOINTS[:2]]
-        reached = next((read(p)["current_epoch"] for n in CHECKPOINTS if is_whole(p := training.folder / n)), 0)
-        if reached < max(saved, default=0):
-            outcome.problem("epochs lost", f"{fault}: {max(saved)} saved, {reached} there")
-        if reached < max((note["epoch"] for note in told if "saved" in note), default=0):
-            outcome.observed["the best checkpoint is later than the latest, which nnU-Net continues"] += 1
+        saved = max((note["epoch"] for note in told if "saved" in note), default=0)
+        whole = [path for name in CHECKPOINTS if is_whole(path := training.folder / name)]
+        reached = max((read(path)["current_epoch"] for path in whole), default=0)
+        if reached < saved:
+            outcome.problem("epochs lost", f"{fault}: {saved} saved, {reached} there")
         partials = [path for path in training.folder.iterdir() if path.name.startswith(PARTIAL)]
         if len(partials) > 1:
             outcome.problem("files left", f"{fault}: {len(partials)} partial files")

@@ -232,3 +232,17 @@ def test_best_checkpoint_that_a_kill_prevented_is_made_from_the_latest(
     assert best.read_bytes() == b"best"  # `--val` writes nothing
     trainer.run_training()
     assert best.read_bytes() == kept
+
+
+def test_a_training_is_continued_from_what_was_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(self: Host, filename: str) -> None:
+        loaded.append(filename)
+        self._best_ema, self.logger = 0.5, Logger([0.5])
+
+    monkeypatch.setattr(Host, "load_checkpoint", load)
+    monkeypatch.setattr(checkpointing, "check_continuable", lambda path, trainer: loaded.append(str(path)))
+    monkeypatch.setattr(checkpointing, "latest_of", lambda path, trainer: path.with_name("checkpoint_best.pth"))
+    Trainer(tmp_path).load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    assert loaded == [str(tmp_path / "checkpoint_best.pth")] * 2

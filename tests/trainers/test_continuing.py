@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nnunet_ext.errors import UsageError
-from nnunet_ext.trainers.continuing import check_continuable, check_places
+from nnunet_ext.trainers.continuing import check_continuable, check_places, latest_of
 
 
 class Trainer:
@@ -126,6 +126,25 @@ def test_a_checkpoint_from_elsewhere_may_be_of_another_fold_but_not_damaged(path
     lose(path)
     with pytest.raises(UsageError, match=r"diverged.*: take another one\.$"):
         check_continuable(path, trainer)
+
+
+@pytest.mark.parametrize(("epoch", "taken"), [(6, "latest"), (7, "latest"), (8, "best")])
+def test_a_best_checkpoint_newer_than_the_latest_is_continued(epoch: int, taken: str, path: Path) -> None:
+    best, trainer = path.with_name("checkpoint_best.pth"), Trainer(path.parent)
+    assert latest_of(path, trainer) == path
+    torch.save({**trainer.content(), "current_epoch": epoch}, best)
+    assert latest_of(path, trainer) == path.with_name(f"checkpoint_{taken}.pth")
+    assert trainer.said == [f"{best} is of epoch 8, {path.name} of 7: the training goes on from it."] * (epoch > 7)
+    assert latest_of(path, Trainer(path.parent / "fold_1")) == path
+    final = path.rename(path.with_name("checkpoint_final.pth"))
+    assert latest_of(final, trainer) == final  # `--val` looks at what it is told
+
+
+@pytest.mark.parametrize("name", ["checkpoint_latest.pth", "checkpoint_best.pth"])
+def test_without_two_whole_checkpoints_there_is_no_choice(name: str, path: Path) -> None:
+    torch.save({**Trainer(path.parent).content(), "current_epoch": 8}, path.with_name("checkpoint_best.pth"))
+    cut(path.with_name(name))
+    assert latest_of(path, Trainer(path.parent)) == path
 
 
 @pytest.mark.parametrize("name", ["checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"])
