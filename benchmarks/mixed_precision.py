@@ -127,29 +127,38 @@ def figure(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     drawing.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_setting(parser: argparse.ArgumentParser, features: int) -> None:
+    """Add the options that `asked_setting` reads."""
     parser.add_argument("-d", "--dataset", required=True)
     parser.add_argument("-c", "--configuration", default="3d_fullres")
     parser.add_argument("-p", "--plans", default="nnUNetPlans")
+    parser.add_argument("--features", type=int, default=features, help="of the finest stage; doubled per stage")
+    parser.add_argument("--batch", type=int, help="default: that of the plans")
+    parser.add_argument("--patch", type=int, nargs="+", help="default: that of the plans")
+
+
+def asked_setting(options: argparse.Namespace) -> Setting:
+    """Plans of a preprocessed data set, with the features, batch and patch that are asked for."""
+    folder = Path(nnUNet_preprocessed, maybe_convert_to_dataset_name(options.dataset))
+    plans = json.loads((folder / f"{options.plans}.json").read_text())
+    asked = {"batch_size": options.batch, "patch_size": options.patch}
+    plans["configurations"][options.configuration] |= {key: value for key, value in asked.items() if value}
+    setting = Setting(
+        plans=plans, dataset=json.loads((folder / "dataset.json").read_text()), configuration=options.configuration
+    )
+    return narrow(setting, [options.features * 2**i for i in range(9)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setting(parser, features=16)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--validation", type=int, default=40, help="batches of the validation cases")
-    parser.add_argument("--features", type=int, default=16, help="of the finest stage; doubled per stage")
-    parser.add_argument("--batch", type=int, help="default: that of the plans")
-    parser.add_argument("--patch", type=int, nargs="+", help="default: that of the plans")
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     options = parser.parse_args()
 
-    folder = Path(nnUNet_preprocessed, maybe_convert_to_dataset_name(options.dataset))
-    setting = Setting(
-        plans=json.loads((folder / f"{options.plans}.json").read_text()),
-        dataset=json.loads((folder / "dataset.json").read_text()),
-        configuration=options.configuration,
-    )
-    asked = {"batch_size": options.batch, "patch_size": options.patch}
-    setting.plans["configurations"][options.configuration] |= {key: value for key, value in asked.items() if value}
-    setting = narrow(setting, [options.features * 2**i for i in range(9)])
+    setting = asked_setting(options)
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as results, AddsUpInFloat32():
         os.environ["nnUNet_results"] = results  # noqa: SIM112

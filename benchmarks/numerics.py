@@ -28,16 +28,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from torch import Tensor, nn
 
-from benchmarks.mixed_precision import AddsUpInFloat32
+from benchmarks.mixed_precision import AddsUpInFloat32, add_setting, asked_setting
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling
 from nnunet_ext.escaping import markdown_table
 from nnunet_ext.memory.network import surrogate_loss
-from nnunet_ext.nnunet.patch_plans import narrow
 from nnunet_ext.nnunet.setting import Setting
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.trainers.unwrapped import unwrapped
@@ -201,26 +198,14 @@ COLUMNS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", "--dataset", required=True)
-    parser.add_argument("-c", "--configuration", default="3d_fullres")
-    parser.add_argument("-p", "--plans", default="nnUNetPlans")
+    add_setting(parser, features=8)
     parser.add_argument("--precision", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--features", type=int, default=8, help="of the finest stage; doubled per stage")
-    parser.add_argument("--patch", type=int, nargs="+", help="default: that of the plans")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS))
     options = parser.parse_args()
 
-    folder = Path(nnUNet_preprocessed, maybe_convert_to_dataset_name(options.dataset))
-    setting = Setting(
-        plans=json.loads((folder / f"{options.plans}.json").read_text()),
-        dataset=json.loads((folder / "dataset.json").read_text()),
-        configuration=options.configuration,
-    )
-    if options.patch:
-        setting.plans["configurations"][options.configuration]["patch_size"] = options.patch
-    setting = narrow(setting, [options.features * 2**i for i in range(9)])
+    setting = asked_setting(options)
     os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{options.precision}.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,30 +18,11 @@ from tests.faults.bench import Bench, note_end
 from tests.faults.outcome import Outcome
 from tests.faults.processes import Ended
 from tests.faults.training import HOST, Training
-from tests.faults.triggers import AtEpoch, Trigger
+from tests.faults.triggers import AtEpoch, Limited, Trigger
 
 TRAINER = "nnUNetTrainer_8epochs_1iters"
 _LATEST, _FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
 _SIZE = "6m"  # of the file system: some checkpoints
-
-
-class Limited(Trigger):
-    """Files can't grow beyond a size, from a save on: the error that the system gives is that of a disk with quota.
-
-    Args:
-        save: Which save of this process, from 0.
-        size: Bytes.
-    """
-
-    def __init__(self, save: int, size: int) -> None:
-        self.save, self.size, self._saves = save, size, 0
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        if self._saves == self.save:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
-        self._saves += 1
-        yield
 
 
 def disk(bench: Bench) -> Outcome:

@@ -42,8 +42,8 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class AtByte(Trigger):
-    """End the process when the file of a save grows beyond a size: the system does it, inside of the write.
+class Limited(Trigger):
+    """Files can't grow beyond a size while a save lasts: the error that the system gives is that of a disk with quota.
 
     Args:
         save: Which save of this process, from 0.
@@ -58,12 +58,24 @@ class AtByte(Trigger):
         is_it = self._saves == self.save
         self._saves += 1
         if is_it:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends it, as SIGKILL; Python ignores it
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+            self.limit(self.size)
         yield
         if is_it:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            self.limit(resource.RLIM_INFINITY)
+
+    def limit(self, size: int) -> None:
+        """Set the largest size of a file, in bytes."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+class AtByte(Limited):
+    """End the process when the file of a save grows beyond a size: the system does it, inside of the write."""
+
+    def limit(self, size: int) -> None:
+        """Set the size, and let the signal end the process, as SIGKILL would; Python ignores it."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        super().limit(size)
 
 
 class AtTick(Trigger):
