@@ -97,7 +97,7 @@ def test_a_planner_plans_or_says_what_does_not_fit(
     planner = registry.resolve("planners", name)
     counted: Counter[str] = Counter()
 
-    @settings(max_examples=2 if FEW else 30, phases=WITHOUT_SHRINKING)
+    @settings(max_examples=2 if FEW else 10, phases=WITHOUT_SHRINKING)
     @given(datasets())
     def trial(drawn: DrawnDataset) -> None:
         number = unused_number()
