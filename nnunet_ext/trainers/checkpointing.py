@@ -128,9 +128,11 @@ class AtomicCheckpointMixin(HostTrainer):
         if isinstance(source, str):
             if not self.was_initialized:
                 self.initialize()
-            source = str(latest_of(Path(source), self))
             check_continuable(Path(source), self)
-            arguments = (source, *arguments[1:])
+            newest = latest_of(Path(source), self)
+            if newest != Path(source):
+                check_continuable(newest, self)
+                source, arguments = str(newest), (str(newest), *arguments[1:])
         super().load_checkpoint(*arguments, **options)
         noted, logged = self._best_ema, self.logger.get_checkpoint()["ema_fg_dice"]
         values = [v for v in (noted, *logged) if v is not None and not math.isnan(v)]

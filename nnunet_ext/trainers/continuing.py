@@ -74,7 +74,7 @@ def latest_of(path: Path, trainer: HostTrainer) -> Path:
     It saves the latest every ``save_every`` epochs, 50 by default, and the best whenever there is one.
 
     Args:
-        path: File that nnU-Net is about to load.
+        path: File that nnU-Net is about to load, which `check_continuable` has seen.
         trainer: Who loads it.
 
     Returns:
@@ -85,7 +85,7 @@ def latest_of(path: Path, trainer: HostTrainer) -> Path:
         return path
     try:
         reached, epoch = (_read(file, "")["current_epoch"] for file in (path, best))
-    except UsageError:  # what is wrong with the latest is told by who looks at it; without a best one it goes on
+    except UsageError:  # a damaged best one is no reason to stop
         return path
     if epoch <= reached:
         return path

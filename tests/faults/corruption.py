@@ -119,8 +119,9 @@ def _spoiled(
         outcome.problem("silently wrong", f"{fault}: it trained")
     if _sums(training.folder) != before:
         outcome.problem("files left", f"{fault}: checkpoints changed")
-    path.rename(path.with_name("away"))
-    _cured(bench, training, outcome, fault)
+    if path.exists():  # else it has trained to its end
+        path.rename(path.with_name("away"))
+        _cured(bench, training, outcome, fault)
     bench.tidy(training)
 
 

@@ -245,4 +245,5 @@ def test_a_training_is_continued_from_what_was_written_last(tmp_path: Path, monk
     monkeypatch.setattr(checkpointing, "check_continuable", lambda path, trainer: loaded.append(str(path)))
     monkeypatch.setattr(checkpointing, "latest_of", lambda path, trainer: path.with_name("checkpoint_best.pth"))
     Trainer(tmp_path).load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
-    assert loaded == [str(tmp_path / "checkpoint_best.pth")] * 2
+    latest, best = (str(tmp_path / f"checkpoint_{name}.pth") for name in ("latest", "best"))
+    assert loaded == [latest, best, best]  # both are looked at, one is loaded
