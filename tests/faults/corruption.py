@@ -169,7 +169,8 @@ def _predicted(bench: Bench, like: Training, case: Case, outcome: Outcome) -> No
     training = _copied(bench, like)
     case.spoil(training.folder / _FINAL)
     ended = bench.run(partial(training.predict, bench.folder / "predicted"))
-    outcome.observed[f"nnUNetv2_predict, final {case.name}: status {ended.status}, {ended.last_line[:120]}"] += 1
+    said = ended.last_line.replace(str(bench.folder), "")[:120]
+    outcome.observed[f"nnUNetv2_predict, final {case.name}: status {ended.status}, {said}"] += 1
     bench.tidy(training)
 
 

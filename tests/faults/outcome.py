@@ -13,7 +13,7 @@ from typing import Any
 KINDS = {
     "unrecoverable": "a checkpoint can't be loaded, or the training can't be continued to its end",
     "silently wrong": "a checkpoint or model differs from what it says it is, or from an undisturbed training",
-    "epochs lost": "the training continued before the last checkpoint that it had written, latest or final",
+    "epochs lost": "the training continued before the last checkpoint that it had written, whatever its name",
     "unclear": "the error does not say what is wrong and what helps, or the exit status is that of success",
     "hung": "the training did not end",
     "processes left": "a process outlived the training",
