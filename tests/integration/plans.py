@@ -56,7 +56,9 @@ def prepare(form: Form, folder: Path, state: dict[str, Any], run: Run) -> None:
 
 
 def prepare_stages(form: Form, folder: Path, planner: str, run: Run) -> None:
-    """Plan by a planner of `STAGES`, whose configurations use what is preprocessed; nothing is done a second time.
+    """Plan by a planner of `STAGES`, and preprocess where it does not share the data of nnU-Net's plans.
+
+    It does not where a spacing is asked for.
 
     Args:
         form: The data set, prepared.
@@ -69,6 +71,9 @@ def prepare_stages(form: Form, folder: Path, planner: str, run: Run) -> None:
     if not done.is_file():
         run("nnUNetv2_plan_experiment", "-d", form.number, "-pl", planner, *_spacing(form))
         _change(path, lambda plans: _narrow_stages(plans, STAGES[planner]))
+        base = json.loads(path.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
+        if not (folder / base["data_identifier"]).is_dir():
+            run("nnUNetv2_preprocess", "-d", form.number, "-plans_name", name, "-c", "3d_fullres", "-np", 1)
         done.touch()
 
 
