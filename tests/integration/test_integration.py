@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.integration.checks import RawDataset, check_predictions, check_probab
 from tests.integration.forms import FORMS, LABELS, write_raw
 from tests.integration.matrix import Matrix
 from tests.integration.outcome import CheckError, Outcome, outcome_of
+from tests.integration.plans import PLANS, STAGES, prepare_stages, staged_plans
 from tests.integration.scenario import Scenario
 
 PHANTOMS = {form.kind: form for form in FORMS if not form.source.folder}
@@ -116,6 +118,26 @@ def test_result_of_other_code_is_not_taken(tmp_path: Path, monkeypatch: pytest.M
     assert matrix.cells(scenario) == done
     monkeypatch.setattr("tests.integration.matrix.code", lambda: "other")
     assert matrix.cells(scenario) == {}
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_data_that_a_planner_of_stages_does_not_share_are_preprocessed(is_shared: bool, tmp_path: Path) -> None:
+    planner, stages = next(iter(STAGES.items()))
+    name = staged_plans()[planner][1]
+    data = f"{PLANS if is_shared else name}_3d_fullres"
+    (tmp_path / f"{PLANS}_3d_fullres").mkdir()
+    network = {"n_stages": 2, "strides": [[1, 1, 1], [2, 2, 2]]}
+    planned = {"patch_size": [8, 8, 8], "data_identifier": data, "architecture": {"arch_kwargs": network}}
+    commands_run: list[str] = []
+
+    def run(command: str, *arguments: Any) -> None:
+        commands_run.append(command)
+        content = {"configurations": {key: deepcopy(planned) for key in ("3d_fullres", *stages)}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+
+    for _ in range(2):  # the second time all is there
+        prepare_stages(PHANTOMS["plain"], tmp_path, planner, run)
+    assert commands_run == ["nnUNetv2_plan_experiment", *["nnUNetv2_preprocess"] * (not is_shared)]
 
 
 def raise_without_cure() -> str:
