@@ -69,7 +69,7 @@ def distances(found: Gradients, wanted: Gradients, floor: float) -> list[float]:
     """Relative distance of each gradient; infinite where only one of both is there, or a number is none.
 
     Args:
-        found, wanted: Gradients.
+        found, wanted: Gradients; None is as good as zeros, which compiled steps have for outputs that are not used.
         floor: Share of the root mean square over all of `wanted` that each is at least compared with.
     """
     there = [gradient for gradient in wanted if gradient is not None]
@@ -80,7 +80,8 @@ def distances(found: Gradients, wanted: Gradients, floor: float) -> list[float]:
 
 def _distance(mine: Tensor | None, theirs: Tensor | None, least: float) -> float:
     if mine is None or theirs is None:
-        return 0.0 if mine is theirs else math.inf
+        there = mine if theirs is None else theirs
+        return math.inf if there is not None and there.any() else 0.0
     value = float((mine - theirs).norm()) / max(float(theirs.norm()), least * math.sqrt(theirs.numel()), 1e-300)
     return value if math.isfinite(value) else math.inf
 

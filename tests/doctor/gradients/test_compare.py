@@ -33,6 +33,11 @@ def test_gradient_that_should_not_be_there_is_infinitely_off() -> None:
     assert distances([ONES, None], [None, None], 0.1) == [math.inf, 0.0]
 
 
+def test_no_gradient_is_as_good_as_zeros() -> None:
+    zeros = 0 * ONES
+    assert distances([None, zeros, ONES], [zeros, None, ONES], 0.1) == [0.0, 0.0, 0.0]
+
+
 def test_the_furthest_is_named() -> None:
     found = in_double(["a", "b", "c"], [ONES, ONES * (1 + 1e-6), ONES], [ONES, ONES, ONES])
     assert found.name == "b"
