@@ -6,8 +6,9 @@ training from weights that are not its own looks like any other.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,11 @@ def check_continuable(path: Path, trainer: HostTrainer) -> None:
             f"{path} belongs to another training ({'; '.join(others)}): {cure}. To start a new training from its "
             "weights give it to -pretrained_weights."
         )
+    _check_progress(path, content, cure)
     _check_weights(path, content, trainer, cure)
+    _check_optimizer(path, content, trainer, cure)
+    if is_own:
+        _tell_changes(path, content, trainer)
     theirs, mine = (_planned(a, "dataset_name") for a in (content["init_args"], trainer.my_init_kwargs))
     if theirs != mine:  # renamed, or another one
         trainer.print_to_log_file(f"{path} was trained on {theirs}: its training goes on with {mine}.")
@@ -84,8 +89,9 @@ def latest_of(path: Path, trainer: HostTrainer) -> Path:
     if path.name != LATEST_CHECKPOINT or path.parent.resolve() != folder.resolve() or not best.is_file():
         return path
     try:
-        reached, epoch = (_read(file, "")["current_epoch"] for file in (path, best))
-    except UsageError:  # a damaged best one is no reason to stop
+        reached, epoch = (_read(file, "it is not looked at")["current_epoch"] for file in (path, best))
+    except UsageError as error:  # a damaged best one is no reason to stop
+        trainer.print_to_log_file(f"The training goes on from {path.name}: {error}")
         return path
     if epoch <= reached:
         return path
@@ -136,18 +142,52 @@ def _others(content: Mapping[str, Any], trainer: HostTrainer) -> list[str]:
         "configuration": (arguments.get("configuration"), mine.get("configuration")),
         "plans_name": (_planned(arguments, "plans_name"), _planned(mine, "plans_name")),
     }
-    return [f"{key} {theirs}, not {own}" for key, (theirs, own) in pairs.items() if str(theirs) != str(own)]
+    others = [f"{key} {theirs}, not {own}" for key, (theirs, own) in pairs.items() if str(theirs) != str(own)]
+    labels, own_labels = _labels(arguments), _labels(mine)
+    moved = [key for key in labels if key in own_labels and str(labels[key]) != str(own_labels[key])]
+    return others + [f"label {key} {labels[key]}, not {own_labels[key]}" for key in moved]
 
 
 def _planned(arguments: Mapping[str, Any], key: str) -> Any:
-    plans = arguments.get("plans")
-    return plans.get(key) if isinstance(plans, Mapping) else None
+    return _mapping(arguments, "plans").get(key)
+
+
+def _labels(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _mapping(_mapping(arguments, "dataset_json"), "labels")
+
+
+def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What stands under a key, nothing where it is no mapping."""
+    found = content.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _tell_changes(path: Path, content: Mapping[str, Any], trainer: HostTrainer) -> None:
+    """Say in the log which settings of the plans the training goes on with that it has not begun with."""
+    arguments, mine = content["init_args"], trainer.my_init_kwargs
+    theirs, own = (
+        _mapping(_planned(a, "configurations") or {}, str(a.get("configuration"))) for a in (arguments, mine)
+    )
+    changed = [f"{key} {theirs[key]}, now {own[key]}" for key in theirs if key in own and theirs[key] != own[key]]
+    if changed:
+        trainer.print_to_log_file(f"Plans have changed since {path} was written: {'; '.join(changed)}.")
+
+
+def _check_progress(path: Path, content: Mapping[str, Any], cure: str) -> None:
+    """See that the moving averages of the epochs are numbers."""
+    logged, best = content["logging"].get("ema_fg_dice"), content["_best_ema"]
+    if not isinstance(logged, list) or not all(isinstance(value, Real) for value in (*logged, best or 0.0)):
+        raise UsageError(
+            f"{path} must hold a list of numbers for ema_fg_dice and a number for _best_ema, it has "
+            f"{reprlib.repr(logged)} and {reprlib.repr(best)}: {cure}."
+        )
 
 
 def _check_weights(path: Path, content: Mapping[str, Any], trainer: HostTrainer, cure: str) -> None:
     """See that weights are those of the network, and numbers."""
     wanted = unwrapped(trainer.network).state_dict()
-    found = {key if key in wanted else key.removeprefix("module."): w for key, w in content["network_weights"].items()}
+    weights = content["network_weights"].items()
+    found = {key if key in wanted else str(key).removeprefix("module."): w for key, w in weights}
     keys = [key for key in {**wanted, **found} if not key.endswith("_extra_state")]  # which networks translate
     odd = [key for key in keys if _shape(wanted.get(key)) != _shape(found.get(key))]
     if odd:
@@ -163,8 +203,33 @@ def _check_weights(path: Path, content: Mapping[str, Any], trainer: HostTrainer,
         )
 
 
-def _shape(weight: Any) -> tuple[int, ...] | None:
-    return tuple(weight.shape) if isinstance(weight, Tensor) else None
+def _shape(weight: Any) -> tuple[Any, ...] | None:
+    return (weight.is_floating_point(), *weight.shape) if isinstance(weight, Tensor) else None
+
+
+def _check_optimizer(path: Path, content: Mapping[str, Any], trainer: HostTrainer, cure: str) -> None:
+    """See that the optimiser's memory is of these weights, and numbers: otherwise its first step spoils them."""
+    state, own = content["optimizer_state"], [group["params"] for group in trainer.optimizer.param_groups]
+    try:
+        theirs = [group["params"] for group in state["param_groups"]]
+        fits = [*map(len, theirs)] == [*map(len, own)]
+        memory = [
+            (parameter, value)
+            for indices, parameters in zip(theirs, own, strict=False)
+            for index, parameter in zip(indices, parameters, strict=False)
+            for value in state["state"].get(index, {}).values()
+            if isinstance(value, Tensor)
+        ]
+    except (AttributeError, KeyError, TypeError):
+        fits, memory = False, []
+    if not fits or any(value.dim() and value.shape != parameter.shape for parameter, value in memory):
+        raise UsageError(f"{path} does not fit the optimiser of {type(trainer).__name__} with these plans: {cure}.")
+    lost = sum(not torch.isfinite(value).all() for _, value in memory)
+    if lost:
+        raise UsageError(
+            f"{path} holds an optimiser's memory that is no numbers (NaN or infinite, in {lost} of {len(memory)} "
+            f"tensors), its next step would spoil the weights: {cure}."
+        )
 
 
 def _named(keys: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,21 +24,28 @@ _LINES = 5  # of single steps in the log of an epoch
 _LEAST_SCALE = 2.0**-14  # of gradients; below it what float16 holds of them is noise, from 2^-127 on infinite
 
 
-def or_nan(loss: Tensor) -> Tensor:
-    """A loss whose gradient is NaN where it is not finite itself: an infinite cross-entropy has a finite one."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+def or_nan(loss: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
+    """A loss whose gradient is NaN where it is not finite itself: an infinite cross-entropy has a finite one.
+
+    Args:
+        loss: Of no dimensions.
+        others: (N,) each; where one of them is not finite, the loss and its gradient are NaN too.
+    """
+    return loss * torch.where(_are_finite([loss.detach().reshape(1), *others]), 1.0, torch.nan)
 
 
 class FiniteStepsMixin(HostTrainer):
-    """Trains on after a step whose loss or gradients are NaN or infinite, as if it had not been.
+    """Trains on after a step whose loss, gradients or statistics are NaN or infinite, as if it had not been.
 
     On CUDA nnU-Net's gradient scaler leaves out steps whose gradients are not finite; elsewhere nnU-Net would make all
-    weights NaN, and everywhere the running statistics of batch norm. Where the stored image itself is at fault, or
-    nothing else comes any more, the training ends. Waits for the device no more than nnU-Net does, which fetches each
-    step's loss. Stands before ``nnUNetTrainer`` in the bases of a trainer.
+    weights NaN, and everywhere the running statistics of batch norm, which a finite image can make infinite. Where the
+    stored image itself is at fault, of training or validation, or nothing else comes any more, the training ends.
+    Waits for the device no more than nnU-Net does, which fetches each step's loss. Stands before ``nnUNetTrainer`` in
+    the bases of a trainer.
     """
 
     _steps = _left_out = 0  # of this epoch; a cascade's branches take one each
+    _told = 0  # validation batches of this epoch
     _is_dropped = False  # the present step, by `_before_step`
     _in_a_row: dict[int, int]  # network -> bad steps
     _scale: float | None = None  # of the gradients, at the start of the epoch
@@ -50,11 +57,16 @@ class FiniteStepsMixin(HostTrainer):
         super().initialize()
         self._in_a_row = {}
         if isinstance(getattr(self, "loss", None), nn.Module):
-            self.loss.register_forward_hook(lambda _, __, loss: or_nan(loss))
+            self.loss.register_forward_hook(lambda _, __, loss: or_nan(loss, self._running))
 
     @property
     def _scales(self) -> bool:
         return self.grad_scaler is not None and self.grad_scaler.is_enabled()
+
+    @property
+    def _running(self) -> list[Tensor]:
+        """Means and variances of batch norm."""
+        return [x for x in self._statistics[0] if x.is_floating_point()]
 
     def on_train_epoch_start(self) -> None:
         """Start as nnU-Net does, and count anew."""
@@ -85,9 +97,30 @@ class FiniteStepsMixin(HostTrainer):
             return result
         self._left_out += 1
         self._in_a_row[id(self.network)] = self._in_a_row.get(id(self.network), 0) + 1
+        what = "gradient" if has_loss else "loss"
         if running:
+            what = what if _are_finite(self._running) else "statistic of batch norm"
             torch._foreach_copy_(running, kept)
-        self._explain(batch, "loss" if not has_loss else "gradient")
+        self._explain(batch, what)
+        return result
+
+    def on_validation_epoch_start(self) -> None:
+        """Start as nnU-Net does, and count anew."""
+        super().on_validation_epoch_start()
+        self._told = 0
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Validate as nnU-Net does.
+
+        Raises:
+            UsageError: the stored image of a case is not finite.
+        """
+        result = super().validation_step(batch)
+        if not np.isfinite(result["loss"]).all():
+            where = self._where(batch, self._damaged(batch))
+            self._told += 1
+            if self._told <= _LINES:
+                self.print_to_log_file(f"The loss of a validation batch is NaN or infinite: {where}.")
         return result
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
@@ -142,13 +175,27 @@ class FiniteStepsMixin(HostTrainer):
                 "whole. Continue from the last one (--c); where it comes back, train anew with a lower learning rate."
             )
 
-    def _explain(self, batch: dict[str, Any], what: str) -> None:
-        images: Tensor = batch.get("whole_patch", batch["data"])
-        finite = images.isfinite().flatten(1).all(1).tolist()
-        keys = [] if batch.get("keys") is None else [str(key) for key in batch["keys"]]
-        damaged = [keys[i] if i < len(keys) else f"sample {i}" for i, is_finite in enumerate(finite) if not is_finite]
+    def _damaged(self, batch: dict[str, Any]) -> list[str]:
+        """Cases of a batch whose images are not finite.
+
+        Raises:
+            UsageError: one of them is stored so.
+        """
+        finite = _whole(batch).isfinite().flatten(1).all(1).tolist()
+        damaged = [key for key, is_finite in zip(_keys(batch), finite, strict=True) if not is_finite]
         for key in damaged:
             self._check_stored(key)
+        return damaged
+
+    def _where(self, batch: dict[str, Any], damaged: list[str]) -> str:
+        if damaged:
+            return f"augmentation of {', '.join(damaged)} gave NaN or infinity"
+        largest = _whole(batch).abs().flatten(1).amax(1).tolist()
+        value, key = max(zip(largest, _keys(batch), strict=True))
+        return f"the batch is finite, its largest value is {value:.3g}, in {key}"
+
+    def _explain(self, batch: dict[str, Any], what: str) -> None:
+        damaged = self._damaged(batch)
         if damaged and self._scales and not self.is_ddp:  # no overflow; ranks must agree on a scale
             self.grad_scaler.update(self.grad_scaler.get_scale() / self.grad_scaler.get_backoff_factor())
         self._check_scale()
@@ -160,8 +207,7 @@ class FiniteStepsMixin(HostTrainer):
                 "Continue from the last one (--c); where it comes back, train anew with a lower learning rate."
             )
         if self._left_out <= _LINES:
-            where = f"augmentation of {', '.join(damaged)} gave NaN or infinity" if damaged else "the batch is finite"
-            self.print_to_log_file(f"A step is left out, its {what} is NaN or infinite: {where}.")
+            self.print_to_log_file(f"A step is left out, its {what} is NaN or infinite: {self._where(batch, damaged)}.")
 
     def _check_stored(self, key: str) -> None:
         """See whether the preprocessed image of a case is finite.
@@ -180,6 +226,22 @@ class FiniteStepsMixin(HostTrainer):
                 f"repair the raw image (nnunet-ext doctor --dataset {self.plans_manager.dataset_name} finds all such "
                 "cases), preprocess again, then continue with --c; the checkpoints are whole."
             )
+
+
+def _are_finite(numbers: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*numbers]).isfinite().all()
+
+
+def _whole(batch: dict[str, Any]) -> Tensor:
+    """(B, C, *patch) of the images that were loaded."""
+    images: Tensor = batch.get("whole_patch", batch["data"])
+    return images
+
+
+def _keys(batch: dict[str, Any]) -> list[str]:
+    """Name of each sample."""
+    keys = [] if batch.get("keys") is None else [str(key) for key in batch["keys"]]
+    return keys + [f"sample {i}" for i in range(len(keys), len(_whole(batch)))]
 
 
 def _running_statistics(network: nn.Module) -> Iterator[Tensor]:

@@ -205,4 +205,5 @@ def _samples(batch: dict[str, Any]) -> list[dict[str, Any]]:
     def one(x: Any, i: int) -> Any:
         return [one(entry, i) for entry in x] if isinstance(x, list) else x[i : i + 1]
 
-    return [{key: one(batch[key], i) for key in ("data", "target")} for i in range(len(batch["data"]))]
+    parts = [key for key in ("data", "target", "keys") if batch.get(key) is not None]
+    return [{key: one(batch[key], i) for key in parts} for i in range(len(batch["data"]))]

@@ -63,6 +63,19 @@ def spoiled(batch: dict[str, Any], value: float) -> dict[str, Any]:
     return {**batch, "data": data}
 
 
+def store_nan(trainer: Any, damaged: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let two voxels of a stored image be NaN."""
+    load = trainer.dataset_class.load_case
+
+    def with_nan(self: Any, key: str) -> Any:
+        image, *rest = load(self, key)
+        image = np.array(image[:])
+        image[0, :2, 0, 0] = NAN if key == damaged else 0
+        return image, *rest
+
+    monkeypatch.setattr(trainer.dataset_class, "load_case", with_nan)
+
+
 @pytest.mark.parametrize("name", slow_variants(TRAINERS))
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_step_on_an_image_that_is_not_finite_changes_nothing(name: str, value: float, started: Started) -> None:
@@ -90,6 +103,21 @@ def test_running_statistics_come_back_as_the_step_began(started: Started) -> Non
     trainer.train_step(spoiled(next(trainer.dataloader_train), NAN))
     after = trainer.network.state_dict()
     torch.testing.assert_close({key: after[key] for key in before}, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scaler", [False, True])
+def test_a_finite_image_that_makes_running_statistics_infinite_changes_nothing(scaler: bool, started: Started) -> None:
+    trainer = started("nnUNetTrainerHalfWidthBN")
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaler else None
+    batch = next(trainer.dataloader_train)
+    trainer.train_step(batch)
+    before = {**state(trainer), **{key: value.clone() for key, value in trainer.network.named_buffers()}}
+    huge = {**batch, "data": batch["data"].clone()}
+    huge["data"][1, 0, 0, 0, 0] = 1e20
+    trainer.train_step(huge)
+    torch.testing.assert_close({**state(trainer), **dict(trainer.network.named_buffers())}, before, rtol=0, atol=0)
+    largest = f"the batch is finite, its largest value is 1e+20, in {batch['keys'][1]}."
+    assert f"A step is left out, its statistic of batch norm is NaN or infinite: {largest}" in trainer.said
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_where_the_loss_is(started: Started) -> None:
@@ -200,18 +228,38 @@ def test_a_training_whose_losses_stay_nan_ends(started: Started, monkeypatch: py
 def test_a_stored_image_that_is_not_finite_ends_the_training(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = started("nnUNetTrainer")
     batch = next(trainer.dataloader_train)
-    load = trainer.dataset_class.load_case
     damaged = str(batch["keys"][0])
-
-    def with_nan(self: Any, key: str) -> Any:
-        image, *rest = load(self, key)
-        image = np.array(image[:])
-        image[0, :2, 0, 0] = NAN if key == damaged else 0
-        return image, *rest
-
-    monkeypatch.setattr(trainer.dataset_class, "load_case", with_nan)
+    store_nan(trainer, damaged, monkeypatch)
     with pytest.raises(UsageError, match=rf"in 2 of \d+ voxels of {damaged} in .*: repair the raw image"):
         trainer.train_step(spoiled(batch, NAN))
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainer", "nnUNetTrainerMeUNet"])
+def test_a_validation_loss_that_is_not_finite_is_told(name: str, started: Started) -> None:
+    trainer = started(name)
+    batch = next(trainer.dataloader_val)
+    trainer.on_validation_epoch_start()
+    trainer.validation_step(batch)
+    assert not any("validation" in line for line in trainer.said)
+    trainer.loss.register_forward_hook(lambda _, __, loss: loss * NAN)
+    for _ in range(10):
+        trainer.validation_step(batch)
+    told = [line for line in trainer.said if "validation batch" in line]
+    assert len(told) == 5
+    assert all("is NaN or infinite: the batch is finite" in line for line in told)
+    assert all(any(str(key) in line for key in batch["keys"]) for line in told)
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainer", "nnUNetTrainerMeUNet"])
+def test_a_stored_image_that_is_not_finite_ends_the_validation(
+    name: str, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = started(name)
+    batch = next(trainer.dataloader_val)
+    store_nan(trainer, str(batch["keys"][0]), monkeypatch)
+    trainer.on_validation_epoch_start()
+    with pytest.raises(UsageError, match=rf"in 2 of \d+ voxels of {batch['keys'][0]} in .*: repair the raw image"):
+        trainer.validation_step(spoiled(batch, NAN))
 
 
 def test_the_whole_training_survives_one_bad_batch(dataset: Callable[[str], int], tmp_path: Path) -> None:

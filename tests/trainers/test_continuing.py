@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ class Trainer:
     def __init__(self, folder: Path, fold: int = 0, channels: int = 3) -> None:
         self.output_folder = str(folder)
         self.network = nn.Conv2d(2, channels, 3)
-        plans = {"plans_name": "nnUNetPlans", "dataset_name": "Dataset004_x"}
-        self.my_init_kwargs = {"plans": plans, "configuration": "2d", "fold": fold}
+        plans: dict[str, Any] = {"plans_name": "nnUNetPlans", "dataset_name": "Dataset004_x"}
+        plans["configurations"] = {"2d": {"patch_size": [8, 8], "batch_size": 2}}
+        dataset = {"labels": {"background": 0, "a": 1, "b": 2}}
+        self.my_init_kwargs = {"plans": plans, "configuration": "2d", "fold": fold, "dataset_json": dataset}
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.1, momentum=0.9)
+        self.network(torch.zeros(1, 2, 3, 3)).sum().backward()
+        self.optimizer.step()
         self.said: list[str] = []
 
     def print_to_log_file(self, text: str) -> None:
@@ -32,8 +38,8 @@ class Trainer:
     def content(self) -> dict[str, Any]:
         return {
             "network_weights": self.network.state_dict(),
-            "optimizer_state": {},
-            "logging": {},
+            "optimizer_state": self.optimizer.state_dict(),
+            "logging": {"ema_fg_dice": [0.5] * 7},
             "init_args": self.my_init_kwargs,
             "current_epoch": 7,
             "_best_ema": None,
@@ -90,6 +96,32 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         Trainer(path.parent, channels=4).content(), path
     ),
     r"no numbers \(NaN or infinite, in bias\).*diverged before epoch 7": lose,
+    r"has 1 other weights \(1\)": lambda path: changed(
+        path, lambda content: content["network_weights"].update({1: torch.zeros(1)})
+    ),
+    r"has 1 other weights \(bias\)": lambda path: changed(
+        path, lambda content: content["network_weights"].update(bias=torch.zeros(3, dtype=torch.int8))
+    ),
+    r"\(label a 2, not 1; label b 1, not 2\)": lambda path: changed(
+        path, lambda content: content["init_args"]["dataset_json"]["labels"].update(a=2, b=1)
+    ),
+    "ema_fg_dice and a number for _best_ema, it has None and None": lambda path: changed(
+        path, lambda content: content["logging"].clear()
+    ),
+    "it has 3 and None": lambda path: changed(path, lambda content: content["logging"].update(ema_fg_dice=3)),
+    "and 'x': move": lambda path: changed(path, lambda content: content.update(_best_ema="x")),
+    "optimiser of Trainer with these plans": lambda path: changed(
+        path, lambda content: content["optimizer_state"].clear()
+    ),
+    "the optimiser of Trainer with": lambda path: changed(
+        path, lambda content: content["optimizer_state"]["param_groups"][0]["params"].pop()
+    ),
+    "not fit the optimiser": lambda path: changed(
+        path, lambda content: content["optimizer_state"]["state"][0].update(momentum_buffer=torch.zeros(3))
+    ),
+    r"memory that is no numbers \(NaN or infinite, in 1 of 2 tensors\)": lambda path: changed(
+        path, lambda content: content["optimizer_state"]["state"][0]["momentum_buffer"].view(-1)[0].fill_(float("nan"))
+    ),
 }
 
 
@@ -133,6 +165,7 @@ def test_a_best_checkpoint_newer_than_the_latest_is_continued(epoch: int, taken:
     best, trainer = path.with_name("checkpoint_best.pth"), Trainer(path.parent)
     assert latest_of(path, trainer) == path
     torch.save({**trainer.content(), "current_epoch": epoch}, best)
+    trainer.said.clear()
     assert latest_of(path, trainer) == path.with_name(f"checkpoint_{taken}.pth")
     assert trainer.said == [f"{best} is of epoch 8, {path.name} of 7: the training goes on from it."] * (epoch > 7)
     assert latest_of(path, Trainer(path.parent / "fold_1")) == path
@@ -144,7 +177,16 @@ def test_a_best_checkpoint_newer_than_the_latest_is_continued(epoch: int, taken:
 def test_without_two_whole_checkpoints_there_is_no_choice(name: str, path: Path) -> None:
     torch.save({**Trainer(path.parent).content(), "current_epoch": 8}, path.with_name("checkpoint_best.pth"))
     cut(path.with_name(name))
-    assert latest_of(path, Trainer(path.parent)) == path
+    trainer = Trainer(path.parent)
+    assert latest_of(path, trainer) == path
+    assert re.fullmatch(rf"The training goes on from {path.name}: .*{name} .*: it is not looked at\.", trainer.said[0])
+
+
+def test_settings_that_have_changed_are_told(path: Path) -> None:
+    trainer = Trainer(path.parent)
+    trainer.my_init_kwargs["plans"]["configurations"]["2d"]["patch_size"] = [8, 16]
+    check_continuable(path, trainer)
+    assert trainer.said == [f"Plans have changed since {path} was written: patch_size [8, 8], now [8, 16]."]
 
 
 @pytest.mark.parametrize("name", ["checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"])
@@ -162,7 +204,8 @@ def test_a_folder_or_lost_link_by_the_name_of_a_checkpoint_is_refused(name: str,
 def test_what_nnunet_can_continue_is_not_refused(tmp_path: Path) -> None:
     trainer, path = Trainer(tmp_path), tmp_path / "checkpoint_latest.pth"
     content = trainer.content()
-    content["current_epoch"] = np.int64(3)
+    content["current_epoch"] = np.int64(7)
+    content["logging"]["ema_fg_dice"][0] = np.float32(0.5)
     content["network_weights"]["_extra_state"] = {"of": "an older version"}
     plans = {**content["init_args"]["plans"], "dataset_name": "Dataset004_old"}
     content["init_args"] = {**content["init_args"], "plans": plans}
