@@ -68,15 +68,22 @@ def _cases(bench: Bench, training: Training) -> list[Case]:
         Case(name="empty", spoil=lambda path: path.write_bytes(b""), words="not a whole checkpoint"),
         Case(name="a bit flipped", spoil=partial(_flip, draw=draw), words="not a whole checkpoint"),
         Case(name="a folder in its place", spoil=_folder, words="must be a file"),
-        Case(name="weights that are NaN", spoil=_nan, words="diverged"),
-        Case(name="other plans", spoil=partial(_plans, plans_name="nnUNetOtherPlans"), words="plans_name"),
+        Case(name="weights that are NaN", spoil=partial(_changed, change=_nan), words="diverged"),
+        Case(name="other plans", spoil=partial(_changed, change=_other_plans), words="plans_name"),
         Case(name="a pickle of something else", spoil=_pickle, words="not a whole checkpoint"),
         Case(
             name="a list saved by PyTorch", spoil=lambda path: torch.save([1], path), words="it lacks network_weights"
         ),
+        Case(name="NaN in the optimiser's memory", spoil=partial(_changed, change=_nan_memory), words="no numbers"),
+        Case(name="another optimiser", spoil=partial(_changed, change=_other_optimizer), words="fit the optimiser"),
+        Case(name="labels of other numbers", spoil=partial(_changed, change=_other_labels), words="another training"),
     ]
     cases += [
-        Case(name=f"without {key}", spoil=partial(_without, key=key), words=f"it lacks {key}")
+        Case(
+            name=f"without {key}",
+            spoil=partial(_changed, change=lambda content, key=key: content.pop(key)),
+            words=f"it lacks {key}",
+        )
         for key in ("network_weights", "optimizer_state", "logging", "_best_ema", "current_epoch", "init_args")
     ]
     if not bench.is_short:
@@ -210,19 +217,29 @@ def _pickle(path: Path) -> None:
     path.write_bytes(pickle.dumps({"network_weights": {}}))
 
 
-def _nan(path: Path) -> None:
+def _changed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = read(path)
+    change(content)
+    torch.save(content, path)
+
+
+def _nan_memory(content: dict[str, Any]) -> None:
+    memory = next(iter(content["optimizer_state"]["state"].values()))
+    memory["momentum_buffer"].view(-1)[0] = float("nan")
+
+
+def _other_optimizer(content: dict[str, Any]) -> None:
+    content["optimizer_state"]["param_groups"][0]["params"].pop()
+
+
+def _other_labels(content: dict[str, Any]) -> None:
+    labels = content["init_args"]["dataset_json"]["labels"]
+    labels.update({name: number + 1 for name, number in labels.items() if number})
+
+
+def _nan(content: dict[str, Any]) -> None:
     next(iter(content["network_weights"].values())).view(-1)[0] = float("nan")
-    torch.save(content, path)
 
 
-def _plans(path: Path, **values: str) -> None:
-    content = read(path)
-    content["init_args"]["plans"].update(values)
-    torch.save(content, path)
-
-
-def _without(path: Path, key: str) -> None:
-    content = read(path)
-    del content[key]
-    torch.save(content, path)
+def _other_plans(content: dict[str, Any]) -> None:
+    content["init_args"]["plans"].update(plans_name="nnUNetOtherPlans")
