@@ -92,9 +92,12 @@ class ReversiblePlan(PlanArguments):
         check_stages("reversible network", self.n_stages)
         encoder, decoder = self.depths("reversible network", blocks_per_stage)
         features, kernels, steps = self.features(), self.kernels(), self.steps()
-        features = fit(features, steps) if fit else features
         upwards = [*decoder[::-1], 0]  # the coarsest stage has no decoder
-        check_weights(features, kernels, steps, [down + up for down, up in zip(encoder, upwards, strict=True)])
+        depths = [down + up for down, up in zip(encoder, upwards, strict=True)]
+        check_weights(features, kernels, steps, depths)
+        if fit:
+            features = fit(features, steps)
+            check_weights(features, kernels, steps, depths)
         for i, channels in enumerate(features):
             if channels % 2:
                 raise ValueError(
