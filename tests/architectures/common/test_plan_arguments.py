@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext.architectures.common.host_unet import host_unet
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments, parameters_of
@@ -75,6 +76,13 @@ def test_what_nnunet_gives_itself_is_no_argument_of_plans() -> None:
     assert {"strides", "deep_supervision", "blocks_per_stage"} < parameters_of(ReversibleUNet)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), [0, float("nan")]])
+@pytest.mark.parametrize("name", ["norm_op", "dropout_op", "nonlin"])
+def test_options_of_layers_are_finite_also_where_there_is_no_layer(name: str, number: Any) -> None:
+    with pytest.raises(ValueError, match=rf"numbers of {name}_kwargs must be finite, got .*(nan|inf).*: use what"):
+        checked(**{name: None, f"{name}_kwargs": {"a": 1, "b": number}})
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -89,6 +97,9 @@ def test_what_nnunet_gives_itself_is_no_argument_of_plans() -> None:
         ({"nonlin": nn.GELU}, "nonlin must run .*inplace"),
         ({"nonlin": nn.GLU, "nonlin_kwargs": {"dim": 1}}, "nonlin must (run|keep)"),
         ({"nonlin": nn.AvgPool2d, "nonlin_kwargs": {"kernel_size": 2}}, "nonlin must keep the shape"),
+        ({"nonlin_kwargs": {"negative_slope": 1e300}}, "nonlin must run .*overflow"),
+        ({"nonlin": nn.ELU, "nonlin_kwargs": {"alpha": -1e39}}, "nonlin must (run|keep)"),
+        ({"nonlin": nn.Softplus, "nonlin_kwargs": {"beta": 0}}, "nonlin must keep a feature map finite, got Softplus"),
         ({"dropout_op": nn.Dropout2d, "dropout_op_kwargs": {"p": "x"}}, "dropout_op must run"),
         ({"dropout_op": nn.Dropout2d, "dropout_op_kwargs": {"p": 1}}, "p of dropout_op .* below 1, got 1"),
     ],
@@ -96,6 +107,12 @@ def test_what_nnunet_gives_itself_is_no_argument_of_plans() -> None:
 def test_a_layer_that_cannot_run_between_the_convolutions_is_refused(changes: dict[str, Any], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         checked(**changes)
+
+
+@pytest.mark.parametrize("without_numbers", [FakeTensorMode(), torch.device("meta")])
+def test_a_layer_is_tried_also_where_tensors_hold_no_numbers(without_numbers: Any) -> None:
+    with without_numbers:
+        checked()
 
 
 def test_trying_a_layer_draws_no_random_number() -> None:
