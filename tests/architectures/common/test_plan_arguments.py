@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,17 @@ def test_what_nnunet_gives_itself_is_no_argument_of_plans() -> None:
 def test_options_of_layers_are_finite_also_where_there_is_no_layer(name: str, number: Any) -> None:
     with pytest.raises(ValueError, match=rf"numbers of {name}_kwargs must be finite, got .*(nan|inf).*: use what"):
         checked(**{name: None, f"{name}_kwargs": {"a": 1, "b": number}})
+
+
+@pytest.mark.parametrize(
+    ("features", "weights", "fits"), [([4, 8], 1, True), ([8, 8], 8, True), ([4, 8], 8, False), ([8, 8], 7, False)]
+)
+def test_a_weight_per_channel_needs_as_many_channels_everywhere(features: list[int], weights: int, fits: bool) -> None:
+    changes = {"features_per_stage": features, "nonlin": nn.PReLU, "nonlin_kwargs": {"num_parameters": weights}}
+    refused = pytest.raises(ValueError, match=f"got num_parameters {weights} for .* channels: use 1")
+    with nullcontext() if fits else refused:
+        network = host_unet(PlanArguments.of(PLAN | changes), 1, 2, False)
+        assert network(torch.randn(2, 1, 8, 8)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +176,12 @@ def test_an_option_of_another_type_or_range_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rule):
         network(2, 2, **PLAN, **options)
+
+
+@pytest.mark.parametrize("network", [InvertibleUNet, PartiallyInvertibleUNet, ReversibleUNet, ImplicitUNet])
+def test_a_weight_for_each_of_seven_channels_fits_no_network_of_others(network: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"got num_parameters 7 for .* channels: use 1"):
+        network(2, 2, **PLAN | {"nonlin": nn.PReLU, "nonlin_kwargs": {"num_parameters": 7}})
 
 
 @pytest.mark.parametrize("network", [InvertibleUNet, PartiallyInvertibleUNet])
