@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pydoc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from nnunet_ext.architectures.common.operations import check_conv
 from nnunet_ext.architectures.common.plan_arguments import parameters_of
 from nnunet_ext.architectures.common.plan_sizes import check_channels
 from nnunet_ext.architectures.common.plan_values import check_finite, check_values
@@ -142,6 +143,22 @@ def network_of(
         allow_init=True,
         deep_supervision=enable_deep_supervision,
     )
+
+
+def convolution_of(arguments: Mapping[str, Any]) -> type[nn.Module]:
+    """The class of the plans' convolution.
+
+    Args:
+        arguments: Keyword arguments of the plans' network.
+
+    Raises:
+        ValueError: it is none of two or three axes.
+    """
+    _check_named_classes(arguments, ["conv_op"])
+    found: Any = _located(arguments["conv_op"])
+    check_values({"conv_op": type[Any]}, {"conv_op": found})
+    check_conv(found)
+    return cast("type[nn.Module]", found)
 
 
 def check_residual_norm(name: str, arguments: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_ext.architectures.reversible_unet import ReversibleUNet
 from nnunet_ext.trainers.from_plans import build_from_plans, check_residual_norm
 from nnunet_ext.trainers.nnUNetTrainerActivationCheckpointing import nnUNetTrainerActivationCheckpointing
+from nnunet_ext.trainers.nnUNetTrainerHalfWidth import nnUNetTrainerHalfWidth
+from nnunet_ext.trainers.nnUNetTrainerHalfWidthBN import nnUNetTrainerHalfWidthBN
 from nnunet_ext.trainers.nnUNetTrainerImplicit import nnUNetTrainerImplicit
 from nnunet_ext.trainers.nnUNetTrainerReversible import nnUNetTrainerReversible
 from tests.settings import tiny
@@ -93,6 +95,7 @@ BUILDERS = [
         lambda plans, *channels, trainer=trainer: trainer.build_network_architecture(None, plans, *channels, True)
         for trainer in (
             nnUNetTrainerActivationCheckpointing,
+            nnUNetTrainerHalfWidthBN,
             nnUNetTrainerImplicit,
             nnUNetTrainerReversible,
         )
@@ -135,6 +138,35 @@ def test_no_trainer_builds_with_a_layer_of_infinite_options(build: Any, name: st
     plans = configuration(PlainConvUNet, n_conv_per_stage=[1, 1], **{name: {"eps": float("nan")}})
     with pytest.raises(ValueError, match=f"The numbers of {name} must be finite, got {{'eps': nan}}: use what"):
         build(plans, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("features", "rule"),
+    [
+        ([4, "8"], "must be a whole number .* or a list of numbers"),
+        ([4, None], "must be a whole number .* or a list of numbers"),
+        ("48", "must be a whole number .* or a list of numbers"),
+        ([], "needs plans with features_per_stage of at least 2"),
+        (1, "needs plans with features_per_stage of at least 2, got 1"),
+    ],
+)
+def test_features_that_have_no_half_are_refused(features: Any, rule: str) -> None:
+    plans = configuration(PlainConvUNet, n_conv_per_stage=[1, 1], features_per_stage=features)
+    with pytest.raises(ValueError, match=rule):
+        nnUNetTrainerHalfWidth.build_network_architecture(None, plans, 1, 2, True)
+
+
+def test_one_number_of_features_is_halved_for_all_stages() -> None:
+    plans = configuration(PlainConvUNet, n_conv_per_stage=[1, 1], features_per_stage=8)
+    network = nnUNetTrainerHalfWidth.build_network_architecture(None, plans, 1, 2, True)
+    assert network.encoder.output_channels == [4, 4]
+
+
+@pytest.mark.parametrize("path", [None, "", "torch.nn.Linear", "torch.nn.Conv1d", "os.system", "no.such.Conv", 3])
+def test_half_width_with_batch_norm_needs_a_convolution(path: Any) -> None:
+    plans = configuration(PlainConvUNet, n_conv_per_stage=[1, 1], conv_op=path)
+    with pytest.raises(ValueError, match=r"^conv_op must be .*, got .*:"):
+        nnUNetTrainerHalfWidthBN.build_network_architecture(None, plans, 1, 2, True)
 
 
 @pytest.mark.parametrize(
