@@ -106,6 +106,7 @@ class ImplicitUNet(nn.Module):
         n_used = max(1, sum(max(stride) <= max_stride for stride in cumulative))
         features, depths = plan.features()[:n_used], _depths(convs_per_stage, n_used)
         check_weights(features, kernels[:n_used], steps[:n_used], depths)
+        plan.check_nonlin(features)
         self.encoder = PlainConvEncoder(
             input_channels,
             n_used,

@@ -170,7 +170,7 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         if exact and resampling != "squeeze":
             raise ValueError('exact=True needs resampling="squeeze", got "orthogonal", which rounds.')
         plan = ReversiblePlan.of(plan_arguments)
-        self.stages = plan.stages(blocks_per_stage, _fit)
+        self.stages = plan.stages(blocks_per_stage, fitting_features)
         self.input_channels = input_channels
         self.image_channels = reconstructed_channels(image_channels, input_channels)
         self.reversible, self.exact = reversible, exact
@@ -182,13 +182,9 @@ class InvertibleUNet(VAENetwork, CountedFeatureMaps):
         self.decoder = Decoder(num_classes, plan, self.stages, coupling, mixing, deep_supervision)
         self.vae = VAEBranch(self.image_channels, plan, self.stages) if vae else None
         self.norm_statistics = NormStatistics.of(self)
-
-
-def _fit(features: list[int], strides: list[list[int]]) -> list[int]:
-    fitting = fitting_features(features, strides)
-    if fitting != features:
-        _log_rounding(tuple(features), tuple(fitting))
-    return fitting
+        asked, fitting = plan.features(), [stage.channels for stage in self.stages]
+        if fitting != asked:
+            _log_rounding(tuple(asked), tuple(fitting))
 
 
 @cache

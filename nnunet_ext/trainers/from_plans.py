@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import pydoc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from nnunet_ext.architectures.common.operations import check_conv
 from nnunet_ext.architectures.common.plan_arguments import parameters_of
+from nnunet_ext.architectures.common.plan_sizes import check_channels
+from nnunet_ext.architectures.common.plan_values import check_finite, check_values
+
+_OPTIONS = ("norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs")
+_ARCHITECTURE: dict[str, Any] = {
+    "network_class_name": str,
+    "arch_kwargs": Mapping[str, Any],
+    "_kw_requires_import": Sequence[str],
+}
 
 
 def builds(network_class: type[nn.Module] | None, **options: Any) -> staticmethod[..., nn.Module]:
@@ -62,10 +72,9 @@ def build_from_plans(
         options: Arguments that are stronger than those of the plans.
 
     Raises:
-        ValueError: the plans belong to a network whose arguments `network_class` does not have, or name a class that
-            is none.
+        ValueError: the plans belong to a network whose arguments `network_class` does not have; see `network_of`.
     """
-    planned = configuration_manager.network_arch_init_kwargs
+    planned = planned_arguments(configuration_manager)
     arguments: dict[str, Any] = {**{k: v for k, v in planned.items() if k not in without}, **options}
     name = configuration_manager.network_arch_class_name
     if network_class is not None and (unknown := sorted(set(arguments) - parameters_of(network_class))):
@@ -75,18 +84,81 @@ def build_from_plans(
             "network's own planner (-p)."
         )
     named = configuration_manager.network_arch_init_kwargs_req_import
-    imported = [key for key in dict.fromkeys(named) if key not in without]
-    _check_named_classes(arguments, imported)
-    check_residual_norm(network_class.__name__ if network_class else name, arguments)
-    return get_network_from_plans(
+    return network_of(
         f"{network_class.__module__}.{network_class.__name__}" if network_class else name,
         arguments,
-        imported,
+        [key for key in named if key not in without],
+        num_input_channels,
+        num_output_channels,
+        enable_deep_supervision,
+    )
+
+
+def planned_arguments(configuration_manager: ConfigurationManager) -> Mapping[str, Any]:
+    """The keyword arguments that plans hold for their network.
+
+    Raises:
+        ValueError: the plans hold no network as nnU-Net writes it.
+    """
+    architecture = configuration_manager.configuration["architecture"]
+    check_values({"architecture": Mapping[str, Any]}, {"architecture": architecture})
+    check_values(_ARCHITECTURE, {name: architecture.get(name) for name in _ARCHITECTURE})
+    arguments: Mapping[str, Any] = configuration_manager.network_arch_init_kwargs
+    return arguments
+
+
+def network_of(
+    name: str,
+    arguments: Mapping[str, Any],
+    imported: Sequence[str],
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool,
+) -> nn.Module:
+    """Build a network by nnU-Net's own builder, once what it would fail at without a sentence is refused.
+
+    Args:
+        name: Dotted path of the network.
+        arguments: Its keyword arguments, classes by their dotted paths.
+        imported: Which of them are classes.
+        num_input_channels, num_output_channels: Of images and logits.
+        enable_deep_supervision: Whether it gives logits of all resolutions.
+
+    Raises:
+        ValueError: the arguments name a class that is none, hold a number that is not finite or a norm that residual
+            blocks can't have; channels or classes that can't be.
+    """
+    check_channels(input_channels=num_input_channels, num_classes=num_output_channels)
+    _check_named_classes(arguments, imported)
+    for options in _OPTIONS:
+        check_values({options: Mapping[str, Any] | None}, arguments)
+        check_finite(options, arguments.get(options) or {})
+    check_residual_norm(name, arguments)
+    return get_network_from_plans(
+        name,
+        arguments,
+        list(dict.fromkeys(imported)),
         num_input_channels,
         num_output_channels,
         allow_init=True,
         deep_supervision=enable_deep_supervision,
     )
+
+
+def convolution_of(arguments: Mapping[str, Any]) -> type[nn.Module]:
+    """The class of the plans' convolution.
+
+    Args:
+        arguments: Keyword arguments of the plans' network.
+
+    Raises:
+        ValueError: it is none of two or three axes.
+    """
+    _check_named_classes(arguments, ["conv_op"])
+    found: Any = _located(arguments["conv_op"])
+    check_values({"conv_op": type[Any]}, {"conv_op": found})
+    check_conv(found)
+    return cast("type[nn.Module]", found)
 
 
 def check_residual_norm(name: str, arguments: Mapping[str, Any]) -> None:
@@ -101,7 +173,7 @@ def check_residual_norm(name: str, arguments: Mapping[str, Any]) -> None:
     """
     norm = _located(arguments.get("norm_op"))
     is_torchs = isinstance(norm, type) and issubclass(norm, _NormBase)
-    if name.rpartition(".")[2] != "ResidualEncoderUNet" or not (norm is None or is_torchs):
+    if not name.endswith("ResidualEncoderUNet") or not (norm is None or is_torchs):
         return
     options = arguments.get("norm_op_kwargs") or {}
     if norm is None or not options.get("affine", issubclass(norm, _BatchNorm)):

@@ -13,7 +13,7 @@ from torch import nn
 from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
 from nnunet_ext.trainers.dense_check import check_against_dense
-from nnunet_ext.trainers.from_plans import build_from_plans
+from nnunet_ext.trainers.from_plans import build_from_plans, planned_arguments
 from nnunet_ext.trainers.several_gpus import is_first
 from nnunet_ext.trainers.unwrapped import unwrapped
 
@@ -76,7 +76,7 @@ class ImplicitTrainerMixin(HostTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Build the network from the plans, for training and prediction."""
-        planned = configuration_manager.network_arch_init_kwargs
+        planned = planned_arguments(configuration_manager)
         options = {name: getattr(cls, name) for name in NETWORK_OPTIONS if name not in planned}
         return build_from_plans(
             cls.network_class,

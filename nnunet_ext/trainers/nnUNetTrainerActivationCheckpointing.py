@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
@@ -10,7 +9,7 @@ from nnunet_ext.architectures.checkpointed.levels import Recompute
 from nnunet_ext.architectures.checkpointed.unet import CheckpointedPlainConvUNet, CheckpointedResidualEncoderUNet
 from nnunet_ext.trainers.compiled_ddp import CompiledCheckpointsMixin
 from nnunet_ext.trainers.core import CoreTrainer
-from nnunet_ext.trainers.from_plans import check_residual_norm
+from nnunet_ext.trainers.from_plans import network_of, planned_arguments
 
 _NETWORKS = {"PlainConvUNet": CheckpointedPlainConvUNet, "ResidualEncoderUNet": CheckpointedResidualEncoderUNet}
 
@@ -41,26 +40,22 @@ class nnUNetTrainerActivationCheckpointing(CompiledCheckpointsMixin, CoreTrainer
         """Build the network of the plans, for training and prediction.
 
         Raises:
-            ValueError: the plans are for another network, or residual blocks have no norm with weights.
+            ValueError: the plans are for another network; see `nnunet_ext.trainers.from_plans.network_of`.
         """
+        planned = planned_arguments(configuration_manager)
         name = configuration_manager.network_arch_class_name
         network = _NETWORKS.get(name.rpartition(".")[2])
         if network is None:
             raise ValueError(
                 f"Activation checkpointing recomputes the stages of {' and '.join(_NETWORKS)}, but these plans are for "
-                f"{name}: use plans of nnU-Net's default or ResEnc planners (-p), or the trainer of that network (-tr)."
+                f"{name:.80}: use plans of nnU-Net's default or ResEnc planners (-p), or the trainer of that network "
+                "(-tr)."
             )
-        check_residual_norm(name, configuration_manager.network_arch_init_kwargs)
-        return get_network_from_plans(
+        return network_of(
             f"{network.__module__}.{network.__name__}",
-            {
-                **configuration_manager.network_arch_init_kwargs,
-                "recompute": cls.recompute,
-                "samples_apart": cls.samples_apart,
-            },
+            {**planned, "recompute": cls.recompute, "samples_apart": cls.samples_apart},
             configuration_manager.network_arch_init_kwargs_req_import,
             num_input_channels,
             num_output_channels,
-            allow_init=True,
-            deep_supervision=enable_deep_supervision,
+            enable_deep_supervision,
         )

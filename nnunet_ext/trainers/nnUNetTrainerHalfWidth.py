@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from nnunet_ext.architectures.common.plan_arguments import PerStage
+from nnunet_ext.architectures.common.plan_values import check_values
 from nnunet_ext.trainers.core import CoreTrainer
-from nnunet_ext.trainers.from_plans import builds
+from nnunet_ext.trainers.from_plans import builds, planned_arguments
 
 
-def half_features(configuration_manager: ConfigurationManager) -> list[int]:
+def half_features(configuration_manager: ConfigurationManager) -> list[int] | int:
     """Half of the plans' `features_per_stage`, rounded down.
 
     Raises:
-        ValueError: the plans hold no features_per_stage, or fewer than two in a stage.
+        ValueError: the plans hold no features_per_stage, those are no numbers, or fewer than two in a stage.
     """
-    features = configuration_manager.network_arch_init_kwargs.get("features_per_stage")
-    if features is None or min(features) < 2:
+    features = planned_arguments(configuration_manager).get("features_per_stage")
+    check_values({"features_per_stage": PerStage | None}, {"features_per_stage": features})
+    each: list[int] = [] if features is None else [features] if isinstance(features, int) else list(features)
+    if min(each, default=0) < 2:
         raise ValueError(
             f"Half width needs plans with features_per_stage of at least 2, got {features} for "
             f"{configuration_manager.network_arch_class_name}: use plans of nnU-Net's default or ResEnc planners (-p)."
         )
-    return [n // 2 for n in features]
+    halves = [n // 2 for n in each]
+    return halves[0] if isinstance(features, int) else halves
 
 
 class nnUNetTrainerHalfWidth(CoreTrainer):

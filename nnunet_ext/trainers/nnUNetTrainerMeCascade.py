@@ -9,7 +9,7 @@ from nnunet_ext.architectures.checkpointed.levels import Recompute
 from nnunet_ext.architectures.me_unet import DualMeUNet
 from nnunet_ext.architectures.post_concat_unet import PostConcatUNet
 from nnunet_ext.trainers.core import CoreTrainer
-from nnunet_ext.trainers.from_plans import build_from_plans
+from nnunet_ext.trainers.from_plans import build_from_plans, planned_arguments
 from nnunet_ext.trainers.me_cascade import MeCascadeTrainerMixin
 from nnunet_ext.trainers.vae import image_channels
 
@@ -40,7 +40,7 @@ class nnUNetTrainerMeCascade(MeCascadeTrainerMixin, CoreTrainer):
         if configuration_manager.previous_stage_name is None:
             return build_from_plans(DualMeUNet, *arguments, recompute=cls.recompute)
         prior = num_input_channels - image_channels(configuration_manager)
-        planned = configuration_manager.network_arch_init_kwargs.get("prior_channels", prior)
+        planned = planned_arguments(configuration_manager).get("prior_channels", prior)
         if planned != prior:
             raise ValueError(
                 f"The plans' prior_channels are one for each foreground label, got {planned}, but dataset.json has "

@@ -154,6 +154,22 @@ def test_features_are_rounded_to_the_nearest_that_fit(
         assert here % 2 == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"strides": [[1] * 3, [10**6] * 3, [2] * 3]}, r"at most 1e\+10 weights, got features \[9, 17, 23\]"),
+        ({"strides": [[1] * 3, [100] * 3, [2] * 3]}, r"at most 1e\+10 weights"),
+        ({"vae": True, "image_channels": 5}, "image_channels are the first"),
+    ],
+)
+def test_nothing_is_logged_of_a_network_that_is_refused(
+    changes: dict[str, Any], refused: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "nnunet_ext"), pytest.raises(ValueError, match=refused):
+        InvertibleUNet(1, 2, **arguments([9, 17, 23], 3, **changes))
+    assert not caplog.text
+
+
 def test_rounding_is_logged_and_the_network_runs(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "nnunet_ext"):
         network = InvertibleUNet(1, 2, **arguments([7, 13, 21]))

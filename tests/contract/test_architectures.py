@@ -103,6 +103,24 @@ def test_any_number_of_channels_and_classes(name: str, channels: int, classes: i
     assert network(image("3d", channels)).shape[1] == classes
 
 
+@pytest.mark.parametrize("number", [0, -1, 10**9, None, True, "2", 2.0, np.array([2])])
+@pytest.mark.parametrize("argument", ["input_channels", "num_classes"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_number_that_counts_no_channels_is_refused_before_any_weight(
+    name: str, argument: str, number: object, by_name: bool
+) -> None:
+    network_class = registry.resolve("architectures", name)
+    numbers = {"input_channels": CHANNELS, "num_classes": CLASSES, argument: number}
+    named, positional = (numbers, ()) if by_name else ({}, numbers.values())
+    with pytest.raises(ValueError, match=rf"^{argument} must be a whole number of 1 to 65536, got .*: correct"):
+        network_class(*positional, **named, **arguments("2d"))
+
+
+def test_numbers_of_numpy_count_channels(name: str) -> None:
+    network = build(name, "3d", channels=np.int64(2), classes=np.int8(3)).eval()
+    assert network(image("3d")).shape[1] == 3
+
+
 def test_state_dict_loads_strictly_also_after_eval(name: str, case: str) -> None:
     network, twin = build(name, case, deep_supervision=True), build(name, case)
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Any, Literal
@@ -19,6 +19,7 @@ IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 _MOST_VOXELS = 2048  # of a patch, so that a case takes a fraction of a second
 _MOST_STRIDE = 256  # of all axes of the coarsest stage together
 _JUNK: list[Any] = [None, True, False, -1, 0, 1.5, 2.0, "3", "", "x", [], {}, [None], [[]], {"a": 1}, 10**7, 10**30]
+_JUNK += [float("nan"), float("inf"), 1e300]
 _PATHS: list[Any] = [
     "torch.nn.NoSuch",
     "no.such.Module",
@@ -86,7 +87,7 @@ def network_plans(
     if kind == "broken":
         for _ in range(draw(st.sampled_from([1, 1, 2]))):
             draw(_broken(arguments, imported))
-    return Drawn(
+    drawn = Drawn(
         kind=kind,
         arguments=json.loads(json.dumps(arguments)),
         imported=imported,
@@ -97,6 +98,10 @@ def network_plans(
         classes=draw(st.integers(2 if is_planned else 1, 6)),
         deep_supervision=draw(st.booleans()),
     )
+    if kind == "broken" and draw(st.integers(0, 7)) == 0:
+        name = draw(st.sampled_from(["channels", "classes", "arguments", "imported"]))
+        return replace(drawn, **{name: draw(st.sampled_from(_JUNK))})
+    return drawn
 
 
 @st.composite

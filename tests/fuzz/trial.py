@@ -48,10 +48,10 @@ def built(network_class: type[nn.Module], drawn: Drawn, deep_supervision: bool) 
 def refusal_of(network_class: type[nn.Module], drawn: Drawn) -> str | None:
     """Run the whole life of a network; return the sentence by which it refuses, or None where all was right."""
     torch.manual_seed(0)
-    image = torch.randn(drawn.batch, drawn.channels, *drawn.patch)
     with quiet():
         try:
             network = built(network_class, drawn, drawn.deep_supervision).train()
+            image = torch.randn(drawn.batch, drawn.channels, *drawn.patch)
             outputs = tree_leaves(network(image))
         except _REFUSALS as error:
             check_sentence(error)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from nnunet_ext.architectures.common.plan_values import check_finite
 from nnunet_ext.printable import typed_line
 
 _CHANNELS = 3  # of the map; a norm is built from them, what else is built from nothing
@@ -43,6 +44,7 @@ def check_operation(name: str, operation: type[Any] | None, options: Mapping[str
     Raises:
         ValueError: what it is, and what it objects to.
     """
+    check_finite(f"{name}_kwargs", options)
     if operation is None or not operation.__module__.startswith("torch."):
         return
     of_axes = re.search(r"(\d)d$", operation.__name__)
@@ -65,12 +67,15 @@ def check_operation(name: str, operation: type[Any] | None, options: Mapping[str
         ) from error
     if not isinstance(found, Tensor) or tuple(found.shape) != (1, channels, *[2] * dim):
         raise ValueError(f"{name} must keep the shape of a feature map, got {said}, which does not: {cure}.")
+    has_numbers = type(found) is Tensor and not found.is_meta  # memory is counted on tensors without
+    if has_numbers and not found.isfinite().all():
+        raise ValueError(f"{name} must keep a feature map finite, got {said}, which does not: {cure}.")
     _check_numbers(name, layer)
 
 
 def _tried(layer: nn.Module, channels: int, dim: int) -> Any:
     with torch.no_grad():  # in evaluation, so that no random number is drawn
-        return layer(torch.zeros(1, channels, *[2] * dim))
+        return layer(torch.linspace(-1, 1, channels * 2**dim).reshape(1, channels, *[2] * dim))
 
 
 def _check_numbers(name: str, layer: nn.Module) -> None:

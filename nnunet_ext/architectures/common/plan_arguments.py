@@ -164,6 +164,22 @@ class PlanArguments:
         check_depths(*found)
         return found
 
+    def check_nonlin(self, widths: Sequence[int]) -> None:
+        """Refuse a nonlinearity with a weight for each of another number of channels.
+
+        Args:
+            widths: Channels of the feature maps that it runs on.
+
+        Raises:
+            ValueError: names both numbers.
+        """
+        weights = self.nonlin_kwargs.get("num_parameters", 1) if self.nonlin is nn.PReLU else 1
+        if weights != 1 and set(widths) != {weights}:
+            raise ValueError(
+                f"PReLU needs one weight, or one for each channel of its feature maps, got num_parameters {weights} "
+                f"for {', '.join(map(str, dict.fromkeys(widths)))} channels: use 1 in nonlin_kwargs."
+            )
+
     def check(self, kind: str) -> None:
         """Say in a sentence what nnU-Net's networks would say by a traceback, or only in training.
 
@@ -178,6 +194,7 @@ class PlanArguments:
         encoder, decoder = self.depths(kind)
         depths = [down + up for down, up in zip(encoder, [*decoder[::-1], 0], strict=True)]
         check_weights(self.features(), self.kernels(), self.steps(), depths)
+        self.check_nonlin(self.features())
 
 
 def parameters_of(network: type[nn.Module]) -> set[str]:

@@ -16,6 +16,7 @@ from nnunet_ext.architectures.common.onednn import is_exporting
 _MOST_STAGES = 100
 _MOST_BLOCKS = 1000  # of a stage
 _MOST_WEIGHTS = 10**10  # 40 GB, more than any GPU trains
+_MOST_CHANNELS = 2**16  # as many labels as nnU-Net stores in 16 bits
 
 
 def per_stage_list(name: str, values: Any, n: int) -> list[Any]:
@@ -54,6 +55,24 @@ def check_whole(name: str, values: Sequence[Any]) -> list[int]:
     if not all(isinstance(v, Integral) and int(v) >= 1 for v in values):
         raise ValueError(f"{name} must be whole numbers of at least 1, got {list(values)}.")
     return [int(v) for v in values]
+
+
+def check_channels(**numbers: Any) -> None:
+    """Refuse an image without channels, logits without classes, and more of them than nnU-Net can store.
+
+    Args:
+        numbers: Channels by the name of their argument.
+
+    Raises:
+        ValueError: names the argument and its value.
+    """
+    for name, value in numbers.items():
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (is_whole and 1 <= int(value) <= _MOST_CHANNELS):
+            raise ValueError(
+                f"{name} must be a whole number of 1 to {_MOST_CHANNELS}, got {value!r:.80}: correct the channels or "
+                "labels of dataset.json."
+            )
 
 
 def check_first_stride(strides: Sequence[Sequence[int]]) -> None:

@@ -11,25 +11,32 @@ from typing import Any, Literal, ParamSpec, Union, get_args, get_origin, get_typ
 
 import numpy as np
 
+from nnunet_ext.architectures.common.plan_sizes import check_channels
+
 P = ParamSpec("P")
 _WORDS = {bool: "true or false", int: "a whole number below 2^31", float: "a number", NoneType: "null", str: "a text"}
+_CHANNELS = ("input_channels", "num_classes")
 _SHOWN = 80  # characters of a value in a message
 _INFINITY = float("inf")
 _LARGEST = 2**31  # whole numbers from here on are none that PyTorch takes everywhere
 
 
 def options_checked(init: Callable[P, None]) -> Callable[P, None]:
-    """Let a network's constructor refuse keyword arguments of another type than it states.
+    """Let a network's constructor refuse arguments of another type than it states, and impossible channels.
 
     Args:
-        init: Constructor with annotations of bool, int, float, `Literal`, sequences, mappings, classes and unions.
+        init: Constructor that takes input_channels and num_classes, with annotations of bool, int, float, `Literal`,
+            sequences, mappings, classes and unions.
 
     Raises:
         ValueError: names argument, type and value.
     """
+    names = list(signature(init).parameters)
 
     @wraps(init)
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        check_channels(**{name: value for name, value in given.items() if name in _CHANNELS})
         check_values(_hints_of(init), kwargs)
         init(*args, **kwargs)
 
@@ -48,6 +55,18 @@ def check_values(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
                 f"{name} must be {_said(hints[name])}, got {value!r:.{_SHOWN}}: correct the plans, or plan the data "
                 "set again."
             )
+
+
+def check_finite(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of a layer that hold NaN or infinity, which Python's JSON may.
+
+    Raises:
+        ValueError: names the options.
+    """
+    if not _is_finite_throughout(options):
+        raise ValueError(
+            f"The numbers of {name} must be finite, got {dict(options)!r:.{_SHOWN}}: use what nnU-Net plans."
+        )
 
 
 @cache
@@ -94,6 +113,14 @@ def _is_finite(number: Any) -> bool:
     return bool(-_INFINITY < number < _INFINITY)
 
 
+def _is_finite_throughout(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_finite_throughout(entry) for entry in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_finite_throughout(entry) for entry in value)
+    return not isinstance(value, Real) or _is_finite(value)
+
+
 def _said(hint: Any) -> str:
     """A type in words."""
     origin, inner = get_origin(hint), get_args(hint)
@@ -106,5 +133,7 @@ def _said(hint: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "names with values"
     if isinstance(origin, type) and issubclass(origin, Sequence):
+        if inner[0] is str:
+            return "a list of names"
         return "a list of numbers" if inner[0] in (int, float) else "a list of numbers or of lists of them"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))

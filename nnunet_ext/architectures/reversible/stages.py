@@ -32,6 +32,7 @@ class ReversiblePlan(PlanArguments):
 
     def shift(self, channels: int, kernel_size: Sequence[int], preactivation: bool) -> nn.Module:
         """One f or g of a coupling: (B, C, *spatial) -> (B, C, *spatial)."""
+        self.check_nonlin([channels])
         # In place saves nothing where all is recomputed, and costs two copies in the backward pass of what is a view,
         # as the output of instance norm is. Without a norm it would change the stream itself.
         nonlin_kwargs = {k: False if k == "inplace" else v for k, v in self.nonlin_kwargs.items()}
@@ -65,6 +66,7 @@ class ReversiblePlan(PlanArguments):
         self, in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]
     ) -> list[nn.Module]:
         """Convolution, norm and nonlinearity: (B, C_in, *spatial) -> (B, C_out, *spatial / stride)."""
+        self.check_nonlin([out_channels])
         layers = [self.conv(in_channels, out_channels, kernel_size, stride)]
         if self.norm_op is not None:
             layers.append(self.norm_op(out_channels, **self.norm_op_kwargs))
@@ -92,9 +94,12 @@ class ReversiblePlan(PlanArguments):
         check_stages("reversible network", self.n_stages)
         encoder, decoder = self.depths("reversible network", blocks_per_stage)
         features, kernels, steps = self.features(), self.kernels(), self.steps()
-        features = fit(features, steps) if fit else features
         upwards = [*decoder[::-1], 0]  # the coarsest stage has no decoder
-        check_weights(features, kernels, steps, [down + up for down, up in zip(encoder, upwards, strict=True)])
+        depths = [down + up for down, up in zip(encoder, upwards, strict=True)]
+        check_weights(features, kernels, steps, depths)
+        if fit:
+            features = fit(features, steps)
+            check_weights(features, kernels, steps, depths)
         for i, channels in enumerate(features):
             if channels % 2:
                 raise ValueError(

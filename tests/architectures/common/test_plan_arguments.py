@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ext.architectures.common.host_unet import host_unet
 from nnunet_ext.architectures.common.plan_arguments import PlanArguments, parameters_of
@@ -75,6 +77,24 @@ def test_what_nnunet_gives_itself_is_no_argument_of_plans() -> None:
     assert {"strides", "deep_supervision", "blocks_per_stage"} < parameters_of(ReversibleUNet)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), [0, float("nan")]])
+@pytest.mark.parametrize("name", ["norm_op", "dropout_op", "nonlin"])
+def test_options_of_layers_are_finite_also_where_there_is_no_layer(name: str, number: Any) -> None:
+    with pytest.raises(ValueError, match=rf"numbers of {name}_kwargs must be finite, got .*(nan|inf).*: use what"):
+        checked(**{name: None, f"{name}_kwargs": {"a": 1, "b": number}})
+
+
+@pytest.mark.parametrize(
+    ("features", "weights", "fits"), [([4, 8], 1, True), ([8, 8], 8, True), ([4, 8], 8, False), ([8, 8], 7, False)]
+)
+def test_a_weight_per_channel_needs_as_many_channels_everywhere(features: list[int], weights: int, fits: bool) -> None:
+    changes = {"features_per_stage": features, "nonlin": nn.PReLU, "nonlin_kwargs": {"num_parameters": weights}}
+    refused = pytest.raises(ValueError, match=f"got num_parameters {weights} for .* channels: use 1")
+    with nullcontext() if fits else refused:
+        network = host_unet(PlanArguments.of(PLAN | changes), 1, 2, False)
+        assert network(torch.randn(2, 1, 8, 8)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -89,6 +109,9 @@ def test_what_nnunet_gives_itself_is_no_argument_of_plans() -> None:
         ({"nonlin": nn.GELU}, "nonlin must run .*inplace"),
         ({"nonlin": nn.GLU, "nonlin_kwargs": {"dim": 1}}, "nonlin must (run|keep)"),
         ({"nonlin": nn.AvgPool2d, "nonlin_kwargs": {"kernel_size": 2}}, "nonlin must keep the shape"),
+        ({"nonlin_kwargs": {"negative_slope": 1e300}}, "nonlin must run .*overflow"),
+        ({"nonlin": nn.ELU, "nonlin_kwargs": {"alpha": -1e39}}, "nonlin must (run|keep)"),
+        ({"nonlin": nn.Softplus, "nonlin_kwargs": {"beta": 0}}, "nonlin must keep a feature map finite, got Softplus"),
         ({"dropout_op": nn.Dropout2d, "dropout_op_kwargs": {"p": "x"}}, "dropout_op must run"),
         ({"dropout_op": nn.Dropout2d, "dropout_op_kwargs": {"p": 1}}, "p of dropout_op .* below 1, got 1"),
     ],
@@ -96,6 +119,12 @@ def test_what_nnunet_gives_itself_is_no_argument_of_plans() -> None:
 def test_a_layer_that_cannot_run_between_the_convolutions_is_refused(changes: dict[str, Any], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         checked(**changes)
+
+
+@pytest.mark.parametrize("without_numbers", [FakeTensorMode(), torch.device("meta")])
+def test_a_layer_is_tried_also_where_tensors_hold_no_numbers(without_numbers: Any) -> None:
+    with without_numbers:
+        checked()
 
 
 def test_trying_a_layer_draws_no_random_number() -> None:
@@ -147,6 +176,12 @@ def test_an_option_of_another_type_or_range_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rule):
         network(2, 2, **PLAN, **options)
+
+
+@pytest.mark.parametrize("network", [InvertibleUNet, PartiallyInvertibleUNet, ReversibleUNet, ImplicitUNet])
+def test_a_weight_for_each_of_seven_channels_fits_no_network_of_others(network: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"got num_parameters 7 for .* channels: use 1"):
+        network(2, 2, **PLAN | {"nonlin": nn.PReLU, "nonlin_kwargs": {"num_parameters": 7}})
 
 
 @pytest.mark.parametrize("network", [InvertibleUNet, PartiallyInvertibleUNet])
