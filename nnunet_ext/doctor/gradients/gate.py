@@ -44,6 +44,7 @@ class Gate:
 
     def __init__(self, source: Source, device: str) -> None:
         self._source, self._device, self._mixed = source, device, mixed(device)
+        self._precise: Gradients | None = None  # plain, ordinary, in float32: what autocast is measured by
 
     def eager(self, cases: Sequence[Case]) -> Iterator[Measured]:
         """As it is: all cases in float64, there also by differences of the loss; then float32, autocast."""
@@ -105,11 +106,11 @@ class Gate:
         if precision is DOUBLE:
             return in_double(names, found, wanted)
         if precision is SINGLE:
+            self._precise = wanted
             return in_single(names, found, wanted)
-        return in_mixed(names, found, wanted, self._precise(case))
-
-    def _precise(self, case: Case) -> Gradients:
-        return self._step(SINGLE, case).gradients(case, kept=True)
+        if self._precise is None:
+            self._precise = self._step(SINGLE, ORDINARY).gradients(ORDINARY, kept=True)
+        return in_mixed(names, found, wanted, self._precise)
 
     def _step(
         self, precision: Precision, case: Case, backend: str | None = None, only: frozenset[str] | None = None
