@@ -15,7 +15,12 @@ class Case:
         name: Of rows and messages.
         deep_supervision: Whether the network gives logits of all levels.
         shared: Whether one layer stands in two places of the network.
+        samples: Of the batch.
         equal_samples: Whether the batch holds one sample twice.
+        grouped: Whether what goes through the batch in groups has one sample in each. Not with dropout, whose random
+            numbers the reference, which has no groups, would draw in another order.
+        dropout: Whether it follows each activation.
+        evaluated: Whether `eval()` comes between forward and backward pass; dropout makes the difference.
         backward_passes: Of different batches, whose gradients add up.
         frozen: Whether every other parameter, and the input, want no gradient.
         strided: Whether input and gradients of the outputs are not contiguous.
@@ -26,7 +31,11 @@ class Case:
     name: str
     deep_supervision: bool = True
     shared: bool = False
+    samples: int = 2
     equal_samples: bool = False
+    grouped: bool = False
+    dropout: bool = False
+    evaluated: bool = False
     backward_passes: int = 1
     frozen: bool = False
     strided: bool = False
@@ -46,10 +55,14 @@ CASES = (
     Case(name="frozen parameters and input", frozen=True),
     Case(name="without deep supervision", deep_supervision=False),
     Case(name="shared weights", shared=True),
+    Case(name="three samples", samples=3),
+    Case(name="three groups of samples", samples=3, grouped=True),
+    Case(name="dropout", dropout=True),
+    Case(name="evaluation mode before the backward pass", dropout=True, evaluated=True),
 )
 
 
-# The same in three steps, for where there is less than a minute.
+# The same in four steps, for where there is less than a minute.
 COMBINED = (
     ORDINARY,
     Case(
@@ -61,10 +74,15 @@ COMBINED = (
         first_only=True,
     ),
     Case(
-        name="frozen parameters and input, without deep supervision, saved on the CPU",
+        name="frozen parameters and input, without deep supervision, saved on the CPU, three groups of samples",
         deep_supervision=False,
+        samples=3,
+        grouped=True,
         frozen=True,
         offloaded=True,
+    ),
+    Case(
+        name="three samples, dropout, evaluation mode before the backward pass", samples=3, dropout=True, evaluated=True
     ),
 )
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from nnunet_ext.doctor.gradients import slopes
 from nnunet_ext.doctor.gradients.cases import DOUBLE, ORDINARY, SINGLE, Case, Precision, mixed
+from nnunet_ext.doctor.gradients.changes import NotThereError
 from nnunet_ext.doctor.gradients.compare import Difference, in_double, in_mixed, in_single
-from nnunet_ext.doctor.gradients.step import Gradients, NoTwinError, Source, Step
+from nnunet_ext.doctor.gradients.step import Gradients, Source, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class Gate:
 
     def __init__(self, source: Source, device: str) -> None:
         self._source, self._device, self._mixed = source, device, mixed(device)
+        self._precise: Gradients | None = None  # plain, ordinary, in float32: what autocast is measured by
 
     def eager(self, cases: Sequence[Case]) -> Iterator[Measured]:
         """As it is: all cases in float64, there also by differences of the loss; then float32, autocast."""
@@ -59,13 +61,15 @@ class Gate:
 
         Args:
             backend: Of `torch.compile`.
-            cases: Compared in float64; under autocast the ordinary one is.
+            cases: Compared in float64; under autocast the ordinary one is. Those with dropout are left out: a compiler
+                may draw other random numbers than plain autograd.
             only: Kinds of parts that are compiled, see `Step`.
             with_autocast: Whether it is compiled under autocast too.
         """
-        alike: dict[tuple[bool, bool], list[Case]] = {}
+        alike: dict[tuple[bool, ...], list[Case]] = {}
         for case in cases:
-            alike.setdefault((case.deep_supervision, case.shared), []).append(case)
+            if not case.dropout:
+                alike.setdefault((case.deep_supervision, case.shared, case.grouped), []).append(case)
         for group in alike.values():
             yield from self._compared(DOUBLE, group, backend, only)
         if with_autocast:
@@ -88,7 +92,7 @@ class Gate:
         try:
             step = self._step(precision, cases[0], backend, only)
             plain = step if backend is None else self._step(precision, cases[0])
-        except NoTwinError:
+        except NotThereError:
             return
         names = [*step.names, "input"]
         for case in cases:
@@ -102,11 +106,11 @@ class Gate:
         if precision is DOUBLE:
             return in_double(names, found, wanted)
         if precision is SINGLE:
+            self._precise = wanted
             return in_single(names, found, wanted)
-        return in_mixed(names, found, wanted, self._precise(case))
-
-    def _precise(self, case: Case) -> Gradients:
-        return self._step(SINGLE, case).gradients(case, kept=True)
+        if self._precise is None:
+            self._precise = self._step(SINGLE, ORDINARY).gradients(ORDINARY, kept=True)
+        return in_mixed(names, found, wanted, self._precise)
 
     def _step(
         self, precision: Precision, case: Case, backend: str | None = None, only: frozenset[str] | None = None
@@ -117,6 +121,8 @@ class Gate:
             self._device,
             deep_supervision=case.deep_supervision,
             shared=case.shared,
+            grouped=case.grouped,
+            dropout=case.dropout,
             backend=backend,
             only=only,
         )

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from nnunet_ext.architectures.common.kept import everything_kept
+from nnunet_ext.architectures.expanded.partial_pass import evaluating
 from nnunet_ext.doctor.gradients.cases import ORDINARY, Case, Precision
+from nnunet_ext.doctor.gradients.changes import drop, share
 from nnunet_ext.doctor.gradients.describe import kind
+from nnunet_ext.doctor.gradients.groups import groups_of_one
 from nnunet_ext.memory.network import training_outputs
 from nnunet_ext.memory.step import passes_of
 from nnunet_ext.protocols import CompilesParts
@@ -47,12 +49,12 @@ class Step:
         source: What it is made of.
         precision: How it computes.
         device: "cpu" or "cuda".
-        deep_supervision, shared: See `Case`.
+        deep_supervision, shared, grouped, dropout: See `Case`.
         backend: Of `torch.compile`; None: nothing is compiled.
         only: Kinds of parts that are compiled, each once; None: the step as its trainer compiles it.
 
     Raises:
-        NoTwinError: weights shall be shared, and no two layers are alike.
+        NotThereError: weights shall be shared, and no two layers are alike; dropout shall follow what is not there.
     """
 
     def __init__(
@@ -63,14 +65,20 @@ class Step:
         *,
         deep_supervision: bool = True,
         shared: bool = False,
+        grouped: bool = False,
+        dropout: bool = False,
         backend: str | None = None,
         only: frozenset[str] | None = None,
     ) -> None:
         self._shape, self._precision, self._device = source.shape, precision, device
         torch.manual_seed(0)
-        network = source.build(deep_supervision).train()
+        self._grouping = groups_of_one if grouped else nullcontext
+        with self._grouping():
+            network = source.build(deep_supervision).train()
         if shared:
             share(network)
+        if dropout:
+            drop(network)
         self.form = source.form(network)
         with torch.no_grad():
             for parameter in self.form.parameters():
@@ -108,7 +116,8 @@ class Step:
             x = self.input(case, number)
             for loss in self.losses(x, case, kept):
                 scale = _SCALE if self._precision.autocast == torch.float16 else 1.0
-                (loss * scale).backward()
+                with evaluating(self.form) if case.evaluated else nullcontext():
+                    (loss * scale).backward()
             if x.grad is not None:
                 total = x.grad if total is None else total + x.grad
         scale = _SCALE if self._precision.autocast == torch.float16 else 1.0
@@ -118,7 +127,7 @@ class Step:
     def input(self, case: Case, number: int = 0) -> Tensor:
         """The batch of a backward pass, a leaf."""
         generator = torch.Generator().manual_seed(number + 1)
-        shape = self._shape
+        shape = (case.samples, *self._shape[1:])
         x = torch.randn(*(shape[:2] + shape[:1:-1] if case.strided else shape), generator=generator)
         if case.equal_samples:
             x = x[:1].repeat(len(x), *[1] * (x.dim() - 1))
@@ -130,8 +139,9 @@ class Step:
     def losses(self, x: Tensor, case: Case, kept: bool = False) -> Iterator[Tensor]:
         """Yield the loss of each pass before its backward pass."""
         for part, data in passes_of(self.form, x):
-            torch.manual_seed(0)  # of points and of noise
-            with self._autocast(), _hooks(case), everything_kept() if kept else nullcontext():
+            torch.manual_seed(0)  # of points, of noise and of dropout
+            keeping = everything_kept() if kept else nullcontext()
+            with self._autocast(), _hooks(case), self._grouping(), keeping:
                 outputs = training_outputs(part, data)
             yield loss_of(outputs, case)
             del outputs
@@ -166,32 +176,3 @@ def trained(part: nn.Module) -> nn.Module:
     """What a part of a step trains: its student, where a teacher stands beside it."""
     found: nn.Module = getattr(part, "trained_network", part)
     return found
-
-
-class NoTwinError(ValueError):
-    """No two layers of a network are alike."""
-
-
-def share(network: nn.Module) -> None:
-    """Let one layer stand in two places: the first two that are alike.
-
-    Raises:
-        NoTwinError: there are none.
-    """
-    seen: dict[str, nn.Module] = {}
-    for module in network.modules():
-        if not isinstance(module, (_ConvNd, nn.Linear)):
-            continue
-        first = seen.setdefault(repr(module), module)
-        if first is not module:
-            _replace(network, module, first)
-            return
-    raise NoTwinError("No two layers of this network are alike.")
-
-
-def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module wherever it stands; nnU-Net's blocks hold their layers under two names."""
-    for parent in network.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nnunet_ext import architectures
+from nnunet_ext.architectures.reversible.frugal import FrugalLeakyReLU
 from nnunet_ext.doctor.gradients.cases import CASES, DOUBLE, ORDINARY, Case
+from nnunet_ext.doctor.gradients.changes import NotThereError, drop, share
 from nnunet_ext.doctor.gradients.describe import description
+from nnunet_ext.doctor.gradients.groups import CONSTANT, HOLDERS, groups_of_one
 from nnunet_ext.doctor.gradients.planted import WrongBackward
 from nnunet_ext.doctor.gradients.slopes import TOLERANCE, slope_error
-from nnunet_ext.doctor.gradients.step import NoTwinError, Source, Step, loss_of, share
+from nnunet_ext.doctor.gradients.step import Source, Step, loss_of
 from nnunet_ext.doctor.gradients.subjects import recomputes
 
 
@@ -68,6 +73,7 @@ def test_cases_are_what_they_are_called() -> None:
     assert not step.input(case["strided input and gradients"]).is_contiguous()
     assert step.input(case["strided input and gradients"]).shape == step.input(ORDINARY).shape
     assert not step.input(case["frozen parameters and input"]).requires_grad
+    assert step.input(case["three groups of samples"]).shape == (3, *step.input(ORDINARY).shape[1:])
     assert len({tuple(step.input(ORDINARY, number).flatten().tolist()) for number in range(2)}) == 2
 
 
@@ -80,8 +86,43 @@ def test_shared_layer_stands_in_both_places_under_all_its_names() -> None:
 
 
 def test_network_without_two_layers_alike_is_refused() -> None:
-    with pytest.raises(NoTwinError, match="alike"):
+    with pytest.raises(NotThereError, match="alike"):
         share(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)))
+
+
+def test_dropout_follows_each_activation_under_all_its_names() -> None:
+    network = nn.Module()
+    network.act = nn.LeakyReLU(inplace=True)
+    network.layers = nn.Sequential(nn.Conv2d(1, 1, 1), network.act, FrugalLeakyReLU())
+    drop(network)
+    assert network.act is network.layers[1]
+    assert [type(part) for part in network.act] == [nn.LeakyReLU, nn.Dropout]
+    assert [type(part) for part in network.layers[2]] == [FrugalLeakyReLU, nn.Dropout]
+    assert type(network.layers[0]) is nn.Conv2d
+
+
+def test_network_without_activation_is_refused() -> None:
+    with pytest.raises(NotThereError, match="activation"):
+        drop(nn.Conv2d(1, 2, 1))
+
+
+def test_all_that_goes_through_a_batch_in_groups_has_one_sample_in_each_for_a_while() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in Path(architectures.__file__).parent.rglob("*.py")}
+    assert {path for path, text in sources.items() if CONSTANT in text} == {Path(str(x.__file__)) for x in HOLDERS}
+    before = [vars(holder)[CONSTANT] for holder in HOLDERS]
+    with groups_of_one():
+        assert {vars(holder)[CONSTANT] for holder in HOLDERS} == {1}
+    assert [vars(holder)[CONSTANT] for holder in HOLDERS] == before
+
+
+def test_network_is_in_evaluation_mode_in_the_backward_pass_and_as_before_after_it() -> None:
+    step = step_of()
+    step.form.second.eval()
+    seen: list[bool] = []
+    step.form.first.weight.register_hook(lambda _: seen.append(step.form.training))
+    step.gradients(Case(name="x", evaluated=True))
+    assert seen == [False]
+    assert (step.form.first.training, step.form.second.training) == (True, False)
 
 
 @pytest.mark.parametrize(("way", "found"), [("plain", False), ("checkpoint", True), ("own", True)])
