@@ -176,7 +176,8 @@ def _tell_changes(path: Path, content: Mapping[str, Any], trainer: HostTrainer) 
 def _check_progress(path: Path, content: Mapping[str, Any], cure: str) -> None:
     """See that the moving averages of the epochs are numbers."""
     logged, best = content["logging"].get("ema_fg_dice"), content["_best_ema"]
-    if not isinstance(logged, list) or not all(isinstance(value, Real) for value in (*logged, best or 0.0)):
+    noted = [] if best is None else [best]
+    if not isinstance(logged, list) or not all(isinstance(value, Real) for value in (*logged, *noted)):
         raise UsageError(
             f"{path} must hold a list of numbers for ema_fg_dice and a number for _best_ema, it has "
             f"{reprlib.repr(logged)} and {reprlib.repr(best)}: {cure}."
@@ -208,11 +209,16 @@ def _shape(weight: Any) -> tuple[Any, ...] | None:
 
 
 def _check_optimizer(path: Path, content: Mapping[str, Any], trainer: HostTrainer, cure: str) -> None:
-    """See that the optimiser's memory is of these weights, and numbers: otherwise its first step spoils them."""
+    """See that the optimiser's memory is of these weights, and numbers: otherwise its first step spoils them.
+
+    Raises:
+        UsageError: it is not.
+    """
     state, own = content["optimizer_state"], [group["params"] for group in trainer.optimizer.param_groups]
+    wanted, sizes = [*map(len, own)], None
     try:
         theirs = [group["params"] for group in state["param_groups"]]
-        fits = [*map(len, theirs)] == [*map(len, own)]
+        sizes = [*map(len, theirs)]
         memory = [
             (parameter, value)
             for indices, parameters in zip(theirs, own, strict=False)
@@ -221,9 +227,13 @@ def _check_optimizer(path: Path, content: Mapping[str, Any], trainer: HostTraine
             if isinstance(value, Tensor)
         ]
     except (AttributeError, KeyError, TypeError):
-        fits, memory = False, []
-    if not fits or any(value.dim() and value.shape != parameter.shape for parameter, value in memory):
-        raise UsageError(f"{path} does not fit the optimiser of {type(trainer).__name__} with these plans: {cure}.")
+        sizes, memory = None, []
+    odd = sum(value.dim() > 0 and value.shape != parameter.shape for parameter, value in memory)
+    if sizes != wanted or odd:
+        raise UsageError(
+            f"{path} does not fit the optimiser of {type(trainer).__name__} with these plans: it must hold the memory "
+            f"of {wanted} weights in its groups, it has that of {sizes or 'none'}, {odd} of other shapes: {cure}."
+        )
     lost = sum(not torch.isfinite(value).all() for _, value in memory)
     if lost:
         raise UsageError(

@@ -109,14 +109,15 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         path, lambda content: content["logging"].clear()
     ),
     "it has 3 and None": lambda path: changed(path, lambda content: content["logging"].update(ema_fg_dice=3)),
+    "and '': move": lambda path: changed(path, lambda content: content.update(_best_ema="")),
     "and 'x': move": lambda path: changed(path, lambda content: content.update(_best_ema="x")),
-    "optimiser of Trainer with these plans": lambda path: changed(
-        path, lambda content: content["optimizer_state"].clear()
+    r"optimiser of Trainer with these plans: .* of \[2\] weights in its groups, it has that of none": lambda path: (
+        changed(path, lambda content: content["optimizer_state"].clear())
     ),
-    "the optimiser of Trainer with": lambda path: changed(
+    r"it has that of \[1\], 0 of other shapes": lambda path: changed(
         path, lambda content: content["optimizer_state"]["param_groups"][0]["params"].pop()
     ),
-    "not fit the optimiser": lambda path: changed(
+    r"it has that of \[2\], 1 of other shapes": lambda path: changed(
         path, lambda content: content["optimizer_state"]["state"][0].update(momentum_buffer=torch.zeros(3))
     ),
     r"memory that is no numbers \(NaN or infinite, in 1 of 2 tensors\)": lambda path: changed(
