@@ -48,7 +48,7 @@ def implicit(**options: Any) -> ImplicitUNet:
 
 
 @pytest.mark.parametrize(("width", "millions", "share"), [(512, 12.9, 0.41), (256, 11.1, 0.35)])
-def test_parameters_are_those_of_the_paper(width: int, millions: float, share: float) -> None:
+def test_parameters_are_a_fraction_of_the_default_network(width: int, millions: float, share: float) -> None:
     ours = count_parameters(lambda: implicit(decoder_width=width))
     assert ours / 1e6 == pytest.approx(millions, abs=0.05)
     assert round(ours / count_parameters(default), 2) == share
