@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks.learning import PRECISIONS, Training, run_all
 from benchmarks.trade_off import MIB, Point, svg
 from nnunet_ext.console import arguments
 from nnunet_ext.escaping import markdown_table
+from nnunet_ext.files import write_bytes, write_text
 from nnunet_ext.memory.count import training_memory
 from nnunet_ext.nnunet.patch_plans import narrow
 from nnunet_ext.nnunet.setting import Setting
@@ -61,6 +63,18 @@ class Row:
     plans: str = LARGE_PLANS
     configuration: str = HOST
 
+    @property
+    def trainer(self) -> str:
+        """Without a schedule."""
+        return f"nnUNetTrainer{self.method}"
+
+    @property
+    def key(self) -> str:
+        """What papers.md calls it: the trainer, and what else tells it apart."""
+        told = [] if self.configuration == HOST else [self.configuration]
+        named = {PRE_PLANS: ["pre"], PLANS: ["P"] if self.configuration == HOST else []}
+        return ", ".join([self.trainer, *told, *named.get(self.plans, [])])
+
 
 # Stages 2 stand after their stages 1.
 ROWS = (
@@ -72,16 +86,16 @@ ROWS = (
     Row(name="invertible", method="InvertibleNoVAE"),
     Row(name="partially invertible", method="PartiallyInvertibleNoVAE"),
     Row(name="implicit", method="ImplicitLite"),
-    Row(name="FasterFusion, fast", method="FasterFusionFast"),
+    Row(name="FasterFusion at the coarsest level", method="FasterFusionFast"),
     Row(name="meU-net, two passes", method="MeUNet"),
     Row(name="meU-net, one pass", method="MeUNetOnePass"),
     Row(name="meU-net, checkpointed", method="MeCheckpointing"),
     Row(name="meU-net, reversible", method="MeReversible"),
-    Row(name="cascade, stage 1, two passes", method="MeCascade", plans=PLANS, configuration=FIRST),
-    Row(name="cascade, stage 2 after it", method="MeCascade", plans=PLANS, configuration=SECOND),
-    Row(name="cascade, stage 1, one pass", method="MeCascadeOnePass", plans=PLANS, configuration=FIRST),
-    Row(name="cascade, stage 2 after it", method="MeCascadeOnePass", plans=PLANS, configuration=SECOND),
-    Row(name="the same, pre-concatenation", method="MeCascadeOnePass", plans=PRE_PLANS, configuration=SECOND),
+    Row(name="cascade, two passes, stage 1", method="MeCascade", plans=PLANS, configuration=FIRST),
+    Row(name="cascade, two passes, stage 2", method="MeCascade", plans=PLANS, configuration=SECOND),
+    Row(name="cascade, one pass, stage 1", method="MeCascadeOnePass", plans=PLANS, configuration=FIRST),
+    Row(name="cascade, one pass, stage 2", method="MeCascadeOnePass", plans=PLANS, configuration=SECOND),
+    Row(name="the same, pre-concatenated", method="MeCascadeOnePass", plans=PRE_PLANS, configuration=SECOND),
 )
 
 
@@ -127,15 +141,13 @@ def phantom(seed: int, radius: float) -> tuple[np.ndarray, np.ndarray]:
     return image, labels
 
 
-def write_dataset(raw: Path, radius: float) -> float:
-    """Write the data set in nnU-Net's format; return class 2's share of the voxels."""
+def write_dataset(raw: Path, radius: float) -> None:
+    """Write the data set in nnU-Net's format; its description last."""
     folder = raw / NAME
-    shares = []
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for i in range(N_CASES):
         image, labels = phantom(i, radius)
-        shares.append(float((labels == 2).mean()))
         sitk.WriteImage(sitk.GetImageFromArray(image), str(folder / "imagesTr" / f"case{i}_0000.nii.gz"))
         sitk.WriteImage(sitk.GetImageFromArray(labels), str(folder / "labelsTr" / f"case{i}.nii.gz"))
     description = {
@@ -145,7 +157,12 @@ def write_dataset(raw: Path, radius: float) -> float:
         "file_ending": ".nii.gz",
     }
     (folder / "dataset.json").write_text(json.dumps(description))
-    return float(np.mean(shares))
+
+
+def share_of_thin(raw: Path) -> float:
+    """Share of the voxels of class 2."""
+    labels = [sitk.GetArrayFromImage(sitk.ReadImage(path)) for path in (raw / NAME / "labelsTr").iterdir()]
+    return float(np.mean([label == 2 for label in labels]))
 
 
 def write_plans(folder: Path) -> None:
@@ -182,37 +199,45 @@ def prepare(work: Path, radius: float) -> float:
     for kind in ("raw", "preprocessed", "results"):
         (work / kind).mkdir(parents=True, exist_ok=True)
         os.environ[f"nnUNet_{kind}"] = str(work / kind)
-    share = write_dataset(work / "raw", radius)
+    if not (work / "raw" / NAME / "dataset.json").is_file():
+        write_dataset(work / "raw", radius)
     prepared, log = work / "preprocessed" / NAME, work / "log.txt"
     if not (prepared / "splits_final.json").is_file():
         command(log, "nnUNetv2_extract_fingerprint", "-d", NUMBER, "-np", "1")
         command(log, "nnUNetv2_plan_experiment", "-d", NUMBER, "-pl", "MeCascadePlanner")
         command(log, "nnUNetv2_preprocess", "-d", NUMBER, "-plans_name", PLANS, "-c", HOST, "-np", "1")
         write_plans(prepared)
-    return share
+    return share_of_thin(work / "raw")
 
 
 def trainings(row: Row, options: argparse.Namespace) -> list[Training]:
     """Of all folds."""
-    trainer = f"nnUNetTrainer{row.method}_{options.schedule}"
+    trainer = f"{row.trainer}_{options.schedule}"
     common = {"dataset": NAME, "device": options.device, "precision": options.precision}
     parts = {"trainer": trainer, "plans": row.plans, "configuration": row.configuration}
     return [Training(**common, **parts, fold=str(fold)) for fold in range(N_FOLDS)]
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train what is not yet trained: what needs nothing, then the second stages, whose folds need all of the first."""
+def train(options: argparse.Namespace) -> bool:
+    """Train what is not yet trained: what needs nothing, then the second stages, whose folds need all of the first.
+
+    Returns:
+        Whether nothing failed.
+    """
+    failed = []
     for stage in ((HOST, FIRST), (SECOND,)):
         todo = [one for row in ROWS if row.configuration in stage for one in trainings(row, options)]
         for one in todo:
             first = one.folder.parent.with_name(f"{one.trainer}__{PRE_PLANS}__{FIRST}")
-            if one.plans == PRE_PLANS and not first.exists():
-                first.symlink_to(first.with_name(f"{one.trainer}__{PLANS}__{FIRST}"))
-        run_all(todo, options.jobs)
+            if one.plans == PRE_PLANS and not os.path.lexists(first):
+                first.parent.mkdir(parents=True, exist_ok=True)
+                first.symlink_to(f"{one.trainer}__{PLANS}__{FIRST}")
+        failed += run_all(todo, options.jobs)
+    return not failed
 
 
 def result(row: Row, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Dice of the cases and counted memory; None where a fold is missing."""
+    """Dice of the cases of all folds, and counted memory; None where a fold is not trained."""
     folds = trainings(row, options)
     if not all(one.is_done for one in folds):
         return None
@@ -220,28 +245,31 @@ def result(row: Row, options: argparse.Namespace) -> dict[str, Any] | None:
     cases = [case["metrics"] for summary in summaries for case in summary["metric_per_case"]]
     model = folds[0].folder.parent
     plans, dataset = (json.loads((model / f"{name}.json").read_text()) for name in ("plans", "dataset"))
-    memory = training_memory(
-        Setting(plans=plans, dataset=dataset, configuration=row.configuration), f"nnUNetTrainer{row.method}"
-    )
+    setting = Setting(plans=plans, dataset=dataset, configuration=row.configuration)
     return {
+        "key": row.key,
         "name": row.name,
-        "trainer": f"nnUNetTrainer{row.method}",
+        "trainer": row.trainer,
         "plans": row.plans,
         "configuration": row.configuration,
-        "peak": memory.peak,
+        "peak": training_memory(setting, row.trainer).peak,
         "thick": mean(case["1"]["Dice"] for case in cases),
         "thin": [case["2"]["Dice"] for case in cases],
     }
 
 
-def table(results: Sequence[dict[str, Any]], setting: dict[str, Any]) -> str:
-    """The page."""
-    rows = []
+def rows_table(results: Sequence[dict[str, Any]]) -> str:
+    """A line for each row, numbered as in the figure."""
+    lines = []
     for number, found in enumerate(results, 1):
         thin = found["thin"]
-        names = [number, found["name"], f"`{found['trainer']}`", f"{found['peak'] / MIB:.1f}"]
-        rows.append([*names, f"{found['thick']:.3f}", f"{mean(thin):.3f}", f"{min(thin):.3f}, {max(thin):.3f}"])
-    header = ["", "", "trainer", "peak [MB]", "thick tube", "thin tube", "worst, best case"]
+        dice = [f"{found['thick']:.3f}", f"{mean(thin):.3f}", f"{min(thin):.3f}, {max(thin):.3f}"]
+        lines.append([number, found["name"], f"`{found['trainer']}`", f"{found['peak'] / MIB:.1f}", *dice])
+    return markdown_table(["", "", "trainer", "peak [MB]", "thick tube", "thin tube", "worst, best case"], lines)
+
+
+def page(results: Sequence[dict[str, Any]], setting: dict[str, Any]) -> str:
+    """Setting, figure and table."""
     lines = [
         f"# Does context pay: a structure of {setting['share']:.2%} of the voxels, which only context tells apart",
         "",
@@ -255,7 +283,7 @@ def table(results: Sequence[dict[str, Any]], setting: dict[str, Any]) -> str:
         "![Dice of the thin tube against memory](context.svg)",
         "",
     ]
-    return "\n".join([*lines, markdown_table(header, rows), ""])
+    return "\n".join([*lines, rows_table(results), ""])
 
 
 def main() -> None:
@@ -267,6 +295,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (1)")
+    parser.add_argument("--no-training", action="store_true", help="show what is trained")
     options = parser.parse_args()
     asked = "".join(
         f" --{name} {getattr(options, name)}"
@@ -280,13 +309,14 @@ def main() -> None:
         "precision": options.precision,
         "command": "python benchmarks/context.py --work WORK --output FOLDER" + asked,
     }
-    train(options)
+    is_whole = options.no_training or train(options)
     results = [found for row in ROWS if (found := result(row, options)) is not None]
     points = [Point(name=r["name"], dice=mean(r["thin"]), peak=r["peak"]) for r in results]
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "context.svg").write_bytes(svg(points, "Mean Dice of the thin tube"))
-    (options.output / "context.json").write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n")
-    (options.output / "context.md").write_text(table(results, setting))
+    write_bytes(options.output / "context.svg", svg(points, "Mean Dice of the thin tube"))
+    write_text(options.output / "context.json", json.dumps({"setting": setting, "results": results}, indent=2) + "\n")
+    write_text(options.output / "context.md", page(results, setting))
+    sys.exit(0 if is_whole else 1)
 
 
 if __name__ == "__main__":

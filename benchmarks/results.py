@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from methods_table import MISSING, README, REPOSITORY, inserted
-
-from benchmarks.trade_off import MIB, Point, svg
-from nnunet_ext import aims, registry
+from benchmarks.context import ROWS, rows_table
+from benchmarks.methods_table import MISSING, REPOSITORY, inserted
+from benchmarks.trade_off import Point, svg
+from nnunet_ext import aims
+from nnunet_ext.comparison.run_folders import suffix
 from nnunet_ext.escaping import markdown_table
 from nnunet_ext.files import write_bytes, write_text
 from nnunet_ext.memory.tracker import GIB
 
-BENCHMARKS = REPOSITORY / "docs" / "benchmarks"
+README, BENCHMARKS = REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks"
 RESULTS, PAPERS, FIGURE = BENCHMARKS / "results.md", BENCHMARKS / "papers.md", BENCHMARKS / "accuracy.svg"
 HOST_PLANS = "nnUNetPlans"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -91,7 +92,7 @@ def learned(report: dict[str, Any]) -> list[Learned]:
     }
     return [
         Learned(
-            trainer=_base(run["trainer"]),
+            trainer=run["trainer"].removesuffix(suffix(run["trainer"])),
             plans=re.sub(r"_batch\d+$", "", run["plans"]),
             dice=dice[run["label"], whole],
             structures={name: dice[run["label"], name] for name in evaluation["structures"]},
@@ -102,30 +103,24 @@ def learned(report: dict[str, Any]) -> list[Learned]:
     ]
 
 
-def _base(trainer: str) -> str:
-    schedule = registry.parse_schedule(trainer)
-    return schedule.base if schedule else trainer
-
-
 def learning_table(found: Sequence[Learned]) -> str:
     """All trainings, the most accurate first."""
     first = found[0]
-    header = ["", "", *first.structures, "mean", "points to default", "peak [GB]", "weights [M]", "GMAC", "s per epoch"]
+    header = ["", "", *first.structures, "mean", "points to default", "peak [GB]", "weights [M]", "GMAC"]
     rows = []
     for number, one in sorted(enumerate(found, 1), key=lambda pair: -pair[1].dice):
         cost = one.cost
         shown = [f"{cost['peak'] / GIB:.2f}", f"{cost['parameters'] / 1e6:.2f}", f"{cost['macs'] / 1e9:.1f}"]
         dice = [f"{value:.3f}" for value in (*one.structures.values(), one.dice)]
-        rows.append([number, one.name, *dice, one.difference or MISSING, *shown, f"{cost['seconds_per_epoch']:.0f}"])
+        rows.append([number, one.name, *dice, one.difference or MISSING, *shown])
     return markdown_table(header, rows)
 
 
 def readme_table(
-    found: Sequence[Learned], counted: dict[str, Any], context: dict[str, Any], steps: Sequence[dict[str, Any]]
+    found: Sequence[Learned], counted: dict[str, Any], tubes: dict[str, float], steps: Sequence[dict[str, Any]]
 ) -> str:
     """Default nnU-Net and at most nine others: accuracy and cost."""
     by_trainer = {one.trainer: one for one in found if one.plans == HOST_PLANS}
-    tubes = {context_key(row): row["thin"] for row in context["results"]}
     ratios = {method["trainer"]: method["ratios"] for method in counted["methods"] if not method.get("budget")}
     compiled = {row["trainer"]: row["step_ms"] for row in steps if row["compiled"]}
     rows = []
@@ -134,7 +129,7 @@ def readme_table(
         one, ratio = by_trainer.get(trainer), ratios[trainer]
         aim = ", ".join(aims.BY_TRAINER[trainer].recommended) if trainer in aims.BY_TRAINER else ""
         dice = MISSING if one is None else f"{one.dice:.3f}" + (f" {one.difference}" if one.difference else "")
-        tube = f"{mean(tubes[trainer]):.2f}" if trainer in tubes else MISSING
+        tube = f"{tubes[trainer]:.2f}" if trainer in tubes else MISSING
         costs = [f"{ratio[key]:.2f}{TIMES}" for key in ("peak_bytes", "parameters_deployed", "macs")]
         step = f"{compiled[trainer] / compiled[aims.DEFAULT]:.1f}{TIMES}" if trainer in compiled else MISSING
         rows.append([f"`{method or 'nnUNetTrainer'}`", f"**{aim}**" if aim else "", dice, tube, *costs, step])
@@ -142,44 +137,38 @@ def readme_table(
     return markdown_table(header, rows)
 
 
-def context_table(context: dict[str, Any]) -> str:
-    """Dice of the thin tube of every method."""
-    rows = []
-    for number, row in enumerate(context["results"], 1):
-        thin = row["thin"]
-        dice = [f"{row['thick']:.3f}", f"{mean(thin):.3f}", f"{min(thin):.3f}, {max(thin):.3f}"]
-        rows.append([number, row["name"], f"{row['peak'] / MIB:.1f}", *dice])
-    return markdown_table(["", "", "peak [MB]", "thick tube", "thin tube", "worst, best case"], rows)
+def filled(page: str, kind: str, figures: dict[str, str], known: Collection[str]) -> str:
+    """A page with the figure of each name behind its comment, `<!-- kind:NAME -->FIGURE<!-- / -->`.
 
+    Args:
+        page, kind: Text and kind.
+        figures: Name -> figure; others of those known are not yet trained.
+        known: Names that there can be.
 
-def filled(page: str, kind: str, figures: dict[str, str]) -> str:
-    """A page with the figure of each name behind its comment, `<!-- kind:NAME -->FIGURE<!-- / -->`."""
+    Raises:
+        ValueError: the page has another name.
+    """
 
     def figure(match: re.Match[str]) -> str:
+        if match[2] not in known:
+            raise ValueError(f"{kind} knows no {match[2]}")
         return f"{match[1]}{figures.get(match[2], 'not yet trained')}<!-- / -->"
 
     return re.sub(rf"(<!-- {kind}:([^>]*?) -->).*?<!-- / -->", figure, page)
-
-
-def context_key(row: dict[str, Any]) -> str:
-    """Trainer, and what else tells the row apart: the small patch, the stage, pre-concatenation."""
-    host = row["configuration"] == "3d_fullres"
-    told = ["P"] if row["name"] == "default at P" else [] if host else [row["configuration"]]
-    return ", ".join([row["trainer"], *told, *(["pre"] if row["plans"].endswith("Pre") else [])])
 
 
 def pages() -> Iterator[tuple[Path, str]]:
     """The pages as they have to be."""
     found = learned(read(latest("learning", "report.json")))
     context, counted = read(latest("context", "context.json")), read(latest("methods", "benchmark.json"))
-    steps = compiled_steps()
-    readme = inserted(README.read_text("utf-8"), "results", readme_table(found, counted, context, steps))
-    yield README, readme
+    tubes = {row["key"]: mean(row["thin"]) for row in context["results"]}
+    table = readme_table(found, counted, tubes, compiled_steps())
+    yield README, inserted(README.read_text("utf-8"), "results", table)
     page = inserted(RESULTS.read_text("utf-8"), "learning", learning_table(found))
-    yield RESULTS, inserted(page, "context", context_table(context))
-    dice = {one.name if one.plans != HOST_PLANS else one.trainer: f"{one.dice:.3f}" for one in found}
-    tubes = {context_key(row): f"{mean(row['thin']):.3f}" for row in context["results"]}
-    yield PAPERS, filled(filled(PAPERS.read_text("utf-8"), "learning", dice), "context", tubes)
+    yield RESULTS, inserted(page, "context", rows_table(context["results"]))
+    dice = {one.trainer: f"{one.dice:.3f}" for one in found if one.plans == HOST_PLANS}
+    papers = filled(PAPERS.read_text("utf-8"), "learning", dice, aims.BY_TRAINER)
+    yield PAPERS, filled(papers, "context", {k: f"{x:.3f}" for k, x in tubes.items()}, [row.key for row in ROWS])
 
 
 def compiled_steps() -> list[dict[str, Any]]:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import learning
 from benchmarks.learning import Training, registered, run_all
 from nnunet_ext import registry
+from nnunet_ext.protocols import only_predicts
+from nnunet_ext.trainers.distillation import DistillationMixin
+from nnunet_ext.trainers.nnUNetTrainerMeCascade import nnUNetTrainerMeCascade
+from tests.benchmarks.stand_ins import leaves, sleeps
 
 DATASET = "Dataset801_Fake"
-
-
-def leaves(training: Training, log: Path) -> None:
-    """In the place of nnU-Net: note the call and the threads, validate; "Fails" stops before, as a kill does."""
-    with log.open("a") as file:
-        file.write(f"{os.environ['OMP_NUM_THREADS']} {training.has_begun}\n")
-    training.folder.mkdir(parents=True, exist_ok=True)
-    (training.folder / "checkpoint_best.pth").touch()
-    if "Fails" in training.trainer and not (log.parent / "mended").exists():
-        os._exit(3)
-    (training.folder / "validation").mkdir()
-    (training.folder / "validation" / "summary.json").touch()
 
 
 @pytest.fixture
@@ -37,16 +32,16 @@ def trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Training]
 
 
 def calls(folder: Path) -> dict[str, list[str]]:
-    return {path.name.split("__")[0][13:]: path.read_text().splitlines() for path in (folder / "logs").glob("*.txt")}
+    return {path.name.split("__")[1][13:]: path.read_text().splitlines() for path in (folder / "logs").glob("*.txt")}
 
 
 def test_the_same_call_trains_what_is_missing_and_nothing_else(
     trainings: list[Training], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_all(trainings[:1], 1, work=leaves)
-    run_all(trainings, 2, work=leaves)
+    assert run_all(trainings[:1], 1, work=leaves) == []
+    assert run_all(trainings, 2, work=leaves) == [trainings[1]]
     assert calls(tmp_path) == {"A": ["1 False"], "Fails": ["1 False"], "B": ["1 False"]}
-    assert "nnUNetTrainerFails 0: failed (3)" in capsys.readouterr().out
+    assert "nnUNetTrainerFails__nnUNetPlans__3d_fullres__0: failed (3)" in capsys.readouterr().out
     (tmp_path / "logs" / "mended").touch()
     run_all(trainings, 2, work=leaves)
     assert calls(tmp_path) == {"A": ["1 False"], "Fails": ["1 False", "1 True"], "B": ["1 False"]}
@@ -59,10 +54,36 @@ def test_where_the_time_is_over_nothing_new_begins(trainings: list[Training], tm
 
 
 def test_every_registered_trainer_that_trains_by_itself_is_trained() -> None:
-    left_out = set(registry.names("trainers")) - set(registered())
+    def needs_more(name: str) -> bool:
+        trainer = registry.resolve("trainers", name)
+        return only_predicts(trainer) or issubclass(trainer, (DistillationMixin, nnUNetTrainerMeCascade))
+
+    ours = [entry.name for entry in registry.entries("trainers") if entry.value.startswith("nnunet_ext.")]
+    assert sorted(registered()) == sorted(["nnUNetTrainer", *(name for name in ours if not needs_more(name))])
     assert registered()[0] == "nnUNetTrainer"
-    assert len(registered()) == len(set(registered()))
-    assert [name for name in left_out if not any(part in name for part in learning.CANNOT_TRAIN_ALONE)] == []
+
+
+def test_a_fold_goes_on_only_as_it_began(trainings: list[Training]) -> None:
+    trainings[0].note()
+    trainings[0].note()
+    with pytest.raises(SystemExit, match=r"float32.*bfloat16.*another nnUNet_results"):
+        replace(trainings[0], precision="bfloat16").note()
+
+
+def test_what_is_left_running_is_ended(trainings: list[Training], tmp_path: Path) -> None:
+    run_all(trainings[:1], 1, seconds=5, work=sleeps)
+    (log,) = (tmp_path / "logs").glob("*.txt")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", None), ("bfloat16", torch.bfloat16)])
+def test_precision_is_that_of_nnunets_training_and_prediction(precision: str, dtype: torch.dtype | None) -> None:
+    with learning.autocast(precision):
+        for place in learning.PLACES:
+            with importlib.import_module(place).dummy_context():
+                product = torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1))
+            assert product.dtype == (dtype or torch.float32)
 
 
 def test_batch_size_changes_in_all_configurations_of_a_copy(planned_dataset: Path) -> None:
