@@ -264,7 +264,7 @@ def rows_table(results: Sequence[dict[str, Any]]) -> str:
     for number, found in enumerate(results, 1):
         thin = found["thin"]
         dice = [f"{found['thick']:.3f}", f"{mean(thin):.3f}", f"{min(thin):.3f}, {max(thin):.3f}"]
-        lines.append([number, found["name"], f"`{found['trainer']}`", f"{found['peak'] / MIB:.1f}", *dice])
+        lines.append([str(number), found["name"], f"`{found['trainer']}`", f"{found['peak'] / MIB:.1f}", *dice])
     return markdown_table(["", "", "trainer", "peak [MB]", "thick tube", "thin tube", "worst, best case"], lines)
 
 

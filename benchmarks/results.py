@@ -112,7 +112,7 @@ def learning_table(found: Sequence[Learned]) -> str:
         cost = one.cost
         shown = [f"{cost['peak'] / GIB:.2f}", f"{cost['parameters'] / 1e6:.2f}", f"{cost['macs'] / 1e9:.1f}"]
         dice = [f"{value:.3f}" for value in (*one.structures.values(), one.dice)]
-        rows.append([number, one.name, *dice, one.difference or MISSING, *shown])
+        rows.append([str(number), one.name, *dice, one.difference or MISSING, *shown])
     return markdown_table(header, rows)
 
 
