@@ -1,4 +1,4 @@
-"""Write docs/benchmarks/results.md, the README's figure and table, and what was learned into docs/benchmarks/papers.md.
+"""Write the tables and the figure of docs/benchmarks/results.md, and what was learned into docs/benchmarks/papers.md.
 
 python benchmarks/results.py
 
@@ -25,21 +25,21 @@ from nnunet_ext.escaping import markdown_table
 from nnunet_ext.files import write_bytes, write_text
 from nnunet_ext.memory.tracker import GIB
 
-README, BENCHMARKS = REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks"
+BENCHMARKS = REPOSITORY / "docs" / "benchmarks"
 RESULTS, PAPERS, FIGURE = BENCHMARKS / "results.md", BENCHMARKS / "papers.md", BENCHMARKS / "accuracy.svg"
 HOST_PLANS = "nnUNetPlans"
 TIMES = "\N{MULTIPLICATION SIGN}"
-# Rows of the README, after default nnU-Net: recommended, then the best of each method.
+# Rows of the overview, after default nnU-Net: recommended, then the best of each method.
 SHOWN = (
     "ActivationCheckpointing",
     "HalfWidthBN",
+    "HalfWidth",
     "FasterFusionBN",
     "Reversible",
     "InvertibleNoVAE",
     "ImplicitLite",
     "MeUNet",
     "MeUNetOnePass",
-    "MeReversible",
 )
 
 
@@ -116,7 +116,7 @@ def learning_table(found: Sequence[Learned]) -> str:
     return markdown_table(header, rows)
 
 
-def readme_table(
+def overview(
     found: Sequence[Learned], counted: dict[str, Any], tubes: dict[str, float], steps: Sequence[dict[str, Any]]
 ) -> str:
     """Default nnU-Net and at most nine others: accuracy and cost."""
@@ -128,7 +128,7 @@ def readme_table(
         trainer = f"{aims.DEFAULT}{method}"
         one, ratio = by_trainer.get(trainer), ratios[trainer]
         aim = ", ".join(aims.BY_TRAINER[trainer].recommended) if trainer in aims.BY_TRAINER else ""
-        dice = MISSING if one is None else f"{one.dice:.3f}" + (f" {one.difference}" if one.difference else "")
+        dice = MISSING if one is None else f"{one.dice:.3f}" + (f", {one.difference}" if one.difference else "")
         tube = f"{tubes[trainer]:.2f}" if trainer in tubes else MISSING
         costs = [f"{ratio[key]:.2f}{TIMES}" for key in ("peak_bytes", "parameters_deployed", "macs")]
         step = f"{compiled[trainer] / compiled[aims.DEFAULT]:.1f}{TIMES}" if trainer in compiled else MISSING
@@ -162,9 +162,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     found = learned(read(latest("learning", "report.json")))
     context, counted = read(latest("context", "context.json")), read(latest("methods", "benchmark.json"))
     tubes = {row["key"]: mean(row["thin"]) for row in context["results"]}
-    table = readme_table(found, counted, tubes, compiled_steps())
-    yield README, inserted(README.read_text("utf-8"), "results", table)
-    page = inserted(RESULTS.read_text("utf-8"), "learning", learning_table(found))
+    page = inserted(RESULTS.read_text("utf-8"), "overview", overview(found, counted, tubes, compiled_steps()))
+    page = inserted(page, "learning", learning_table(found))
     yield RESULTS, inserted(page, "context", rows_table(context["results"]))
     dice = {one.trainer: f"{one.dice:.3f}" for one in found if one.plans == HOST_PLANS}
     papers = filled(PAPERS.read_text("utf-8"), "learning", dice, aims.BY_TRAINER)
