@@ -3,7 +3,8 @@
 python benchmarks/slow_learning.py half_width -d 4 -p nnUNetPlans_batch2 --steps 360 --seed 1 --constant
 python benchmarks/slow_learning.py reversible -d 950 -p nnUNetMeCascadePlansLarge --steps 2400
 
-nnUNet_preprocessed has the data set, the second time the phantom of benchmarks/context.py. nnU-Net's own steps on fold 0, on the CPU in bfloat16 autocast.
+nnUNet_preprocessed has the data set, the second time the phantom of benchmarks/context.py. nnU-Net's own steps on
+fold 0, on the CPU in bfloat16 autocast.
 """
 
 from __future__ import annotations
