@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunet_ext.architectures.implicit.point_sampling import PointSampler, at_points
 from nnunet_ext.architectures.implicit_unet import ImplicitUNet
+from nnunet_ext.trainers.adamw import AdamWMixin
 from nnunet_ext.trainers.dense_check import check_against_dense
 from nnunet_ext.trainers.from_plans import build_from_plans, planned_arguments
 from nnunet_ext.trainers.several_gpus import is_first
 from nnunet_ext.trainers.unwrapped import unwrapped
 
-if TYPE_CHECKING:
-    from nnunet_ext.protocols import HostTrainer
-else:
-    HostTrainer = object
-
 # Attributes of the trainer that are arguments of the network.
 NETWORK_OPTIONS = ("decoder_width", "decoder_depth", "frequencies", "mesh_spacing", "dropout", "n_points")
 
 
-class ImplicitTrainerMixin(HostTrainer):
+class ImplicitTrainerMixin(AdamWMixin):
     """Trains the Implicit U-Net on points of each patch; place it before nnUNetTrainer.
 
     nnU-Net's own loss takes logits and labels of the points, (B, C, K) each. Validation and prediction use dense
@@ -46,7 +40,7 @@ class ImplicitTrainerMixin(HostTrainer):
         mesh_spacing: Voxels between the mesh points of prediction (paper: 4).
         dropout: Probability in the decoder (paper: 0.2).
         learning_rate: Learning rate of AdamW at the start of nnU-Net's polynomial decay (paper: 1e-4, AdamW).
-        adamw_weight_decay: Decoupled, per unit of learning rate (not in the paper; PyTorch's default).
+        adamw_weight_decay: See `AdamWMixin` (not in the paper).
         dense_check_cases: Validation cases that are predicted densely too, to tell in the log what sparse prediction
             loses. 0: none.
     """
@@ -61,8 +55,7 @@ class ImplicitTrainerMixin(HostTrainer):
     frequencies: int | None = None
     mesh_spacing: int = 4
     dropout: float = 0.2
-    learning_rate: float = 1e-4
-    adamw_weight_decay: float = 1e-2
+    learning_rate = 1e-4
     dense_check_cases: int = 3
     drawn: Mapping[str, Any] = {}  # what the network is given in this step, in addition to the image
 
@@ -88,10 +81,8 @@ class ImplicitTrainerMixin(HostTrainer):
         )
 
     def initialize(self) -> None:
-        """Switch deep supervision off, set the learning rate, and tell the network how its logits are meant."""
+        """Switch deep supervision off, and tell the network how its logits are meant."""
         self.enable_deep_supervision = False
-        self.initial_lr = self.learning_rate
-        self.weight_decay = self.adamw_weight_decay
         super().initialize()
         network = implicit_network(self.network)
         network.point_decoder.seg_layers.regions = self.label_manager.has_regions
@@ -102,11 +93,6 @@ class ImplicitTrainerMixin(HostTrainer):
             self.configuration_manager.spacing,
             self.class_balanced,
         )
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """AdamW with nnU-Net's schedule."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: there is no deep supervision."""
