@@ -1,4 +1,4 @@
-"""Losses of variants of one network on the same batches: what makes it learn more slowly than another?
+"""Losses of variants of a network, or of its optimiser, on the same batches: what makes it learn more slowly?
 
 python benchmarks/slow_learning.py half_width -d 4 -p nnUNetPlans_batch2 --steps 360 --seed 1 --constant
 python benchmarks/slow_learning.py reversible -d 950 -p nnUNetMeCascadePlansLarge --steps 2400
@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
 
 from benchmarks.learning import autocast, dataset_folder
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling
+from nnunet_ext.architectures.reversible.transitions import Join
 from nnunet_ext.escaping import markdown_table
 from nnunet_ext.nnunet.trainers import trainer_class
+from nnunet_ext.trainers.adamw import AdamWMixin
 from nnunet_ext.trainers.unwrapped import unwrapped
 
 PARTS = 6  # of the steps, each a column
@@ -35,12 +38,26 @@ PARTS = 6  # of the steps, each a column
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A trainer, arguments that its plans get, and what is done to its network before the first step."""
+    """A trainer, arguments that its plans get, what is done to its network before the first step, an optimiser.
+
+    Args:
+        adamw: AdamW as `AdamWMixin` has it, or nnU-Net's SGD, whatever the trainer takes.
+        rate: Its learning rate; None: 0.001, of SGD 0.01.
+    """
 
     method: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
     change: Callable[[Any], None] = lambda network: None
-    rate: float = 0.01
+    adamw: bool = False
+    rate: float | None = None
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """That of all parameters."""
+        weights = network.parameters()
+        if self.adamw:
+            rate, decay = self.rate or AdamWMixin.learning_rate, AdamWMixin.adamw_weight_decay
+            return torch.optim.AdamW(weights, rate, weight_decay=decay)
+        return torch.optim.SGD(weights, self.rate or 0.01, weight_decay=3e-5, momentum=0.99, nesterov=True)
 
 
 def normalise_images(network: nn.Module) -> None:
@@ -74,6 +91,41 @@ def with_norms(*lists: nn.ModuleList) -> None:
                 layers[number] = nn.Sequential(norm, nn.LeakyReLU(), layer)
 
 
+def norm_after(layer: Any) -> nn.Module:
+    """Norm and nonlinearity of what a layer gives."""
+    return nn.Sequential(nn.InstanceNorm3d(layer.out_channels, affine=True), nn.LeakyReLU())
+
+
+def norms_after_ways(network: Any) -> None:
+    """Norm and nonlinearity after the first convolution and each way up and down, before the skip is added."""
+    ways = [*network.encoder.transitions, *network.decoder.transitions]
+    network.after = nn.ModuleList(norm_after(way) for way in ways)
+    for way, after in zip(ways, network.after, strict=True):
+        way.register_forward_hook(lambda _, __, y, after=after: after(y))
+
+
+class Concatenated(nn.Module):
+    """The way up, concatenation with the skip, convolution, norm and nonlinearity."""
+
+    def __init__(self, way: Any) -> None:
+        super().__init__()
+        self.way = way
+        self.convolution = nn.Conv3d(2 * way.out_channels, way.out_channels, 3, padding=1)
+        self.after = norm_after(way)
+        InitWeights_He(1e-2)(self.convolution)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Join both levels."""
+        joined: Tensor = self.after(self.convolution(torch.cat([self.way(x), skip], dim=1)))
+        return joined
+
+
+def concatenate(network: Any) -> None:
+    """Concatenate the skips instead of adding them."""
+    network.decoder.joins = Join
+    network.decoder.transitions = nn.ModuleList(map(Concatenated, network.decoder.transitions))
+
+
 @torch.no_grad()
 def start_small(network: Any) -> None:
     """F and G zero, heads a tenth of what they are."""
@@ -96,6 +148,7 @@ VARIANTS = {
         "instance norm from 64 features on": Variant(
             method="HalfWidthBN", change=instance_norms(lambda _, norm: norm.num_features >= 64)
         ),
+        "batch norm, AdamW": Variant(method="HalfWidthBN", adamw=True),
     },
     "reversible": {
         "default": Variant(),
@@ -111,6 +164,12 @@ VARIANTS = {
         "small start": Variant(method="Reversible", change=start_small),
         "small start, 0.003": Variant(method="Reversible", change=start_small, rate=0.003),
         "small start, 0.03": Variant(method="Reversible", change=start_small, rate=0.03),
+        "norms after ways": Variant(method="Reversible", change=norms_after_ways),
+        "skips concatenated": Variant(method="Reversible", change=concatenate),
+        "partially invertible": Variant(method="PartiallyInvertibleNoVAE"),
+        "AdamW": Variant(method="Reversible", adamw=True),
+        "AdamW, small start": Variant(method="Reversible", change=start_small, adamw=True),
+        "default, AdamW": Variant(adamw=True),
     },
 }
 
@@ -133,7 +192,8 @@ def losses(variant: Variant, options: argparse.Namespace, batches: list[dict[str
     variant.change(network)
     if hasattr(network, "reversible"):
         network.reversible = False  # the same gradients, whatever was put in
-    trainer.optimizer, _ = trainer.configure_optimizers()
+    trainer.optimizer = variant.optimizer(network)
+    rate = trainer.optimizer.param_groups[0]["lr"]
     if not batches:
         training, _ = trainer.get_dataloaders()
         batches += [next(training) for _ in range(options.steps)]
@@ -141,7 +201,7 @@ def losses(variant: Variant, options: argparse.Namespace, batches: list[dict[str
     with autocast("bfloat16"):
         for step, batch in enumerate(batches):
             left = 1.0 if options.constant else (1 - step / len(batches)) ** 0.9
-            trainer.optimizer.param_groups[0]["lr"] = variant.rate * left
+            trainer.optimizer.param_groups[0]["lr"] = rate * left
             found.append(float(trainer.train_step(batch)["loss"]))
     return found
 
