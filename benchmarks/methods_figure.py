@@ -1,4 +1,4 @@
-"""Draw the README's figure: memory of training, weights and operations of all methods, from a counted benchmark.
+"""Draw the figure of docs/methods/README.md: memory, weights and operations of all methods, from a counted benchmark.
 
 python benchmarks/methods_figure.py docs/benchmarks/2026-11-27-methods docs/methods/methods.svg
 """

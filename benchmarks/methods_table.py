@@ -1,4 +1,4 @@
-"""Count all trainers and their rivals; write docs/methods/README.md's table of them, and the README's of those to take.
+"""Count all trainers and their rivals; write the tables of docs/methods/README.md: of them, and of those to take.
 
 python benchmarks/methods_table.py docs/benchmarks/2026-11-27-methods              # counts, some minutes without a GPU
 python benchmarks/methods_table.py docs/benchmarks/2026-11-27-methods --counted    # takes its benchmark.json as it is
@@ -20,7 +20,7 @@ from nnunet_ext.files import write_text
 from nnunet_ext.memory.tracker import GIB
 
 REPOSITORY = Path(__file__).parents[1]
-README, METHODS = REPOSITORY / "README.md", REPOSITORY / "docs" / "methods" / "README.md"
+METHODS = REPOSITORY / "docs" / "methods" / "README.md"
 COMMAND = ("benchmark", "--patch", "128", "128", "128", "--repeats", "0")
 MISSING = "\N{EN DASH}"
 # Ratios of a benchmark -> column. Counted, but for the last.
@@ -149,8 +149,8 @@ def pages(benchmark: Mapping[str, Any], folder: str) -> dict[Path, str]:
         folder: Where that lies, from the methods' page.
     """
     methods = f"{caption(benchmark, folder)}\n\n{table(benchmark)}"
-    texts = {README: ("choices", choices()), METHODS: ("methods", methods)}
-    return {page: inserted(page.read_text(encoding="utf-8"), *named) for page, named in texts.items()}
+    page = inserted(METHODS.read_text(encoding="utf-8"), "choices", choices())
+    return {METHODS: inserted(page, "methods", methods)}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Write the tables and the figure of docs/benchmarks/results.md, and what was learned into docs/benchmarks/papers.md.
+"""Write the tables of README and docs/benchmarks/results.md, their figure, and what docs/benchmarks/papers.md quotes.
 
 python benchmarks/results.py
 
@@ -26,10 +26,11 @@ from nnunet_ext.files import write_bytes, write_text
 from nnunet_ext.memory.tracker import GIB
 
 BENCHMARKS = REPOSITORY / "docs" / "benchmarks"
-RESULTS, PAPERS, FIGURE = BENCHMARKS / "results.md", BENCHMARKS / "papers.md", BENCHMARKS / "accuracy.svg"
+README, RESULTS, PAPERS = REPOSITORY / "README.md", BENCHMARKS / "results.md", BENCHMARKS / "papers.md"
+FIGURE = BENCHMARKS / "accuracy.svg"
 HOST_PLANS = "nnUNetPlans"
 TIMES = "\N{MULTIPLICATION SIGN}"
-# Rows of the overview, after default nnU-Net: recommended, then the best of each method.
+# Rows of the README, after default nnU-Net: recommended, then the best of each method.
 SHOWN = (
     "ActivationCheckpointing",
     "HalfWidthBN",
@@ -162,8 +163,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     found = learned(read(latest("learning", "report.json")))
     context, counted = read(latest("context", "context.json")), read(latest("methods", "benchmark.json"))
     tubes = {row["key"]: mean(row["thin"]) for row in context["results"]}
-    page = inserted(RESULTS.read_text("utf-8"), "overview", overview(found, counted, tubes, compiled_steps()))
-    page = inserted(page, "learning", learning_table(found))
+    yield README, inserted(README.read_text("utf-8"), "results", overview(found, counted, tubes, compiled_steps()))
+    page = inserted(RESULTS.read_text("utf-8"), "learning", learning_table(found))
     yield RESULTS, inserted(page, "context", rows_table(context["results"]))
     dice = {one.trainer: f"{one.dice:.3f}" for one in found if one.plans == HOST_PLANS}
     papers = filled(PAPERS.read_text("utf-8"), "learning", dice, aims.BY_TRAINER)

@@ -1,8 +1,8 @@
-"""AdamW in place of nnU-Net's SGD, for networks whose layers differ too much in their gradients for one step size."""
+"""AdamW in place of nnU-Net's SGD, for networks that stop improving early with that."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -18,8 +18,7 @@ else:
 class AdamWMixin(HostTrainer):
     """Trains with AdamW and nnU-Net's polynomial decay; place it before nnUNetTrainer.
 
-    nnU-Net's SGD suits networks that normalise after each convolution. Where features are sums that nothing
-    normalises, as the streams of reversible networks, training stops improving early (docs/methods/reversible.md).
+    What it is good for: docs/methods/reversible.md. nnU-Net's `initial_lr` and `weight_decay` follow its attributes.
 
     Attributes:
         learning_rate: At the start of the decay.
@@ -28,6 +27,7 @@ class AdamWMixin(HostTrainer):
 
     learning_rate: float = 1e-3
     adamw_weight_decay: float = 1e-2
+    _has_other_memory = False  # a checkpoint was loaded that another optimiser has left
 
     def initialize(self) -> None:
         """Initialise as nnU-Net does, with this learning rate."""
@@ -38,16 +38,16 @@ class AdamWMixin(HostTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """AdamW with nnU-Net's schedule."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        optimizer.register_load_state_dict_pre_hook(self._own_memory)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def on_train_start(self) -> None:
         """Start as nnU-Net does.
 
         Raises:
-            UsageError: the checkpoint that is continued has the memory of another optimiser.
+            UsageError: the checkpoint that is continued holds the memory of another optimiser.
         """
-        continues = self.was_initialized and self.current_epoch < self.num_epochs
-        if continues and "betas" not in self.optimizer.param_groups[0]:
+        if self._has_other_memory and self.current_epoch < self.num_epochs:
             raise UsageError(
                 f"{type(self).__name__} trains with AdamW, the checkpoint of epoch {self.current_epoch} that it "
                 "continues holds the memory of another optimiser: end it with the version of this package that began "
@@ -55,3 +55,9 @@ class AdamWMixin(HostTrainer):
                 "-pretrained_weights; validation and prediction take it as it is."
             )
         super().on_train_start()
+
+    def _own_memory(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        """What AdamW loads: nothing of another optimiser's, with which it would fail, also where nothing is trained."""
+        (own, *_), (theirs, *_) = optimizer.param_groups, state["param_groups"]
+        self._has_other_memory = "betas" not in theirs or theirs.get("amsgrad", False) != own["amsgrad"]
+        return optimizer.state_dict() if self._has_other_memory else None

@@ -13,6 +13,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ext import registry
 from nnunet_ext.check.phantom import workspace
@@ -20,6 +21,7 @@ from nnunet_ext.check.trainer import check
 from nnunet_ext.errors import UsageError
 from nnunet_ext.nnunet.trainers import trainer_class
 from nnunet_ext.protocols import only_predicts
+from nnunet_ext.trainers.adamw import AdamWMixin
 from nnunet_ext.trainers.nnUNetTrainerImplicit import nnUNetTrainerImplicit
 from nnunet_ext.trainers.nnUNetTrainerImplicitLite import nnUNetTrainerImplicitLite
 from tests.contract.variants import slow_variants
@@ -155,6 +157,29 @@ def test_worse_network_does_not_replace_the_best_after_a_continuation(
     resumed = trainer_of(f"{name}_3epochs_1iters", dataset("labels"))
     resumed.load_checkpoint(path)
     assert resumed._best_ema == pytest.approx(0.27)
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINERS if issubclass(trainer_class(n), AdamWMixin)])
+def test_a_checkpoint_of_sgd_is_loaded_for_validation_and_not_continued_with_adamw(
+    name: str, dataset: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, identifier = f"{name}_3epochs_1iters", dataset("labels")
+    trainer = trainer_of(name, identifier)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(trainer), "configure_optimizers", nnUNetTrainer.configure_optimizers)
+        trainer.initialize()
+    for parameter in trainer.network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    trainer.logger.log("mean_fg_dice", 0.2, 0)
+    path = str(Path(trainer.output_folder, "checkpoint_latest.pth"))
+    trainer.save_checkpoint(path)
+
+    resumed = trainer_of(name, identifier)
+    resumed.load_checkpoint(path)  # as --val does
+    assert resumed.current_epoch == 1
+    with pytest.raises(UsageError, match="trains with AdamW, the checkpoint of epoch 1"):
+        resumed.run_training()
 
 
 def test_second_training_of_a_fold_is_refused_and_validation_is_not(

@@ -56,7 +56,9 @@ def test_readme_is_short_and_its_tables_too(readme: str) -> None:
     assert max(table.count("\n") for table in tables) <= 12  # ten rows
 
 
-def test_readme_quotes_no_accuracy(readme: str) -> None:
+def test_readme_quotes_accuracy_only_beside_its_schedule(readme: str) -> None:
+    before, _, rest = readme.partition("<!-- results:begin -->")
+    readme = before + rest.partition("<!-- results:end -->")[2]
     quoted = re.findall(r"[^.\n]*\b(?:Dice|NSD|HD95|IoU|accura\w+)\b[^.\n]*", readme)
     assert [sentence for sentence in quoted if re.search(r"\d+[.]\d+|[+-]\d|\d %", sentence)] == []
 
