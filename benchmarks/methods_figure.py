@@ -1,6 +1,6 @@
 """Draw the figure of docs/methods/README.md: memory, weights and operations of all methods, from a counted benchmark.
 
-python benchmarks/methods_figure.py docs/benchmarks/2026-11-27-methods docs/methods/methods.svg
+python benchmarks/methods_figure.py docs/benchmarks/2026-11-29-methods docs/methods/methods.svg
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Count all trainers and their rivals; write the tables of docs/methods/README.md: of them, and of those to take.
 
-python benchmarks/methods_table.py docs/benchmarks/2026-11-27-methods              # counts, some minutes without a GPU
-python benchmarks/methods_table.py docs/benchmarks/2026-11-27-methods --counted    # takes its benchmark.json as it is
+python benchmarks/methods_table.py docs/benchmarks/2026-11-29-methods              # counts, some minutes without a GPU
+python benchmarks/methods_table.py docs/benchmarks/2026-11-29-methods --counted    # takes its benchmark.json as it is
 """
 
 from __future__ import annotations

@@ -148,7 +148,10 @@ VARIANTS = {
         "instance norm from 64 features on": Variant(
             method="HalfWidthBN", change=instance_norms(lambda _, norm: norm.num_features >= 64)
         ),
+        "instance norm, AdamW": Variant(method="HalfWidth", adamw=True),
         "batch norm, AdamW": Variant(method="HalfWidthBN", adamw=True),
+        "invertible": Variant(method="InvertibleNoVAE"),
+        "invertible, AdamW": Variant(method="InvertibleNoVAE", adamw=True),
     },
     "reversible": {
         "default": Variant(),
@@ -167,6 +170,8 @@ VARIANTS = {
         "norms after ways": Variant(method="Reversible", change=norms_after_ways),
         "skips concatenated": Variant(method="Reversible", change=concatenate),
         "partially invertible": Variant(method="PartiallyInvertibleNoVAE"),
+        "invertible": Variant(method="InvertibleNoVAE"),
+        "invertible, AdamW": Variant(method="InvertibleNoVAE", adamw=True),
         "AdamW": Variant(method="Reversible", adamw=True),
         "AdamW, small start": Variant(method="Reversible", change=start_small, adamw=True),
         "default, AdamW": Variant(adamw=True),
@@ -174,10 +179,15 @@ VARIANTS = {
 }
 
 
+def start_anew(seed: int) -> None:
+    """Set all random generators."""
+    for generator in (random.seed, np.random.seed, torch.manual_seed):
+        generator(seed)
+
+
 def losses(variant: Variant, options: argparse.Namespace, batches: list[dict[str, Any]]) -> list[float]:
     """Of each step; batches are drawn where there are none yet."""
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(options.seed)
+    start_anew(options.seed)
     folder = dataset_folder(options.dataset)
     plans, dataset = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in (options.plans, "dataset"))
     plans = deepcopy(plans) | {"continue_training": False}
@@ -195,6 +205,7 @@ def losses(variant: Variant, options: argparse.Namespace, batches: list[dict[str
     trainer.optimizer = variant.optimizer(network)
     rate = trainer.optimizer.param_groups[0]["lr"]
     if not batches:
+        start_anew(options.seed)  # the same ones, whichever variant draws them
         training, _ = trainer.get_dataloaders()
         batches += [next(training) for _ in range(options.steps)]
     found = []

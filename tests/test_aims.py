@@ -47,7 +47,7 @@ def test_planners_are_shared_only_with_trainers_that_have_some() -> None:
 
 
 def test_figures_of_the_reasons_are_those_measured() -> None:
-    methods = {method["trainer"]: method["ratios"] for method in record("2026-11-27-methods/benchmark.json")["methods"]}
+    methods = {method["trainer"]: method["ratios"] for method in record("2026-11-29-methods/benchmark.json")["methods"]}
     counted = [
         methods["nnUNetTrainerActivationCheckpointing"]["peak_bytes"],
         *(methods["nnUNetTrainerHalfWidthBN"][key] for key in ("parameters_deployed", "peak_bytes")),

@@ -9,7 +9,7 @@ from nnunet_ext.plans.reversible_unet_planner import ReversibleUNetPlanner
 
 
 class ReversibleUNetDeepPlanner(ReversibleUNetPlanner):
-    """`ReversibleUNetPlanner` with four blocks per stage: about twice the time at the same memory."""
+    """`ReversibleUNetPlanner` with four blocks per stage: about twice the time, no more activations held."""
 
     network_options: Mapping[str, Any] = {"blocks_per_stage": 4}
     default_plans_name = "nnUNetReversibleDeepPlans"

@@ -7,7 +7,7 @@ from nnunet_ext.trainers.nnUNetTrainerReversible import nnUNetTrainerReversible
 
 
 class nnUNetTrainerMeReversible(MeUNetTrainerMixin, nnUNetTrainerReversible):
-    """meU-net's training step (Wang et al. 2022) on the partially reversible U-Net (Bruegger et al. 2019).
+    """meU-net's training step (Wang et al. 2022) on the partially reversible U-Net (Bruegger et al. 2019), AdamW.
 
     Runs with default and ResEnc plans, whose patch is the large one, and with those of `MeReversibleUNetPlanner`.
     """

@@ -72,7 +72,9 @@ def test_images_and_labels_of_a_real_step_are_random(regions: bool, setting: Set
     assert len(list(step.passes())) == 1
 
 
-@pytest.mark.parametrize(("trainer", "states"), [("nnUNetTrainer", 1), ("nnUNetTrainerImplicit", 2)])
+@pytest.mark.parametrize(
+    ("trainer", "states"), [("nnUNetTrainer", 1), ("nnUNetTrainerImplicit", 2), ("nnUNetTrainerReversible", 2)]
+)
 def test_optimizers_state_is_that_of_the_trainers_own(trainer: str, states: int, setting: Setting) -> None:
     memory = training_memory(setting, trainer)
     assert memory.optimizer == pytest.approx(states * memory.gradients, rel=0.01)
