@@ -110,9 +110,17 @@ def autocast(precision: str) -> Iterator[None]:
         yield
 
 
+def start_anew(seed: int) -> None:
+    """Set all random generators."""
+    import numpy as np
+    import torch
+
+    for generator in (random.seed, np.random.seed, torch.manual_seed):
+        generator(seed)
+
+
 def run(training: Training, log: Path) -> None:
     """Train and validate in this process; what it prints goes to the log."""
-    import numpy as np
     import torch
     from nnunetv2.run.run_training import run_training
 
@@ -121,8 +129,7 @@ def run(training: Training, log: Path) -> None:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     training.note()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(training.seed)
+    start_anew(training.seed)
     with autocast(training.precision):
         run_training(
             training.dataset,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -20,12 +19,11 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
-from benchmarks.learning import autocast, dataset_folder
+from benchmarks.learning import autocast, dataset_folder, start_anew
 from nnunet_ext.architectures.reversible.coupling import AdditiveCoupling
 from nnunet_ext.architectures.reversible.transitions import Join
 from nnunet_ext.escaping import markdown_table
@@ -96,12 +94,12 @@ def norm_after(layer: Any) -> nn.Module:
     return nn.Sequential(nn.InstanceNorm3d(layer.out_channels, affine=True), nn.LeakyReLU())
 
 
-def norms_after_ways(network: Any) -> None:
-    """Norm and nonlinearity after the first convolution and each way up and down, before the skip is added."""
-    ways = [*network.encoder.transitions, *network.decoder.transitions]
-    network.after = nn.ModuleList(norm_after(way) for way in ways)
-    for way, after in zip(ways, network.after, strict=True):
-        way.register_forward_hook(lambda _, __, y, after=after: after(y))
+def norms_after_transitions(network: Any) -> None:
+    """Norm and nonlinearity after the first convolution and each transition, before the skip is added."""
+    transitions = [*network.encoder.transitions, *network.decoder.transitions]
+    network.after = nn.ModuleList(norm_after(one) for one in transitions)
+    for one, after in zip(transitions, network.after, strict=True):
+        one.register_forward_hook(lambda _, __, y, after=after: after(y))
 
 
 class Concatenated(nn.Module):
@@ -160,14 +158,14 @@ VARIANTS = {
         "nnU-Net's order": Variant(method="Reversible", arguments={"preactivation": False}),
         "twice as wide": Variant(method="Reversible", arguments={"features_per_stage": [16, 32, 64]}),
         "norms before heads": Variant(method="Reversible", change=lambda n: with_norms(n.decoder.seg_layers)),
-        "norms before heads and ways": Variant(
+        "norms before heads and transitions": Variant(
             method="Reversible",
             change=lambda n: with_norms(n.decoder.seg_layers, n.encoder.transitions, n.decoder.transitions),
         ),
         "small start": Variant(method="Reversible", change=start_small),
         "small start, 0.003": Variant(method="Reversible", change=start_small, rate=0.003),
         "small start, 0.03": Variant(method="Reversible", change=start_small, rate=0.03),
-        "norms after ways": Variant(method="Reversible", change=norms_after_ways),
+        "norms after transitions": Variant(method="Reversible", change=norms_after_transitions),
         "skips concatenated": Variant(method="Reversible", change=concatenate),
         "partially invertible": Variant(method="PartiallyInvertibleNoVAE"),
         "invertible": Variant(method="InvertibleNoVAE"),
@@ -177,12 +175,6 @@ VARIANTS = {
         "default, AdamW": Variant(adamw=True),
     },
 }
-
-
-def start_anew(seed: int) -> None:
-    """Set all random generators."""
-    for generator in (random.seed, np.random.seed, torch.manual_seed):
-        generator(seed)
 
 
 def losses(variant: Variant, options: argparse.Namespace, batches: list[dict[str, Any]]) -> list[float]:

@@ -1,4 +1,7 @@
-"""AdamW in place of nnU-Net's SGD, for networks that stop improving early with that."""
+"""AdamW in place of nnU-Net's SGD, for networks that stop improving early with that.
+
+Loshchilov, Hutter 2019, https://arxiv.org/abs/1711.05101.
+"""
 
 from __future__ import annotations
 
